@@ -1,0 +1,31 @@
+# Two commands do everything: `make study` and `make test`. Both install into .venv first.
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+STUDY ?= .
+
+.PHONY: study test bench lab lock clean
+
+study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
+	cd $(STUDY) && dvc repro
+
+test: .venv/installed  ## run the tests
+	python -m pytest
+
+bench: .venv/installed  ## measure speed and memory on this machine
+	python -m equilab.bench
+
+lab: .venv/installed  ## open the notebooks
+	jupyter lab notebooks
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check uv
+	uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
+	uv pip install --quiet --compile-bytecode --no-deps -e .
+	touch $@
+
+lock: .venv/installed  ## pin the versions anew, after a change of pyproject.toml
+	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.10 \
+	    --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml

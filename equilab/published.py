@@ -1,0 +1,82 @@
+"""Reads the authors' checkpoints into our models, without running anything in them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# family -> where its `from_published(weights, **config) -> (module, {published key: our key})` lives
+FAMILIES = {
+    "edm": "equilab.models.precond",
+    "get": "equilab.models.get",
+    "vit": "equilab.models.vit",
+}
+
+
+def load(family: str, weights: str | Path | Mapping[str, Tensor], **config) -> nn.Module:
+    """Build the model of `family` that published weights describe and fill it; returned in evaluation mode, float32.
+
+    `weights` is a safetensors file or a mapping from published key names to tensors. Sizes are inferred from the
+    tensors where these determine them and taken from `config` (our words: `heads`, ...) where they do not.
+
+    Raises: ValueError for an unknown family, a missing, unexpected or misshapen key (with the nearest one), or a
+        `config` entry that the family does not take; FileNotFoundError for a path that is not there.
+    """
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(family, FAMILIES, 1, 0)
+        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)} (nearest: {near[0]})")
+    if not isinstance(weights, Mapping):
+        weights = _read(Path(weights))
+    builder = importlib.import_module(FAMILIES[family]).from_published
+    model, names = builder(weights, **config)
+    own = model.state_dict()
+    _check_keys(weights, names)
+    for published, ours in names.items():
+        if weights[published].shape != own[ours].shape:
+            raise ValueError(
+                f"published key {published!r} has shape {tuple(weights[published].shape)}, "
+                f"the {family} model built here needs {tuple(own[ours].shape)}; check the sizes given as config"
+            )
+    with torch.no_grad():
+        for published, ours in names.items():
+            own[ours].copy_(weights[published])
+    return model.eval().requires_grad_(True)
+
+
+def need(weights: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return weights[key].
+
+    Raises: ValueError naming the nearest key there is, if the key is missing.
+    """
+    if key not in weights:
+        raise ValueError(f"published key {key!r} is missing from the weights{_nearest(key, weights)}")
+    return weights[key]
+
+
+def _check_keys(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    for key in names:
+        need(weights, key)
+    for key in weights:
+        if key not in names:
+            raise ValueError(f"unexpected key {key!r} in the published weights{_nearest(key, names)}")
+
+
+def _nearest(key: str, keys) -> str:
+    near = difflib.get_close_matches(key, list(keys), 1, 0.3)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; give the path of a safetensors file")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); convert the checkpoint first") from None
