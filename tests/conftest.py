@@ -1,0 +1,35 @@
+"""Shapes and types of every public signature are checked while the tests run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("equilab", "beartype.beartype")
+hook.install() if hasattr(hook, "install") else None
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str):
+    """Return the tensors and the metadata (JSON where it is JSON) of a file of reference values."""
+    from safetensors import safe_open
+
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if metadata.get("config", "").startswith("{"):
+        metadata["config"] = json.loads(metadata["config"])
+    return tensors, metadata
+
+
+def weights_of(tensors: dict) -> dict:
+    """Return the published state dict stored in reference values, under its published keys."""
+    return {key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}
+
+
+@pytest.fixture
+def facts() -> dict:
+    """Return the counts and tables computed with the published implementations."""
+    return json.loads((GOLDEN / "facts.json").read_text())
