@@ -1,0 +1,286 @@
+"""Real images: the stage that writes them as uint8 arrays, their checked reading, and the one conversion of pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from equilab import rng
+from equilab.config import UserError
+
+# per source, the keys beside `source` that it reads: all of one group, and no others
+READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where a study's real images come from; a key that the source does not read is null.
+
+    `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`) or
+    "folder" (a zip or folder of PNG or JPEG images with an optional dataset.json of labels, reads `path` and one of
+    `test_path` and `test`). `path`, `test_path`: relative to the folder that the command runs in. `test`: images held
+    out of `path` for the test split, drawn by the study's seed.
+    """
+
+    source: Literal["digits", "cifar10", "folder"]
+    path: str | None
+    test_path: str | None
+    test: int | None
+
+    def __post_init__(self):
+        given = tuple(key for key in ("path", "test", "test_path") if getattr(self, key) is not None)
+        if given not in READS[self.source]:
+            wanted = " or ".join(" and ".join(keys) for keys in READS[self.source])
+            raise ValueError(f"source {self.source} reads {wanted}, given are {', '.join(given) or 'none'}; "
+                             "give the keys that it reads and set the others to null")
+
+
+class Dataset(NamedTuple):
+    """One split of a study's images: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0."""
+
+    images: UInt8[np.ndarray, "n c h w"]
+    labels: np.ndarray | None
+    classes: int
+
+
+class Images(NamedTuple):
+    """A source as read: `read(i)` gives image i as uint8 (C, H, W), `names[i]` is what a message calls it."""
+
+    names: Sequence[str]
+    read: Callable[[int], np.ndarray]
+    labels: np.ndarray | None
+
+
+def to_float(image: UInt8[Tensor, "..."] | UInt8[np.ndarray, "..."]) -> Float[Tensor, "..."] | Float[np.ndarray, "..."]:
+    """Return uint8 pixels 0..255 as float32 -1..1: u / 127.5 - 1, for tensors and for arrays.
+
+    Source: EDM, the training loop of NVlabs/edm.
+    """
+    return (image.astype(np.float32) if isinstance(image, np.ndarray) else image.float()) / 127.5 - 1
+
+
+def to_uint8(image: Float[Tensor, "..."] | Float[np.ndarray, "..."]) -> UInt8[Tensor, "..."] | UInt8[np.ndarray, "..."]:
+    """Return float pixels -1..1 as uint8: x * 127.5 + 128 clipped to 0..255 and cut to whole numbers.
+
+    This rounds to the nearest level, so that to_uint8(to_float(u)) is u for every u.
+
+    Raises: ValueError for pixels that are not numbers, which no level stands for.
+    Source: EDM, the image writer of NVlabs/edm.
+    """
+    as_array = isinstance(image, np.ndarray)
+    level = (image.astype(np.float32) if as_array else image.float()) * 127.5 + 128
+    if (level != level).any():
+        raise ValueError("images hold pixels that are not numbers; what made them has diverged")
+    return level.clip(0, 255).astype(np.uint8) if as_array else level.clip(0, 255).to(torch.uint8)
+
+
+def load(folder: Path, split: str, verify: bool = False) -> Dataset:
+    """Return the split, "train" or "test", that the stage `data` wrote into `folder`.
+
+    Sizes and types are always compared with meta.json; `verify` compares the checksums as well, which reads all bytes.
+
+    Raises: UserError naming the file that is missing, cut short, or not what meta.json says, and what to do.
+    """
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        count, shape, classes, sha256 = meta["counts"][split], meta["shape"], meta["classes"], meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/meta.json is missing or damaged ({error!r}); run the stage data again") from error
+    images = _read_array(folder / f"{split}_images.npy", (count, *shape), np.uint8, sha256 if verify else None)
+    labels = None
+    if classes:
+        labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256 if verify else None))
+    return Dataset(images, labels, classes)
+
+
+def run(config: Config, out: Path, seed: int) -> None:
+    """Write train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and meta.json into `out`.
+
+    The label files are absent where the source has no labels. The same source and seed give the same bytes. Memory
+    does not grow with the number of images.
+
+    Raises: UserError naming the key or the file that is wrong, and what to do.
+    """
+    splits = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[config.source](config, seed)
+    labelled = {split: images.labels is not None for split, (images, _) in splits.items()}
+    if len(set(labelled.values())) > 1:
+        raise UserError(f"data.path and data.test_path must both have labels or both none; labelled: {labelled}")
+    shape = splits["train"][0].read(0).shape
+    sha256, classes = {}, 0
+    out.mkdir(parents=True, exist_ok=True)
+    for split, (images, indices) in splits.items():
+        rows = (_fitting(images, i, shape) for i in tqdm(indices.tolist(), desc=f"data: {split}", unit="image"))
+        file = out / f"{split}_images.npy"
+        sha256[file.name] = _write_array(file, (len(indices), *shape), np.uint8, rows)
+        if labelled[split]:
+            labels = images.labels[indices]
+            file = out / f"{split}_labels.npy"
+            sha256[file.name] = _write_array(file, labels.shape, np.int64, [labels])
+            classes = max(classes, int(labels.max()) + 1)
+    counts = {split: len(indices) for split, (_, indices) in splits.items()}
+    meta = {"source": config.source, "shape": list(shape), "classes": classes, "counts": counts, "sha256": sha256}
+    temporary = out / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, out / "meta.json")
+
+
+def _digits(config: Config, seed: int) -> dict:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)  # pixels 0..16
+    levels = ((pixels * 255 + 8) // 16).astype(np.uint8).reshape(-1, 1, 8, 8)  # to the nearest of 0..255
+    images = Images([f"digit {i}" for i in range(len(levels))], levels.__getitem__, labels.astype(np.int64))
+    return _hold_out(images, config.test, seed)
+
+
+def _cifar10(config: Config, seed: int) -> dict:
+    from torchvision.datasets import CIFAR10
+
+    splits = {}
+    for split in ("train", "test"):
+        try:
+            source = CIFAR10(config.path, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"CIFAR-10 is not in data.path ({config.path}) and could not be fetched ({error}); place "
+                            "cifar-10-python.tar.gz there, or the folder cifar-10-batches-py of it") from error
+        pixels = source.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
+        names = [f"{split} image {i}" for i in range(len(pixels))]
+        images = Images(names, pixels.__getitem__, np.array(source.targets, dtype=np.int64))
+        splits[split] = (images, np.arange(len(names)))
+    return splits
+
+
+def _folder(config: Config, seed: int) -> dict:
+    train = _open_images(Path(config.path), "data.path")
+    if config.test_path is None:
+        return _hold_out(train, config.test, seed)
+    test = _open_images(Path(config.test_path), "data.test_path")
+    return {"train": (train, np.arange(len(train.names))), "test": (test, np.arange(len(test.names)))}
+
+
+def _hold_out(images: Images, test: int, seed: int) -> dict:
+    """Return the splits {name: (images, indices)}: `test` images drawn by the seed, the others for training."""
+    count = len(images.names)
+    if not 0 < test < count:
+        raise UserError(f"data.test is {test}; it must be between 1 and {count - 1}, as there are {count} images")
+    order = rng.generator(seed, "data held out").permutation(count)
+    return {"train": (images, np.sort(order[test:])), "test": (images, np.sort(order[:test]))}
+
+
+def _open_images(path: Path, key: str) -> Images:
+    """Return the images of a zip or folder by name, with the labels of its dataset.json if it has one."""
+    if path.is_dir():
+        files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+
+        def read_bytes(name: str) -> bytes:
+            return (path / name).read_bytes()
+    elif path.is_file():
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{key} ({path}) is not a readable zip ({error}); fetch or pack it again") from error
+        files, read_bytes = archive.namelist(), archive.read
+    else:
+        raise UserError(f"{key} ({path}) is not there; place the zip or folder of images there or change the key")
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and "__MACOSX" not in name)
+    if not names:
+        raise UserError(f"{key} ({path}) holds no image ({', '.join(IMAGE_SUFFIXES)}); give another zip or folder")
+    labels = _read_labels(read_bytes, names, path) if "dataset.json" in files else None
+    return Images([f"{name} in {path}" for name in names], lambda i: _decode(read_bytes, names[i], path), labels)
+
+
+def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path: Path) -> np.ndarray | None:
+    """Return the labels (N,) of dataset.json, {"labels": [[name, label], ...]}, in the order of `names`, or None."""
+    where = f"dataset.json in {path}"
+    try:
+        pairs = json.loads(read_bytes("dataset.json"))["labels"]
+        labels = None if pairs is None else {name: label for name, label in pairs}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f'{where} is not {{"labels": [[name, label], ...]}} ({error!r}); mend or remove it') from error
+    if labels is None:
+        return None
+    for name in sorted(labels.keys() ^ set(names))[:1]:
+        fault = "labels an image that is not there:" if name in labels else "has no label for"
+        raise UserError(f"{where} {fault} {name}; list every image once, or remove it to train without labels")
+    for name, label in labels.items():
+        if type(label) is not int or label < 0:
+            raise UserError(f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0")
+    return np.array([labels[name] for name in names], dtype=np.int64)
+
+
+def _decode(read_bytes: Callable[[str], bytes], name: str, path: Path) -> np.ndarray:
+    """Return the image as uint8 (C, H, W), 1 channel for grey and 3 for RGB; no other mode is converted silently."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(read_bytes(name)))
+        pixels = np.array(image)
+    except Exception as error:  # a damaged image or zip entry raises one of a dozen types, by where it is damaged
+        raise UserError(f"{name} in {path} cannot be read ({error}); replace it or fetch the file again") from error
+    if image.mode not in ("L", "RGB"):
+        raise UserError(f"{name} in {path} has the mode {image.mode}; convert it to 8-bit grey or RGB "
+                        "(a palette or transparency is not dropped silently)")
+    return pixels[None] if image.mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def _fitting(images: Images, index: int, shape: tuple[int, ...]) -> np.ndarray:
+    image = images.read(index)
+    if image.shape != shape:
+        raise UserError(f"{images.names[index]} is {image.shape}, the first image is {shape} (channels, height, width); "
+                        "make all images the same size and mode")
+    return image
+
+
+def _write_array(path: Path, shape: tuple[int, ...], dtype: type, rows: Iterable[np.ndarray]) -> str:
+    """Write rows that follow one another in memory as one .npy file, in one pass; returns the file's sha256."""
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    digest = hashlib.sha256(header.getvalue())
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(header.getvalue())
+        for row in rows:
+            data = row.tobytes()
+            digest.update(data)
+            file.write(data)
+    os.replace(temporary, path)
+    return digest.hexdigest()
+
+
+def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:
+    """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing, cut short or damaged ({error}); run the stage data again") from error
+    if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
+        raise UserError(f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
+                        f"{np.dtype(dtype)} {shape}; run the stage data again")
+    if sha256 is not None and _sha256(path) != sha256[path.name]:
+        raise UserError(f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again")
+    return array
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
