@@ -1,0 +1,134 @@
+"""How a solution is differentiated: a choice of its own, beside how it is found."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from equilab.solvers.record import Solution
+from equilab.solvers.solver import Solver
+
+METHODS = ("unrolled", "o1", "jfb", "multi_step", "s_jfb", "implicit")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How gradients pass through a solution z = f(z).
+
+    "unrolled"    through every application; memory grows with their number.
+    "o1"          the same bits, one application recomputed at a time: only the states are kept (GET, section 4.1).
+    "jfb"         solve without gradient, then one application with it (Jacobian-free backpropagation, Fung 2021).
+    "multi_step"  solve without gradient, then `steps` applications with it (FPDM).
+    "s_jfb"       the same, with both counts handed in at each call, where the trainer draws them (FPDM).
+    "implicit"    solve without gradient, then dL/dz (I - df/dz)^-1 by the `adjoint` solver (GET, equation 3).
+
+    Raises: ValueError for an unknown method, or a field that it needs or does not take.
+    """
+
+    method: str  # one of METHODS
+    steps: int | None = None  # multi_step: applications with gradient, 1 or more
+    adjoint: Solver | None = None  # implicit: how the linear system is solved in the backward pass
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        if (self.method == "multi_step") != (self.steps is not None and self.steps >= 1):
+            raise ValueError(f"steps is {self.steps}; 'multi_step' needs 1 or more, other methods leave it out")
+        if (self.method == "implicit") != (self.adjoint is not None):
+            raise ValueError(f"adjoint is {self.adjoint}; 'implicit' needs a solver, other methods leave it out")
+
+
+def equilibrium(
+    f: Callable,
+    init: Float[Tensor, "b n d"],
+    solver: Solver,
+    gradient: Gradient,
+    counts: tuple[int, int] | None = None,
+) -> Solution:
+    """Solve z = f(z) from a constant `init` and return the Solution, its z differentiable as `gradient` says.
+
+    Applications with gradient that follow the solve count as iterations. `counts` are the iterations (without
+    gradient, 0 or more; with it, 1 or more) of "s_jfb" at this call.
+
+    Raises: ValueError if "unrolled" or "o1" meet a method other than "iterate", or `counts` do not fit.
+    """
+    init = init.detach()
+    if (gradient.method == "s_jfb") != (counts is not None) or counts and (counts[0] < 0 or counts[1] < 1):
+        raise ValueError(f"counts is {counts}; 's_jfb' needs (0 or more, 1 or more), other methods leave it out")
+    if gradient.method in ("unrolled", "o1"):
+        if solver.method != "iterate":
+            raise ValueError(f"method {solver.method!r} cannot be {gradient.method}; solve by 'iterate' or use 'jfb'")
+        return solver(_recomputed(f) if gradient.method == "o1" else f, init)
+    without, steps = counts or (solver.iterations, gradient.steps or 1)
+    tail = replace(
+        solver, method="iterate", iterations=steps, tolerance=0.0, pick="last", memory=None, mixing=None
+    )
+    if without == 0:
+        return tail(f, init)
+    with torch.no_grad():
+        head = replace(solver, iterations=without)(f, init)
+    if gradient.method == "implicit":
+        return _join(head, tail(_implicit(f, gradient.adjoint), head.z))
+    return _join(head, tail(f, head.z))
+
+
+def _join(head: Solution, tail: Solution) -> Solution:
+    return Solution(
+        z=tail.z,
+        iterations=head.iterations + tail.iterations,
+        residuals=torch.cat([head.residuals, tail.residuals], 1),  # (B, K + steps)
+        converged=head.converged,
+        diverged=head.diverged | tail.diverged,
+        iterates=head.iterates + tail.iterates,
+    )
+
+
+def _recomputed(f: Callable) -> Callable:
+    def application(z: Tensor, rows: Tensor | None) -> Tensor:
+        return checkpoint(f, z, rows, use_reentrant=False, preserve_rng_state=False)
+
+    return application
+
+
+def _implicit(f: Callable, adjoint: Solver) -> Callable:
+    """Return f whose backward pass receives v = g + (df/dz)^T v for an incoming gradient g, solved by `adjoint`."""
+
+    def application(z: Tensor, rows: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return f(z, rows)
+        z = z.detach().requires_grad_()
+        fz = f(z, rows)
+        return _Adjoint.apply(fz, lambda g: _solve_adjoint(fz, z, g, adjoint))
+
+    return application
+
+
+class _Adjoint(torch.autograd.Function):
+    """The identity, whose backward pass replaces the incoming gradient by solve(gradient)."""
+
+    @staticmethod
+    def forward(ctx, z, solve):
+        ctx.solve = solve
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.solve(g), None
+
+
+def _solve_adjoint(fz: Tensor, z: Tensor, g: Tensor, adjoint: Solver) -> Tensor:
+    def transposed(v: Tensor, rows: Tensor | None) -> Tensor:
+        full = v if rows is None else torch.zeros_like(g).index_copy(0, rows, v)
+        (product,) = torch.autograd.grad(fz, z, full, retain_graph=True)
+        return product + g if rows is None else product[rows] + g[rows]
+
+    solution = adjoint(transposed, g)
+    if solution.diverged.any():
+        warnings.warn(f"the adjoint diverged for {int(solution.diverged.sum())} of {len(g)} samples", stacklevel=2)
+    return solution.z
