@@ -51,7 +51,7 @@ class Config:
 
 
 class Dataset(NamedTuple):
-    """One split of a study's images: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0."""
+    """One split of a study: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0."""
 
     images: UInt8[np.ndarray, "n c h w"]
     labels: np.ndarray | None
@@ -242,7 +242,7 @@ def _decode(read_bytes: Callable[[str], bytes], name: str, path: Path) -> np.nda
 def _fitting(images: Images, index: int, shape: tuple[int, ...]) -> np.ndarray:
     image = images.read(index)
     if image.shape != shape:
-        raise UserError(f"{images.names[index]} is {image.shape}, the first image is {shape} (channels, height, width); "
+        raise UserError(f"{images.names[index]} is {image.shape}, the first one {shape} (channels, height, width); "
                         "make all images the same size and mode")
     return image
 
