@@ -1,0 +1,95 @@
+"""`python -m equilab STAGE [RUN] [--params FILE] [--dry-run]`: one stage, one command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from equilab import config, graph
+from equilab.config import Job, Study, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return the exit status; what a user can mend is one sentence on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
+                        "or graph: write dvc.yaml anew")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs")
+    parser.add_argument("--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
+    given = parser.parse_args(arguments)
+    try:
+        return _command(given.stage, given.run, given.params, given.dry_run)
+    except UserError as error:
+        print(f"equilab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("equilab: stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+
+
+def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
+    if stage == "graph":
+        print(*graph.write(graph.PACKAGE.parent), sep="\n")
+        return 0
+    sections = config.read(params)
+    os.chdir(params.resolve().parent)
+    study = config.parse(Study, sections.get("study"), f"{params}: study")
+    known = ["study", *graph.STAGES]
+    for name in [*sections, *known]:
+        if name not in known:
+            raise UserError(f"{params}: unknown section {name!r}{config._nearest(name, known)}")
+        if name not in sections:
+            raise UserError(f"{params}: missing section {name!r}; give it, or {{}} where the study has no such run")
+    if stage == "check":
+        for name in graph.STAGES:
+            for one in sections[name] if graph.STAGES[name].each else [None]:
+                _config(sections, name, one, params)
+        print(f"{params}: every key is known and every value possible")
+        return 0
+    if stage not in graph.STAGES:
+        raise UserError(f"unknown stage {stage!r}{config._nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
+    settings, module = _config(sections, stage, run, params)
+    job = Job(study, stage, run)
+    _processes(study)
+    if dry_run:
+        print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
+        for line in module.plan(settings, job) if hasattr(module, "plan") else []:
+            print(f"# {line}")
+        return 0
+    module.run(settings, job)
+    return 0
+
+
+def _config(sections: dict, stage: str, run: str | None, params: Path):
+    """Return the stage's config and its module."""
+    section, path = sections[stage], f"{params}: {stage}"
+    if graph.STAGES[stage].each:
+        if run is None:
+            raise UserError(f"{stage} needs the name of a run: {', '.join(section) or 'this study has none'}")
+        if run not in section:
+            raise UserError(f"{path}: no run {run!r}{config._nearest(run, section)}")
+        section, path = section[run], f"{path}.{run}"
+    elif run is not None:
+        raise UserError(f"{stage} has no runs; call it without {run!r}")
+    module = importlib.import_module(graph.STAGES[stage].module)
+    return config.parse(module.Config, section, path), module
+
+
+def _processes(study: Study) -> None:
+    """Fix the number of threads; join the other processes where torchrun started several."""
+    import torch
+
+    torch.set_num_threads(study.threads)
+    if "RANK" in os.environ:
+        cuda = study.device != "cpu" and torch.cuda.is_available()
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Strict YAML to frozen dataclasses: an unknown, missing or mistyped key is an error that names its path."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+
+
+class UserError(Exception):
+    """What a user can mend: one sentence that names the key or the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A class by its name in params (`kind`) with the keyword arguments that params give it."""
+
+    kind: str
+    target: str
+    arguments: Mapping[str, Any]
+
+    def build(self, *given):
+        """Return the object: what the data determines comes in `given`, the rest from params.
+
+        Raises: UserError with the class's own sentence if the arguments do not fit each other.
+        """
+        try:
+            return _imported(self.target)(*given, **self.arguments)
+        except ValueError as error:
+            raise UserError(f"model ({self.kind}): {error}") from None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all stages of a study share."""
+
+    name: str
+    root: str  # path from the study's folder to the repository
+    seed: int
+    threads: int  # of the CPU; part of what decides the bits
+    device: Literal["auto", "cpu", "cuda"]
+
+    def __post_init__(self):
+        if self.seed < 0 or self.threads < 1:
+            raise ValueError(f"seed must be >= 0 and threads >= 1, got {self.seed} and {self.threads}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (1e-3 is one), and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.YAMLError(f"key {key.value!r} is given twice, line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the sections of a params file.
+
+    Raises: UserError if it is missing, is not YAML or is not a mapping of sections.
+    """
+    try:
+        sections = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections, dict):
+        raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")
+    return sections
+
+
+def parse(kind: Any, value: Any, path: str) -> Any:
+    """Return `value` as `kind`: a dataclass, a builtin, a Literal, an optional, tuple[X, ...], dict[str, X] or a Spec.
+
+    Raises: UserError naming `path`, what is wrong with it, and the nearest valid name.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _spec(arguments[1], value, path)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return parse(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}{_nearest(value, arguments)}")
+        return value
+    if origin is collections.abc.Sequence:
+        origin, arguments = tuple, (arguments[0], Ellipsis)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"{path}: expected a list, got {value!r}")
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}")
+        kinds = [arguments[0]] * len(value) if Ellipsis in arguments else arguments
+        return tuple(parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if origin is dict:
+        return {k: parse(arguments[1], v, f"{path}.{k}") for k, v in _mapping(value, path).items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return _call(kind, {f.name: hints[f.name] for f in dataclasses.fields(kind)}, value, path)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{path}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _call(make, hints: Mapping[str, Any], value: Any, path: str):
+    value = _mapping(value, path)
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{path}.{key}: unknown key{_nearest(key, hints)}")
+    for key in hints:
+        if key not in value:
+            raise UserError(f"{path}.{key}: missing key{_nearest(key, [k for k in value if k not in hints])}")
+    arguments = {key: parse(hints[key], value[key], f"{path}.{key}") for key in hints}
+    try:
+        return make(**arguments)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _spec(targets: Mapping[str, str], value: Any, path: str) -> Spec:
+    value = dict(_mapping(value, path))
+    kind = parse(Literal[tuple(targets)], value.pop("kind", None), f"{path}.kind")
+    constructor = _imported(targets[kind]).__init__
+    hints = typing.get_type_hints(constructor)
+    named = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    arguments = _call(dict, {name: hints[name] for name in named}, value, path)
+    return Spec(kind, targets[kind], arguments)
+
+
+def _imported(target: str):
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected keys with values, got {value!r}")
+    return value
+
+
+def _nearest(name: Any, known) -> str:
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(map(str, known))}" if known else ""
+
+
+def plain(config: Any) -> Any:
+    """Return a config as dictionaries, lists and scalars, as JSON can hold it."""
+    if isinstance(config, Spec):
+        return {"kind": config.kind, **plain(dict(config.arguments))}
+    if dataclasses.is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(k): plain(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [plain(v) for v in config]
+    return config
+
+
+def digest(*values: Any) -> str:
+    """Return 16 hexadecimal digits that change whenever any of the values does."""
+    return hashlib.sha256(json.dumps([plain(v) for v in values], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a stage: which study, which run of a dictionary section, and where things lie."""
+
+    study: Study
+    stage: str
+    run: str | None
+
+    @property
+    def name(self) -> str:
+        """The stage, and the run after an @ where the section is a dictionary of runs."""
+        return f"{self.stage}@{self.run}" if self.run else self.stage
+
+    @property
+    def out(self) -> Path:
+        """The folder of the stage's results, relative to the study's folder."""
+        return results(self.stage, self.run)
+
+    def scratch(self, identity: str) -> Path:
+        """The folder of unfinished work under `identity`, ignored by git and DVC."""
+        return Path(".equilab/scratch") / f"{self.name}-{identity}"
+
+
+def results(stage: str, run: str | None = None) -> Path:
+    """Return the results folder of a stage, or of one of its runs."""
+    return Path("results") / stage / (run or "")

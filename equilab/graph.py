@@ -1,0 +1,133 @@
+"""The graph of stages, once: what each reads and writes; `dvc.yaml` is written from it, with the modules it depends on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGE = Path(__file__).parent
+HEADER = """# Written by `python -m equilab graph`; the same file serves every study. A stage depends on the modules that it
+# imports, on its section of params.yaml and on the results that it reads. `study.root` leads to the repository.
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its module, what it reads, what it writes into its results folder.
+
+    `{run}` stands for the run where the section is a dictionary of runs (`each`). Paths are relative to the study.
+    `cached` results are kept by DVC, `committed` ones by git.
+    """
+
+    module: str
+    reads: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    committed: tuple[str, ...] = ()
+    each: bool = False
+    params: tuple[str, ...] = ()
+
+
+TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": ("log.csv", "summary.json")}
+STAGES = {
+    "data": Stage("equilab.data", cached=("",)),
+    "evaluator": Stage(
+        "equilab.training.evaluator",
+        reads=("results/data",),
+        cached=("weights.safetensors",),
+        committed=("log.csv", "summary.json"),
+    ),
+    "teacher": Stage("equilab.training.teacher", reads=("results/data",), **TRAINED),
+    "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",)),
+    "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, **TRAINED),
+    "evaluate": Stage(
+        "equilab.evaluate",
+        reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}"),
+        cached=("samples.npy",),
+        committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
+        each=True,
+        params=("evaluator",),
+    ),
+    "cost": Stage("equilab.cost", reads=("results/teacher", "results/distill"), committed=("cost.csv", "cost.json")),
+    "notebook": Stage(
+        "equilab.notebook",
+        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluate", "results/distill", "results/cost"),
+        committed=("",),
+        each=True,
+    ),
+    "claims": Stage(
+        "equilab.claims",
+        reads=("results/evaluate", "results/distill", "results/cost"),
+        committed=("claims.csv", "claims.md", "measured.csv", "measured.md"),
+    ),
+    "report": Stage("equilab.report", reads=("results/notebook", "results/claims"), committed=("index.html",)),
+}
+
+
+def closure(module: str) -> list[str]:
+    """Return the modules of the package that `module` imports, at any depth and anywhere in it, itself included.
+
+    A class named as "equilab.module:Class" in a string is imported as well.
+    """
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        waiting += _imports(_file(name))
+    return sorted(found)
+
+
+def _file(module: str) -> Path:
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= set(re.findall(r"^(equilab[.\w]*):\w+$", node.value))
+    return {name for name in names if name.split(".")[0] == "equilab" and _file(name).exists()}
+
+
+def dvc() -> dict[str, Any]:
+    """Return the content of dvc.yaml."""
+    stages = {}
+    for name, stage in STAGES.items():
+        run = "${key}" if stage.each else ""
+        out = f"results/{name}/{run}".rstrip("/")
+        modules = [f"${{study.root}}/{_file(m).relative_to(PACKAGE.parent)}" for m in closure(stage.module)]
+        section = f"{name}.{run}" if stage.each else name
+        entry = {
+            "cmd": f"python -m equilab {name} {run}".strip(),
+            "deps": modules + [path.replace("{run}", run) for path in stage.reads],
+            "params": ["study.device", "study.seed", "study.threads", section, *stage.params],
+        }
+        if stage.cached:
+            entry["outs"] = [f"{out}/{file}".rstrip("/") for file in stage.cached]
+        if stage.committed:
+            files = [f"{out}/{file}".rstrip("/") for file in stage.committed]
+            entry["plots"] = [{file: {"cache": False}} for file in files if not file.endswith(".json")]
+            entry["metrics"] = [{file: {"cache": False}} for file in files if file.endswith(".json")]
+            entry = {key: value for key, value in entry.items() if value}
+        stages[name] = {"foreach": f"${{{name}}}", "do": entry} if stage.each else entry
+    return {"stages": stages}
+
+
+def write(root: Path) -> list[Path]:
+    """Write dvc.yaml into the repository's root and into every study; return the paths."""
+    text = HEADER + yaml.safe_dump(dvc(), sort_keys=False, width=120)
+    paths = [root / "dvc.yaml", *(params.parent / "dvc.yaml" for params in sorted(root.glob("studies/*/params.yaml")))]
+    for path in paths:
+        path.write_text(text)
+    return paths

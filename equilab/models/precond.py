@@ -1,0 +1,93 @@
+"""Preconditioning: turns a network F(x; c_noise) into a denoiser D(x; sigma)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from equilab.models import Denoised
+from equilab.models.unet import UNet
+from equilab.published import need
+
+
+def coefficients(sigma: Float[Tensor, "*b"], sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return c_skip, c_out, c_in and c_noise at noise levels sigma > 0, each of the shape of `sigma`.
+
+    Source: EDM, table 1, "network and preconditioning", column "ours".
+    """
+    total = sigma**2 + sigma_data**2
+    return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+class EDM(nn.Module):
+    """The denoiser D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) of a network F, in the denoiser protocol.
+
+    Source: EDM, equation 7.
+    """
+
+    def __init__(self, net: nn.Module, *, sigma_data: float):
+        super().__init__()
+        self.net, self.sigma_data = net, sigma_data
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, "b"] | Float[Tensor, ""] | float,
+        label: Int64[Tensor, "b"] | None,
+        carry: None = None,
+        augment_label: Float[Tensor, "b a"] | None = None,
+    ) -> Denoised:
+        """Return Denoised(D(x; sigma), None, None); sigma > 0 of the whole batch or of each sample.
+
+        Coefficients and result are float32 whatever the dtype of x, the network runs in float32 or under the caller's
+        autocast: a sampler that keeps its state in float64 converts the result.
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))  # (B,)
+        c_skip, c_out, c_in, c_noise = coefficients(sigma[:, None, None, None], self.sigma_data)  # (B, 1, 1, 1) each
+        out = self.net(c_in * x, c_noise.flatten(), label, augment_label)  # (B, C, H, W)
+        return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
+
+    denoise = forward
+
+
+def from_published(
+    weights: Mapping[str, Tensor], *, head_channels: int | None = None, sigma_data: float = 0.5
+) -> tuple[EDM, dict[str, str]]:
+    """Build the denoiser that published weights of EDM describe; returns it, unfilled, and {published key: our key}.
+
+    Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as published,
+    a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
+
+    Raises: ValueError if a tensor that tells a size is missing.
+    """
+    heights = sorted({int(m[1]) for key in weights if (m := re.match(r"model\.enc\.(\d+)x", key))}, reverse=True)
+    if not heights:
+        raise ValueError("no published key starts with 'model.enc.'; give the state dict of an EDM network")
+    names = [f"model.enc.{r}x{r}_block" for r in heights]
+    adm, ncsnpp = "model.out_conv.weight" in weights, "model.map_noise.freqs" in weights
+    channels = need(weights, f"model.enc.{heights[0]}x{heights[0]}_conv.weight").shape[1]
+    width = need(weights, "model.map_layer0.weight").shape[1] // (2 if ncsnpp else 1)
+    with torch.device("meta"):  # whoever fills the denoiser writes every tensor
+        net = UNet(
+            (channels, heights[0], heights[0]),
+            _inputs(weights, "model.map_label.weight"),
+            architecture="adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
+            width=width,
+            multipliers=[need(weights, f"{name}0.conv1.weight").shape[0] // width for name in names],
+            blocks=sum(bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights),
+            attention=[r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
+            head_channels=(64 if adm else 0) if head_channels is None else head_channels,
+            dropout=0.0,
+            augment=_inputs(weights, "model.map_augment.weight"),
+        )
+    model = EDM(net, sigma_data=sigma_data).to_empty(device="cpu")
+    return model, {key.replace("net.", "model.", 1): key for key in model.state_dict()}
+
+
+def _inputs(weights: Mapping[str, Tensor], key: str) -> int:
+    return weights[key].shape[1] if key in weights else 0

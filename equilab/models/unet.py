@@ -1,0 +1,324 @@
+"""The U-Nets of EDM: DDPM++ and NCSN++ after Song et al. 2021, ADM after Dhariwal and Nichol 2021."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
+
+
+class Sinusoid(nn.Module):
+    """Embeds noise labels (B,) as cosines, then sines, of frequencies 10000^(-k/n); returns (B, channels).
+
+    n is the index of the last of the channels/2 frequencies, so that it is 1/10000, or their number if `open_end`.
+    """
+
+    def __init__(self, channels: int, *, open_end: bool):
+        super().__init__()
+        self.count, self.open_end = channels // 2, open_end
+
+    def forward(self, noise_label: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        k = torch.arange(self.count, dtype=torch.float32, device=noise_label.device)
+        phase = noise_label.outer(10000 ** -(k / (self.count if self.open_end else self.count - 1)))  # (B, D/2)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
+
+
+class Fourier(nn.Module):
+    """Embeds noise labels (B,) as cosines, then sines, of fixed random frequencies N(0, 16^2); returns (B, channels)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(channels // 2))
+
+    def forward(self, noise_label: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        phase = noise_label.outer(2 * math.pi * self.freqs)  # (B, D/2)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
+
+
+class Resample(nn.Module):
+    """Doubles ("up") or halves ("down") height and width by a separable filter; outside the image are zeros."""
+
+    def __init__(self, direction: str, taps: Sequence[int]):
+        super().__init__()
+        self.direction = direction
+        self.register_buffer("resample_filter", _filter(taps))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return _resample(x, self.resample_filter, self.direction)
+
+
+class ResampleConv(nn.Conv2d):
+    """Resamples as `Resample`, then convolves without changing the size."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, direction: str, taps: Sequence[int]):
+        super().__init__(cin, cout, kernel, padding=kernel // 2)
+        self.direction = direction
+        self.register_buffer("resample_filter", _filter(taps))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        return super().forward(_resample(x, self.resample_filter, self.direction))
+
+
+class ConvDown(ResampleConv):
+    """Convolves, then halves height and width; zeros surround the image before both, none are added in between."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        margin = self.padding[0] + (self.resample_filter.shape[-1] - 1) // 2
+        x = F.conv2d(x, self.weight, self.bias, padding=margin)  # (B, D, H + 2, W + 2)
+        return _resample(x, self.resample_filter, "down", padding=0)  # (B, D, H/2, W/2)
+
+
+class Block(nn.Module):
+    """A residual block conditioned on the embedding (B, E): resampling at its start and self-attention at its end if asked.
+
+    DDPM++ and NCSN++ add the embedding and scale each sum by sqrt(1/2); ADM modulates the normalised features by it.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        embedding: int,
+        *,
+        adm: bool,
+        heads: int,  # of the attention; 0 = no attention
+        dropout: float,
+        resample: str | None = None,  # "up", "down"
+        taps: Sequence[int] = (1, 1),
+    ):
+        super().__init__()
+        self.adm, self.heads, self.dropout = adm, heads, dropout
+        self.scale = 1.0 if adm else math.sqrt(0.5)
+        eps = 1e-5 if adm else 1e-6
+        self.norm0 = _norm(cin, eps)
+        self.conv0 = ResampleConv(cin, cout, 3, resample, taps) if resample else nn.Conv2d(cin, cout, 3, padding=1)
+        self.affine = nn.Linear(embedding, 2 * cout if adm else cout)
+        self.norm1 = _norm(cout, eps)
+        self.conv1 = nn.Conv2d(cout, cout, 3, padding=1)
+        if resample:
+            self.skip = Resample(resample, taps) if adm else ResampleConv(cin, cout, 1, resample, taps)
+        else:
+            self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        if heads:
+            self.norm2 = _norm(cout, eps)
+            self.qkv = nn.Conv2d(cout, 3 * cout, 1)
+            self.proj = nn.Conv2d(cout, cout, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h2 w2"]:
+        h = self.conv0(F.silu(self.norm0(x)))  # (B, D, H', W')
+        condition = self.affine(embedding)[:, :, None, None]  # (B, D or 2D, 1, 1)
+        if self.adm:
+            scale, shift = condition.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + condition))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + self.skip(x)) * self.scale
+        return (x + self._attention(x)) * self.scale if self.heads else x
+
+    def _attention(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).flatten(2)  # (B, 3C, HW), a channel of a head holds its q, k and v side by side
+        q, k, v = qkv.unflatten(1, (self.heads, -1, 3)).transpose(2, 4).unbind(3)  # (B, heads, HW, C/heads) each
+        z = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
+        return self.proj(z.transpose(2, 3).reshape(b, c, height, width))
+
+
+class UNet(nn.Module):
+    """Maps a scaled noisy image and its noise label to F(x; c_noise) of EDM's preconditioning; returns the shape of x.
+
+    Layers are found by name in `enc` and `dec`, in the order of their use; state-dict keys equal the published ones.
+    `attention` lists the heights at which blocks attend. Weights are drawn from torch's global generator, as published.
+
+    Raises: ValueError for sizes that cannot be built.
+    Source: EDM, appendix F, "architecture"; names of keys and order of layers as in the published weights.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],  # channels, height, width
+        classes: int,  # 0 = unconditional
+        *,
+        architecture: str,  # "ddpmpp", "ncsnpp", "adm"
+        width: int,  # channels that `multipliers` multiply
+        multipliers: Sequence[int],  # one per resolution, finest first
+        blocks: int,  # per resolution in the encoder, one more in the decoder
+        attention: Sequence[int],
+        head_channels: int,  # of an attention head; 0 = a single head
+        dropout: float,
+        augment: int,  # size of the augmentation label; 0 = none
+    ):
+        super().__init__()
+        _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment)
+        channels, height, _ = image
+        resolutions = [height >> level for level in range(len(multipliers))]
+        self.classes, self.augment = classes, augment
+        self.adm, ncsnpp = architecture == "adm", architecture == "ncsnpp"
+        taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
+        embedding, noise_channels = 4 * width, 2 * width if ncsnpp else width
+
+        self.map_noise = Fourier(noise_channels) if ncsnpp else Sinusoid(noise_channels, open_end=self.adm)
+        if classes:
+            self.map_label = nn.Linear(classes, embedding if self.adm else noise_channels, bias=not self.adm)
+        if augment:
+            self.map_augment = nn.Linear(augment, noise_channels, bias=False)
+        self.map_layer0 = nn.Linear(noise_channels, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
+
+        def block(cin: int, cout: int, attend: bool = False, resample: str | None = None) -> Block:
+            heads = _heads(cout, head_channels) if attend else 0
+            return Block(cin, cout, embedding, adm=self.adm, heads=heads, dropout=dropout, resample=resample, taps=taps)
+
+        self.enc, skips = nn.ModuleDict(), []  # skips: channels of each stored activation
+        cout = width * multipliers[0] if self.adm else width
+        for r, multiplier in zip(resolutions, multipliers):
+            if r == height:
+                self.enc[f"{r}x{r}_conv"] = nn.Conv2d(channels, cout, 3, padding=1)
+            else:
+                self.enc[f"{r}x{r}_down"] = block(cout, cout, resample="down")
+                if ncsnpp:
+                    side = channels if 2 * r == height else side_out
+                    side_out = cout
+                    self.enc[f"{r}x{r}_aux_residual"] = ConvDown(side, cout, 3, "down", taps)
+            skips.append(cout)
+            for i in range(blocks):
+                cin, cout = cout, width * multiplier
+                self.enc[f"{r}x{r}_block{i}"] = block(cin, cout, r in attention)
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for r, multiplier in reversed(list(zip(resolutions, multipliers))):
+            if r == resolutions[-1]:
+                self.dec[f"{r}x{r}_in0"] = block(cout, cout, True)
+                self.dec[f"{r}x{r}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{r}x{r}_up"] = block(cout, cout, resample="up")
+            for i in range(blocks + 1):
+                cin, cout = cout + skips.pop(), width * multiplier
+                self.dec[f"{r}x{r}_block{i}"] = block(cin, cout, r in attention and (self.adm or i == blocks))
+        norm, conv = _norm(cout, 1e-5 if self.adm else 1e-6), nn.Conv2d(cout, channels, 3, padding=1)
+        if self.adm:
+            self.out_norm, self.out_conv = norm, conv
+        else:
+            self.dec[f"{height}x{height}_aux_norm"], self.dec[f"{height}x{height}_aux_conv"] = norm, conv
+        self._initialise()
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        noise_label: Float[Tensor, "b"],
+        label: Int64[Tensor, "b"] | None,
+        augment_label: Float[Tensor, "b a"] | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Return F(x) (B, C, H, W); `label` None is no class, `augment_label` None no augmentation, for the whole batch.
+
+        Raises: ValueError for a label or an augmentation label that the network was not built for.
+        """
+        embedding = self._embed(noise_label, label, augment_label)  # (B, E)
+        skips, side = [], x
+        for layer in self.enc.values():
+            if isinstance(layer, ConvDown):
+                x = skips[-1] = side = (x + layer(side)) * math.sqrt(0.5)
+            else:
+                x = layer(x, embedding) if isinstance(layer, Block) else layer(x)  # (B, C', H', W')
+                skips.append(x)
+        for name, layer in self.dec.items():
+            if "block" in name:
+                x = torch.cat([x, skips.pop()], dim=1)  # (B, C' + C'', H', W')
+            if isinstance(layer, Block):
+                x = layer(x, embedding)  # (B, C', H', W')
+        norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
+        return conv(F.silu(norm(x)))  # (B, C, H, W)
+
+    def _embed(self, noise_label: Tensor, label: Tensor | None, augment_label: Tensor | None) -> Tensor:
+        """Return the embedding (B, E) of the noise level, the class and the augmentation."""
+        if label is not None and not self.classes:
+            raise ValueError("label given to a network with classes=0; give None")
+        if augment_label is not None and not self.augment:
+            raise ValueError("augment_label given to a network with augment=0; give None")
+        x = self.map_noise(noise_label)  # (B, D)
+        if not self.adm:
+            x = x.roll(x.shape[1] // 2, dims=1)  # sines first
+        if self.classes:
+            if label is None:
+                one_hot = x.new_zeros(len(x), self.classes)  # (B, classes)
+            else:
+                one_hot = F.one_hot(label, self.classes).to(x.dtype)  # (B, classes)
+        if self.classes and not self.adm:
+            x = x + self.map_label(one_hot * math.sqrt(self.classes))
+        if augment_label is not None:
+            x = x + self.map_augment(augment_label)
+        x = self.map_layer1(F.silu(self.map_layer0(x)))  # (B, E)
+        if self.classes and self.adm:
+            x = x + self.map_label(one_hot)
+        return F.silu(x)
+
+    def _initialise(self) -> None:
+        """Draw the weights anew as published; the last layer of each branch starts at or near zero."""
+        for name, layer in self.named_modules():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            last = name.endswith(("conv1", "proj", "aux_conv", "out_conv"))
+            if not self.adm:
+                nn.init.xavier_uniform_(layer.weight, 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0)
+            elif name == "map_label":
+                nn.init.normal_(layer.weight)
+            elif last or name == "map_augment":
+                nn.init.zeros_(layer.weight)
+            if layer.bias is not None and (last or not self.adm):
+                nn.init.zeros_(layer.bias)
+
+
+def _filter(taps: Sequence[int]) -> Tensor:
+    taps = torch.tensor(taps, dtype=torch.float32)
+    return (taps.outer(taps) / taps.sum() ** 2)[None, None]  # (1, 1, k, k)
+
+
+def _resample(x: Tensor, kernel: Tensor, direction: str, padding: int | None = None) -> Tensor:
+    """Filter every channel of x with `kernel` (1, 1, k, k) and keep every second row and column, or double them."""
+    padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
+    kernel = kernel.expand(x.shape[1], -1, -1, -1)  # (C, 1, k, k)
+    if direction == "up":
+        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1])  # (B, C, 2H, 2W)
+    return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])  # (B, C, H/2, W/2)
+
+
+def _norm(channels: int, eps: float) -> nn.GroupNorm:
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"width and multipliers lead to a layer of {channels} channels, which do not split into equal groups; choose "
+            "width so that width * multipliers are multiples of 4, or of 32 where two of them add up to more than 128"
+        )
+    return nn.GroupNorm(groups, channels, eps)
+
+
+def _heads(channels: int, head_channels: int) -> int:
+    if head_channels and channels % head_channels:
+        raise ValueError(f"head_channels={head_channels} does not divide {channels} channels that attend; choose a divisor")
+    return channels // head_channels if head_channels else 1
+
+
+def _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment) -> None:
+    levels, (_, height, across) = len(multipliers), image
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    if min(*image, width, blocks, levels, *multipliers) < 1 or min(classes, augment) < 0 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"image={image}, width={width}, blocks={blocks} and multipliers={multipliers} must be positive, "
+            f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct the one that is not"
+        )
+    if height != across or height % 2 ** (levels - 1):
+        raise ValueError(
+            f"image={image} cannot be halved {levels - 1} times; give a square whose side is a multiple of "
+            f"{2 ** (levels - 1)}, or fewer multipliers"
+        )
+    resolutions = [height >> level for level in range(levels)]
+    if not set(attention) <= set(resolutions):
+        raise ValueError(f"attention={list(attention)} names a height that does not occur; choose among {resolutions}")

@@ -1,0 +1,217 @@
+"""Stage `pairs`: the teacher's image for every index; its noise is never stored, it is regenerated from the index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equilab import rng
+from equilab.config import Job, UserError, digest, plain, results
+from equilab.data import to_float, to_uint8
+from equilab.diffusion.samplers import Step, euler, finish, heun
+from equilab.diffusion.schedules import edm_sigmas
+from equilab.models.precond import EDM
+from equilab.progress import bar
+from equilab.training.loop import device_of, environment, precision
+from equilab.training.state import load_network, require_disk, scratch, sha256_of, write, write_array, write_json
+from equilab.training.teacher import UNETS
+
+NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a denoiser is sampled, without fresh noise on the way: a pair needs a deterministic image."""
+
+    method: Literal["heun", "euler"]
+    steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+    def __post_init__(self):
+        self.sigmas()
+
+    def sigmas(self) -> Tensor:
+        """Return the noise levels, (steps + 1,) float64."""
+        return edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the denoiser for an image: 2 steps - 1 for Heun."""
+        return 2 * self.steps - 1 if self.method == "heun" else self.steps
+
+    def run(self, denoise, noise: Tensor, label: Tensor | None) -> Iterator[Step]:
+        """Return the sampler, started: it yields a Step a step."""
+        return (heun if self.method == "heun" else euler)(denoise, noise, self.sigmas(), label)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `pairs`."""
+
+    count: int  # pairs for training
+    held_out: int  # pairs before these, never trained on
+    shard: int  # images in a file
+    batch: int  # images through the teacher at once; part of what decides the bits
+    dtype: Literal["uint8", "float16", "float32"]  # of the stored images
+    precision: Literal["fp32", "tf32", "bf16"]  # of the teacher's network
+    sampler: Sampler
+
+    def __post_init__(self):
+        if self.batch < 1 or self.shard % self.batch:
+            raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
+        if self.count < 1 or self.held_out < 0:
+            raise ValueError(f"count must be >= 1 and held_out >= 0, got {self.count} and {self.held_out}")
+        if (self.count + self.held_out) % self.shard:
+            raise ValueError(f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})")
+
+
+class Pairs(NamedTuple):
+    """Pairs at some indices: unit noise and image in -1..1 (B, C, H, W) float32, label (B,) int64 or None."""
+
+    noise: Tensor
+    image: Tensor
+    label: Tensor | None
+
+
+class PairSet:
+    """The pairs that the stage wrote, read at random without loading the set: `read(indices)`.
+
+    Indices 0..held_out-1 are held out, the `count` after them are for training.
+
+    Raises: UserError if a file is missing or damaged, or the noise cannot be regenerated as it was.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"{folder / 'meta.json'} is missing or damaged; run the stage `pairs` again") from None
+        self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
+        self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
+        self.images = [self._open(folder / name) for name in self.meta["shards"]]
+        if _noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
+            raise UserError(f"{folder}: noise regenerated from its index differs from when the pairs were made; "
+                            "install the numpy version of the lock file, or make the pairs anew")  # fmt: skip
+
+    def _open(self, path: Path) -> np.ndarray:
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing, cut short or damaged ({error}); run the stage `pairs` again") from None
+        if array.shape[1:] != self.shape or array.dtype != self.meta["dtype"]:
+            raise UserError(f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
+                            "run the stage `pairs` again")  # fmt: skip
+        return array
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum.
+
+        Raises: UserError naming the shard that differs.
+        """
+        for array, (name, shard) in zip(self.images, self.meta["shards"].items()):
+            if sha256_of(Path(array.filename)) != shard["sha256"]:
+                raise UserError(f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again")
+
+    def read(self, indices: np.ndarray) -> Pairs:
+        """Return the pairs at `indices` (0..held_out+count-1)."""
+        shard, row = np.divmod(indices, self.meta["shard"])
+        image = torch.from_numpy(np.stack([self.images[s][r] for s, r in zip(shard, row)]))  # (B, C, H, W)
+        image = to_float(image) if image.dtype == torch.uint8 else image.float()
+        noise = torch.from_numpy(rng.noise(self.seed, NOISE, indices, self.shape))
+        return Pairs(noise, image, labels(self.seed, indices, self.classes))
+
+
+def labels(seed: int, indices: np.ndarray, classes: int, purpose: str = LABEL) -> Tensor | None:
+    """Return uniform classes (B,) int64, each a function of its index, or None without classes."""
+    return torch.from_numpy(rng.integers(seed, purpose, indices, classes)) if classes else None
+
+
+def run(config: Config, job: Job) -> None:
+    """Write the shards of images and `meta.json` into results/pairs.
+
+    Shards live in a scratch folder that outlasts the stage and are linked into the results, so that a killed run
+    continues where it stopped and a larger `count` adds to what is there.
+
+    Raises: UserError if the teacher is missing, or there is too little disk.
+    """
+    weights = results("teacher") / "weights.safetensors"
+    net, about = load_network(weights, UNETS)
+    shape, classes = tuple(about["image"]), about["classes"]
+    total = config.held_out + config.count
+    size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
+    key = digest(torch.__version__, torch.get_num_threads(), job.study.seed, about["checksum"],
+                 {k: v for k, v in plain(config).items() if k not in ("count", "held_out")})  # fmt: skip
+    device = device_of(job)
+    denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
+    with scratch(job.scratch(key), keep=True) as folder:
+        shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
+        missing = [k for k, path in enumerate(shards) if not _whole(path)]
+        require_disk(folder, len(missing) * config.shard * size)
+        with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
+            for k in missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]:
+                blocks = []
+                for start in range(k * config.shard, (k + 1) * config.shard, config.batch):
+                    blocks.append(_block(config, denoise, job.study.seed, start, shape, classes, device))
+                    progress.update(config.batch)
+                write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if os.environ.get("RANK", "0") == "0":
+            _publish(config, job, shards, shape, classes, about)
+
+
+def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
+    """Return the images (batch, C, H, W) of the pairs start..start+batch-1, in the stored type."""
+    indices = np.arange(start, start + config.batch)
+    noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
+    label = labels(seed, indices, classes)
+    with torch.inference_mode(), precision(config.precision, device)():
+        image, _ = finish(config.sampler.run(denoise, noise, label if label is None else label.to(device)))
+    image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
+    return image.cpu().numpy()
+
+
+def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, about: dict) -> None:
+    """Link the shards into the results and describe them in meta.json."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    for path in job.out.iterdir():
+        path.unlink()
+    described = {}
+    for path in shards:
+        try:
+            os.link(path, job.out / path.name)
+        except OSError:  # another disk
+            shutil.copyfile(path, job.out / path.name)
+        described[path.name] = {"images": config.shard, "sha256": path.with_suffix(".sha256").read_text()}
+    total = config.held_out + config.count
+    meta = {
+        "count": config.count, "held_out": config.held_out, "shard": config.shard, "dtype": config.dtype,
+        "shape": shape, "classes": classes, "seed": job.study.seed, "shards": described,
+        "noise_checksum": _noise_checksum(job.study.seed, shape), "teacher": about["checksum"],
+        "sampler": config.sampler, "nfe_image": config.sampler.nfe, "nfe": config.sampler.nfe * total,
+        "environment": environment(job),
+    }  # fmt: skip
+    write_json(job.out / "meta.json", meta)
+
+
+def _whole(path: Path) -> bool:
+    stamp = path.with_suffix(".sha256")
+    return path.exists() and stamp.exists() and stamp.read_text() == sha256_of(path)
+
+
+
+
+def _noise_checksum(seed: int, shape: tuple[int, ...]) -> str:
+    return hashlib.sha256(rng.noise(seed, NOISE, [0], shape).tobytes()).hexdigest()

@@ -1,0 +1,135 @@
+"""Any trained run as a function from noise to images, with its counted cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equilab import rng
+from equilab.config import UserError
+from equilab.diffusion.samplers import finish
+from equilab.metrics.flops import flops
+from equilab.models.precond import EDM
+from equilab.pairs import Sampler, labels
+from equilab.solvers import Solution, Solver
+from equilab.training.distill import GENERATORS
+from equilab.training.state import load_network
+from equilab.training.teacher import UNETS
+
+NOISE, LABEL, INIT = "evaluation noise", "evaluation label", "evaluation init"  # purposes, the same for every run
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How an implicit generator is solved at test time."""
+
+    method: Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
+    iterations: int  # at most
+    tolerance: float  # relative residual at which a sample stops; 0: never
+    pick: Literal["last", "lowest"]  # iterate that is returned: the last, or that of lowest absolute residual
+    memory: int | None  # of Anderson
+    mixing: float | None  # of Anderson
+    init: Literal["zeros", "noise"]
+
+    def __post_init__(self):
+        self.solver()
+
+    def solver(self, record: bool = False) -> Solver:
+        """Return the solver."""
+        return Solver(self.method, self.iterations, self.tolerance, self.pick, record=record, memory=self.memory,
+                      mixing=self.mixing)  # fmt: skip
+
+
+class Made(NamedTuple):
+    """Images (B, C, H, W) in -1..1, the Solution of an implicit generator or None, and the calls of the network."""
+
+    image: Tensor
+    solution: Solution | None
+    nfe: int
+
+
+class Generator:
+    """A trained run: `make(noise, label, setting)`; `setting` is a Sampler, a Solve or None, as the run's kind needs.
+
+    Raises: UserError if the weights are missing or damaged.
+    """
+
+    def __init__(self, weights: Path, device: torch.device):
+        self.net, self.about = load_network(weights, UNETS | GENERATORS)
+        self.net.to(device)
+        self.kind, self.device = self.about["config"]["network"]["kind"], device
+        self.shape, self.classes = tuple(self.about["image"]), self.about["classes"]
+        self.setting_kind = {"unet": Sampler, "get": Solve}.get(self.kind, type(None))
+
+    def check(self, setting: Sampler | Solve | None) -> None:
+        """Raise UserError unless `setting` is of the kind that the run needs."""
+        if not isinstance(setting, self.setting_kind):
+            wanted = {Sampler: "sampler", Solve: "solver"}.get(self.setting_kind, "neither sampler nor solver")
+            raise UserError(f"a run of kind {self.kind} is evaluated with {wanted}; mend its entry in `evaluate`")
+
+    @torch.inference_mode()
+    def make(
+        self, noise: Tensor, label: Tensor | None, setting: Sampler | Solve | None, init: Tensor | None = None, every=False
+    ) -> Made:
+        """Return the images of `noise` (B, C, H, W); with `every`, those of all iterates (K, B, C, H, W)."""
+        label = label if self.classes else None
+        if self.kind == "unet":
+            steps = setting.run(EDM(self.net, sigma_data=self.about["config"]["sigma_data"]), noise, label)
+            if every:
+                return Made(torch.stack([step.x.float() for step in steps]), None, setting.nfe)
+            image, nfe = finish(steps)
+            return Made(image.float(), None, nfe)
+        if self.kind == "get":
+            return Made(*self.net(noise, label, init, setting.solver(every), every), 1)
+        return Made(*self.net(noise, label), 1)
+
+    def cost(self, setting: Sampler | Solve | None, iterations: float | None = None) -> dict[str, float | None]:
+        """Return what an image costs by shape: nfe, iterations, block_evals, flops; solver arithmetic is not counted.
+
+        `iterations` is the mean number that was applied, where samples stop by themselves.
+        """
+        if self.kind == "unet":
+            work = self.about["flops_image"] * setting.nfe
+            return {"nfe": setting.nfe, "iterations": None, "block_evals": None, "flops": work}
+        if self.kind == "vit":
+            return {"nfe": 1, "iterations": None, "block_evals": self.net.depth, "flops": self.about["flops_image"]}
+        iterations = iterations or setting.iterations
+        once, twice = (self._work(Solver("iterate", k, 0.0, "last", measure=False)) for k in (1, 2))
+        blocks = [self.net.blocks(k) for k in (1, 2)]
+        return {
+            "nfe": 1,
+            "iterations": iterations,
+            "block_evals": blocks[0] + (blocks[1] - blocks[0]) * (iterations - 1),
+            "flops": once + (twice - once) * (iterations - 1),
+        }
+
+    def _work(self, solver: Solver) -> int:
+        noise = torch.zeros(1, *self.shape, device=self.device)
+        label = torch.zeros(1, dtype=torch.int64, device=self.device) if self.classes else None
+        with torch.inference_mode():
+            return flops(lambda: self.net(noise, label, None, solver))
+
+
+def inputs(
+    seed: int, indices: np.ndarray, generator: Generator, setting: Sampler | Solve | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return noise, label and initial state of the evaluation's images at `indices`: the same for every run."""
+    device = generator.device
+    noise = torch.from_numpy(rng.noise(seed, NOISE, indices, generator.shape)).to(device)
+    label = labels(seed, indices, generator.classes, LABEL)
+    init = None
+    if isinstance(setting, Solve) and setting.init == "noise":
+        init = torch.from_numpy(rng.noise(seed, INIT, indices, generator.net.state_shape)).to(device)
+    return noise, label if label is None else label.to(device), init
+
+
+def batches(count: int, batch: int) -> Iterator[np.ndarray]:
+    """Yield the indices 0..count-1, `batch` at a time."""
+    for start in range(0, count, batch):
+        yield np.arange(start, min(start + batch, count))

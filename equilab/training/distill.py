@@ -1,0 +1,117 @@
+"""Stage `distill@RUN`: a one-step generator trained on the teacher's noise/image pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+
+from equilab import losses, rng
+from equilab.config import Job, Spec, UserError, digest, results
+from equilab.metrics.flops import flops, parameters
+from equilab.pairs import PairSet
+from equilab.solvers import Gradient, Solver, equilibrium
+from equilab.training import loop
+from equilab.training.loop import Optimisation
+
+GENERATORS = {"get": "equilab.models.get:GET", "vit": "equilab.models.vit:ViT"}
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """How the fixed point of an implicit generator is found and differentiated in training."""
+
+    init: Literal["zeros", "noise"]  # where the iteration starts; noise: unit normal, drawn anew for every image seen
+    iterations: int
+    gradient: Literal["unrolled", "o1", "jfb", "implicit"]
+    correction: float | None  # gamma of the fixed-point correction over all iterates; null: loss on the last one
+
+    def __post_init__(self):
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
+        if self.correction is not None and self.gradient not in ("unrolled", "o1"):
+            raise ValueError(f"correction needs every iterate's gradient: set gradient to unrolled or o1, or correction to null")
+
+
+@dataclass(frozen=True)
+class Config:
+    """An entry of the params section `distill`."""
+
+    network: Annotated[Spec, GENERATORS]
+    conditional: bool  # on the pairs' classes
+    equilibrium: Equilibrium | None  # null for explicit networks
+    pairs: int  # the first so many training pairs are used
+    loss: Literal["l1", "l2"]
+    seed: int  # of this run: its weights and the order of its pairs
+    optimisation: Optimisation
+
+    def __post_init__(self):
+        if (self.network.kind == "get") != (self.equilibrium is not None):
+            raise ValueError(f"equilibrium must be given for get and null for vit (network.kind is {self.network.kind})")
+
+    def positional(self, image: tuple[int, ...], classes: int) -> tuple:
+        """What the data determines of the network's constructor."""
+        return image, classes if self.conditional else 0
+
+
+def run(config: Config, job: Job) -> None:
+    """Train the generator on the pairs and write its averaged weights, snapshots and log.
+
+    Raises: UserError if the pairs are missing, damaged or too few.
+    """
+    pairs = PairSet(results("pairs"))
+    pairs.verify()
+    if config.pairs > pairs.count:
+        raise UserError(f"distill.{job.run}.pairs is {config.pairs}, the set has {pairs.count}; raise pairs.count or lower it")
+    if config.conditional and not pairs.classes:
+        raise UserError(f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false")
+    given = config.positional(pairs.shape, pairs.classes)
+    net = loop.build(config.network, config.seed, "weights", *given)
+    measure = losses.l1 if config.loss == "l1" else losses.l2
+    state_shape = net.state_shape if config.equilibrium else ()
+
+    def batch_of(positions: range):
+        items = rng.batch(config.seed, "pair order", positions.start, len(positions), config.pairs)
+        noise, image, label = pairs.read(items + pairs.held_out)
+        init = None
+        if config.equilibrium and config.equilibrium.init == "noise":
+            init = torch.from_numpy(rng.noise(config.seed, "init", positions, state_shape))
+        return noise, image, label if config.conditional else None, init
+
+    def loss(net, batch):
+        noise, image, label, init = batch
+        if config.equilibrium is None:
+            return measure(net(noise, label).image, image)
+        every = config.equilibrium.correction is not None
+        generated = net(noise, label, init, solve, every).image
+        if not every:
+            return measure(generated, image)
+        each = torch.stack([measure(iterate, image) for iterate in generated])  # (K,)
+        return losses.fixed_point_correction(each, config.equilibrium.correction)
+
+    solve = solver_of(config.equilibrium) if config.equilibrium else None
+    about = {"image": pairs.shape, "classes": given[1], **counted(config, pairs.shape, pairs.classes)}
+    loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss, about)
+
+
+def solver_of(config: Equilibrium):
+    """Return solve(f, init) -> Solution as training uses it: residuals are not measured."""
+    solver = Solver("iterate", config.iterations, 0.0, "last", record=config.correction is not None, measure=False)
+    adjoint = Solver("iterate", config.iterations, 0.0, "last") if config.gradient == "implicit" else None
+    gradient = Gradient(config.gradient, adjoint=adjoint)
+    return lambda f, init: equilibrium(f, init, solver, gradient)
+
+
+def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
+    """Return the parameters, and the FLOPs to generate an image by shape, without building the network in memory."""
+    with torch.device("meta"):
+        net = config.network.build(*config.positional(image, classes))
+        noise = torch.empty(1, *image)
+        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
+        if config.equilibrium is None:
+            work = flops(lambda: net(noise, label))
+        else:
+            solver = Solver("iterate", config.equilibrium.iterations, 0.0, "last", measure=False)
+            work = flops(lambda: net(noise, label, None, solver))
+    return {"parameters": parameters(net), "flops_image": work}

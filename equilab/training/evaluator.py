@@ -1,0 +1,71 @@
+"""Stage `evaluator`: the feature network by which generated images are scored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from equilab import rng
+from equilab.config import Job, Spec, UserError, results
+from equilab.data import load, to_float
+from equilab.metrics.flops import flops, parameters
+from equilab.training import loop
+from equilab.training.loop import Optimisation
+from equilab.training.state import load_network, sha256_of, write, write_json
+
+CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `evaluator`."""
+
+    network: Annotated[Spec, CLASSIFIERS] | None  # null: torch-fidelity's Inception
+    samples: int  # generated images in every comparison
+    optimisation: Optimisation | None  # of the classifier; null with Inception
+
+    def __post_init__(self):
+        if (self.network is None) != (self.optimisation is None):
+            raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
+        if self.samples < 2:
+            raise ValueError(f"samples must be >= 2, got {self.samples}")
+
+
+def run(config: Config, job: Job) -> None:
+    """Train the classifier on the study's training images; write its weights and its accuracy on the test images.
+
+    Raises: UserError if the data are missing, damaged or without labels.
+    """
+    data = load(results("data"), "train", verify=True)
+    if config.network is None:
+        write(job.out / "log.csv", "nimg,loss,lr\n")
+        write_json(job.out / "summary.json", {"network": "inception", "samples": config.samples})
+        return
+    if data.labels is None:
+        raise UserError("evaluator.network needs labels to train on and the data have none; set network and optimisation to null")
+    seed, shape = job.study.seed, data.images.shape[1:]
+    net = loop.build(config.network, seed, "evaluator weights", shape, data.classes)
+
+    def batch_of(positions: range):
+        items = rng.batch(seed, "evaluator order", positions.start, len(positions), len(data.images))
+        return to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items])
+
+    def loss(net, batch):
+        return cross_entropy(net(batch[0])[1], batch[1])
+
+    with torch.device("meta"):
+        blank = config.network.build(shape, data.classes)
+        about = {"parameters": parameters(blank), "flops_image": flops(lambda: blank(torch.empty(1, *shape)))}
+    about |= {"image": shape, "classes": data.classes}
+    loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
+    net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
+    test = load(results("data"), "test")
+    with torch.inference_mode():
+        found = net(to_float(torch.from_numpy(test.images[:])))[1].argmax(1)
+    summary = json.loads((job.out / "summary.json").read_text())
+    accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
+    write_json(job.out / "summary.json", {**summary, "accuracy_test": accuracy, "samples": config.samples})

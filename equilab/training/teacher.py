@@ -1,0 +1,74 @@
+"""Stage `teacher`: an EDM denoiser trained on the study's images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from equilab import losses, rng
+from equilab.config import Job, Spec, UserError, results
+from equilab.data import load, to_float
+from equilab.metrics.flops import flops, parameters
+from equilab.models.precond import EDM
+from equilab.training import loop
+from equilab.training.loop import Optimisation
+from equilab.training.state import sha256_of
+
+UNETS = {"unet": "equilab.models.unet:UNet"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `teacher`."""
+
+    network: Annotated[Spec, UNETS]
+    conditional: bool  # on the data's classes
+    sigma_data: float  # standard deviation of the images in -1..1
+    sigma_mean: float  # of log sigma in training
+    sigma_std: float
+    optimisation: Optimisation
+
+    def positional(self, image: tuple[int, ...], classes: int) -> tuple:
+        """What the data determines of the network's constructor."""
+        return image, classes if self.conditional else 0
+
+
+def run(config: Config, job: Job) -> None:
+    """Train the denoiser on the study's images and write its averaged weights, snapshots and log.
+
+    Raises: UserError if the data are missing or damaged, or have no classes to condition on.
+    """
+    data = load(results("data"), "train", verify=True)
+    if config.conditional and not data.classes:
+        raise UserError("teacher.conditional is true, but the data have no labels; set it to false")
+    shape, seed = data.images.shape[1:], job.study.seed
+    given = config.positional(shape, data.classes)
+    net = loop.build(config.network, seed, "teacher weights", *given)
+
+    def batch_of(positions: range):
+        items = rng.batch(seed, "teacher order", positions.start, len(positions), len(data.images))
+        drawn = torch.from_numpy(rng.noise(seed, "teacher", positions, (1 + math.prod(shape),)))
+        image = to_float(torch.from_numpy(data.images[items]))
+        label = torch.from_numpy(data.labels[items]) if config.conditional else None
+        return image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label
+
+    def loss(net, batch):
+        image, noise, normal, label = batch
+        sigma = losses.edm_sigma(normal, config.sigma_mean, config.sigma_std)
+        return losses.edm(EDM(net, sigma_data=config.sigma_data), image, noise, sigma, label, config.sigma_data)
+
+    about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
+    loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
+
+
+def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
+    """Return the parameters, and the FLOPs of a call for an image by shape, without building the network in memory."""
+    with torch.device("meta"):
+        net = config.network.build(*config.positional(image, classes)).eval()
+        noise = torch.empty(1, *image)
+        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
+        work = flops(lambda: net(noise, torch.empty(1), label))
+    return {"parameters": parameters(net), "flops_image": work}
