@@ -48,7 +48,7 @@ def edm(
 def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """Return the absolute error, mean over pixels and samples.
 
-    Source: GET, section 4, "Offline Distillation"; there a sum over pixels.
+    Source: GET, "Offline Distillation"; there a sum over pixels.
     """
     return (image - target).abs().mean()
 

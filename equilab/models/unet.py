@@ -30,7 +30,7 @@ class Sinusoid(nn.Module):
 
 
 class Fourier(nn.Module):
-    """Embeds noise labels (B,) as cosines, then sines, of fixed random frequencies N(0, 16^2); returns (B, channels)."""
+    """Embeds noise labels (B,) as cosines, then sines, of fixed random frequencies; returns (B, channels)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -75,7 +75,7 @@ class ConvDown(ResampleConv):
 
 
 class Block(nn.Module):
-    """A residual block conditioned on the embedding (B, E): resampling at its start and self-attention at its end if asked.
+    """A residual block conditioned on the embedding (B, E), with resampling before and self-attention after it if asked.
 
     DDPM++ and NCSN++ add the embedding and scale each sum by sqrt(1/2); ADM modulates the normalised features by it.
     """
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         label: Int64[Tensor, "b"] | None,
         augment_label: Float[Tensor, "b a"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Return F(x) (B, C, H, W); `label` None is no class, `augment_label` None no augmentation, for the whole batch.
+        """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class, no augmentation for the whole batch.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """
@@ -293,7 +293,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
         raise ValueError(
-            f"width and multipliers lead to a layer of {channels} channels, which do not split into equal groups; choose "
+            f"width and multipliers lead to a layer of {channels} channels, which do not split into groups; choose "
             "width so that width * multipliers are multiples of 4, or of 32 where two of them add up to more than 128"
         )
     return nn.GroupNorm(groups, channels, eps)
@@ -301,7 +301,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 def _heads(channels: int, head_channels: int) -> int:
     if head_channels and channels % head_channels:
-        raise ValueError(f"head_channels={head_channels} does not divide {channels} channels that attend; choose a divisor")
+        raise ValueError(f"head_channels={head_channels} does not divide an attention's {channels} channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
 
@@ -312,7 +312,7 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
     if min(*image, width, blocks, levels, *multipliers) < 1 or min(classes, augment) < 0 or not 0 <= dropout < 1:
         raise ValueError(
             f"image={image}, width={width}, blocks={blocks} and multipliers={multipliers} must be positive, "
-            f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct the one that is not"
+            f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct that"
         )
     if height != across or height % 2 ** (levels - 1):
         raise ValueError(
