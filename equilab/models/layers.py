@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """A transformer block whose norms are shifted and scaled, and whose branches are gated, by a condition; starts as identity.
+    """A transformer block whose norms are modulated and whose branches are gated by a condition; starts as identity.
 
     Source: DiT (Peebles and Xie 2023), section 3.2, adaLN-Zero.
     """
@@ -111,11 +111,9 @@ class AdaLNBlock(nn.Module):
         self.mlp = MLP(width, expansion * width, gelu)
         self.modulation = ZeroLinear(width, 6 * width)
 
-    def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b n d"]:
         """Return the tokens after one block."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation(F.silu(condition))[:, None].chunk(6, 2)  # each (B, 1, D)
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, 2)  # each (B, 1, D)
         z = z + gate1 * self.attn(modulate(z, shift1, scale1))
         return z + gate2 * self.mlp(modulate(z, shift2, scale2))
 
@@ -147,9 +145,9 @@ class AdaLNFinal(nn.Module):
         self.linear = ZeroLinear(width, outputs)
         self.modulation = ZeroLinear(width, 2 * width)
 
-    def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b n o"]:
+    def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b n o"]:
         """Return a patch for each token."""
-        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, 2)  # each (B, 1, D)
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, 2)  # each (B, 1, D)
         return self.linear(modulate(z, shift, scale))
 
 

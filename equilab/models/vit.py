@@ -21,7 +21,7 @@ from equilab.models.layers import (
 )
 from equilab.published import need
 
-# GET (Geng 2023), table 8 and figure 2; heads are those of DiT's models of the same size
+# GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
 SIZES = {
     f"ViT-{name}/{patch}": {
         "width": width,
@@ -33,6 +33,18 @@ SIZES = {
     }
     for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16))
     for patch in (2, 4, 8)
+}
+
+# our key's beginning -> the published one, of ViT and GET
+PUBLISHED = {
+    "patches.": "x_embedder.",
+    "positions": "pos_embed",
+    "embedding.": "y_embedder.embedding_table.",
+    "stack.": "blocks.",
+    "injection.": "qkv_inj.",
+    "equilibrium.": "deq_blocks.",
+    "final.norm.": "final_layer.norm_final.",
+    "final.linear.": "final_layer.linear.",
 }
 
 
@@ -65,21 +77,19 @@ class ViT(nn.Module):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
         if conditioning not in ("additive", "adaln_zero") or (conditioning, classes) == ("adaln_zero", 0):
-            raise ValueError(f"conditioning is {conditioning!r}; choose 'additive', or 'adaln_zero' if there are classes")
-        self.image, self.classes = image, classes
+            raise ValueError(f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'")
+        self.image, self.classes, self.conditioning = image, classes, conditioning
+        outputs = patch * patch * image[0]
         self.patches = Patches(image[0], width, patch)
         self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
-        outputs = patch * patch * image[0]
         if conditioning == "additive":
-            self.embedding = nn.Embedding(classes, 3 * width) if classes else None
-            self.blocks = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
+            self.embedding = class_embedding(classes, 3 * width)
+            self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
             self.final = Final(width, outputs)
         else:
-            self.embedding = nn.Embedding(classes, width)
-            self.blocks = nn.ModuleList(AdaLNBlock(width, heads, expansion, "none") for _ in range(depth))
+            self.embedding = class_embedding(classes, width)
+            self.stack = nn.ModuleList(AdaLNBlock(width, heads, expansion, "none") for _ in range(depth))
             self.final = AdaLNFinal(width, outputs)
-        if classes:
-            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> Generated:
         """Return the image generated from `noise`, and no solution.
@@ -87,5 +97,58 @@ class ViT(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         check_label(label, self.classes)
+        condition = self.embedding(label)[:, None] if self.classes else None  # (B, 1, 3D), or (B, 1, D) for adaln_zero
         z = self.patches(noise) + self.positions  # (B, N, D)
-        ...
+        for block in self.stack:
+            z = block(z, condition)
+        patches = self.final(z) if self.conditioning == "additive" else self.final(z, condition)  # (B, N, P*P*C)
+        return Generated(unpatchify(patches, self.image), None)
+
+    def blocks(self) -> int:
+        """Return the transformer blocks applied for an image."""
+        return len(self.stack)
+
+
+def class_embedding(classes: int, width: int) -> nn.Embedding | None:
+    """Return the table of class embeddings, small at the start; None without classes."""
+    if classes == 0:
+        return None
+    table = nn.Embedding(classes, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[ViT, dict[str, str]]:
+    """Return the ViT whose sizes the published `weights` have, and {published key: our key}.
+
+    Raises: ValueError for weights without the tensors that determine the sizes.
+    """
+    image, classes, sizes = published_sizes(weights)
+    model = ViT(image, classes, heads=heads, conditioning="additive", **sizes)
+    return model, published_keys(model)
+
+
+def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Return (image, classes, {width, depth, patch, expansion}) of published ViT or GET weights; images are square.
+
+    Raises: ValueError naming a tensor that is missing.
+    """
+    width, channels, patch, _ = need(weights, "x_embedder.proj.weight").shape
+    side = round(need(weights, "pos_embed").shape[1] ** 0.5) * patch
+    table = weights.get("y_embedder.embedding_table.weight")
+    sizes = {
+        "width": width,
+        "depth": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+        "patch": patch,
+        "expansion": need(weights, "blocks.0.mlp.fc1.weight").shape[0] // width,
+    }
+    return (channels, side, side), 0 if table is None else len(table), sizes
+
+
+def published_keys(model: nn.Module) -> dict[str, str]:
+    """Return {published key: our key} of a ViT or GET."""
+    names = {}
+    for key in model.state_dict():
+        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
+        names[published + key[len(ours) :]] = key
+    return names

@@ -1,0 +1,164 @@
+"""GET, the Generative Equilibrium Transformer: noise in, image out, with a fixed point for depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from equilab.models import Generated
+from equilab.models.layers import (
+    Block,
+    Final,
+    Linear,
+    Patches,
+    check_label,
+    check_sizes,
+    normalised,
+    sine_cosine_table,
+    unpatchify,
+)
+from equilab.models.vit import class_embedding, published_keys, published_sizes
+from equilab.published import need
+
+# GET (Geng 2023), table 7, where the E of GET-Small is printed as 6: its 37.2M parameters need 8; a head has 64 channels
+SIZES = {
+    f"GET-{name}": {
+        "width": width,
+        "depth": depth,
+        "heads": width // 64,
+        "patch": 2,
+        "expansion": 4,
+        "equilibrium_depth": 3,
+        "equilibrium_expansion": expansion,
+        "normalise": False,
+    }
+    for name, depth, width, expansion in (
+        ("T/2", 6, 256, 6),
+        ("M/2", 6, 384, 6),
+        ("S/2", 6, 512, 8),
+        ("B/2", 1, 768, 12),
+        ("B/2+", 6, 768, 8),
+    )
+}
+
+
+class GET(nn.Module):
+    """An injection transformer read once, an equilibrium transformer applied until its state no longer changes.
+
+    The state z (B, N, D) is the fixed point of `step` under the injections of `inject`; `decode` makes it an image.
+
+    `image` is (channels, height, width); `classes` 0 means unconditional.
+
+    Raises: ValueError for sizes that do not fit each other.
+    Source: GET (Geng 2023), section 3, equations (6) to (9).
+    Differs: with `normalise`, z passes a LayerNorm without parameters after each application of the weight-tied stack.
+        This is not in the paper, where z grows along a direction and the residual falls like 1/k only.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        expansion: int,
+        equilibrium_depth: int,
+        equilibrium_expansion: int,
+        normalise: bool,
+    ):
+        super().__init__()
+        depths = {"depth": depth, "equilibrium_depth": equilibrium_depth}
+        expansions = {"expansion": expansion, "equilibrium_expansion": equilibrium_expansion}
+        check_sizes(image, classes, width, heads, patch, **depths, **expansions)
+        self.image, self.classes, self.normalise = image, classes, normalise
+        self.patches = Patches(image[0], width, patch)
+        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
+        self.embedding = class_embedding(classes, 3 * width)
+        self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
+        self.injection = Linear(width, 3 * width * equilibrium_depth, bias=False)
+        self.equilibrium = nn.ModuleList(Block(width, heads, equilibrium_expansion) for _ in range(equilibrium_depth))
+        self.final = Final(width, patch * patch * image[0])
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """The shape (N, D) of the equilibrium state of an image."""
+        return tuple(self.positions.shape[1:])
+
+    def inject(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> tuple[Tensor, ...]:
+        """Return what each equilibrium block adds to query, key and value: (B, N, 3D) each, the class included.
+
+        Raises: ValueError if a label is missing, or given to an unconditional model.
+        """
+        check_label(label, self.classes)
+        condition = self.embedding(label)[:, None] if self.classes else None  # (B, 1, 3D)
+        h = self.patches(noise) + self.positions  # (B, N, D)
+        for block in self.stack:
+            h = block(h, condition)
+        injections = self.injection(h).chunk(len(self.equilibrium), 2)  # each (B, N, 3D)
+        return injections if condition is None else tuple(u + condition for u in injections)
+
+    def step(self, z: Float[Tensor, "b n d"], injections: tuple[Tensor, ...]) -> Float[Tensor, "b n d"]:
+        """Return the state after one application of the weight-tied stack: the map whose fixed point is sought."""
+        for block, injection in zip(self.equilibrium, injections):
+            z = block(z, injection)
+        return normalised(z) if self.normalise else z
+
+    def decode(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
+        """Return the images of states."""
+        return unpatchify(self.final(z), self.image)
+
+    def forward(
+        self,
+        noise: Float[Tensor, "b c h w"],
+        label: Int64[Tensor, "b"] | None,
+        init: Float[Tensor, "b n d"] | None,
+        solve: Callable,
+        every: bool = False,
+    ) -> Generated:
+        """Return the image generated from `noise`, and the Solution of its state.
+
+        `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows), where
+        `rows` are the samples to advance (None: all). With `every`, the images (K, B, C, H, W) of all iterates.
+
+        Raises: ValueError if a label is missing or superfluous, or `every` meets a solver that does not record.
+        """
+        injections = self.inject(noise, label)
+
+        def f(z: Tensor, rows: Tensor | None) -> Tensor:
+            return self.step(z, injections if rows is None else tuple(u[rows] for u in injections))
+
+        solution = solve(f, noise.new_zeros(len(noise), *self.state_shape) if init is None else init)
+        if not every:
+            return Generated(self.decode(solution.z), solution)
+        if not solution.iterates:
+            raise ValueError("every is true, but the solution holds no iterates; solve with record=True")
+        images = self.decode(torch.cat(solution.iterates))  # (K*B, C, H, W)
+        return Generated(images.unflatten(0, (-1, len(noise))), solution)  # (K, B, C, H, W)
+
+    def blocks(self, iterations: int | Tensor) -> int | Tensor:
+        """Return the transformer blocks applied for an image (block_evals) at these iterations."""
+        return len(self.stack) + len(self.equilibrium) * iterations
+
+
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[GET, dict[str, str]]:
+    """Return the GET whose sizes the published `weights` have, and {published key: our key}.
+
+    Raises: ValueError for weights without the tensors that determine the sizes.
+    """
+    image, classes, sizes = published_sizes(weights)
+    model = GET(
+        image,
+        classes,
+        heads=heads,
+        equilibrium_depth=len({key.split(".")[1] for key in weights if key.startswith("deq_blocks.")}),
+        equilibrium_expansion=need(weights, "deq_blocks.0.mlp.fc1.weight").shape[0] // sizes["width"],
+        normalise=False,
+        **sizes,
+    )
+    return model, published_keys(model)

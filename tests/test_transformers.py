@@ -1,0 +1,228 @@
+"""ViT and GET against the published implementations, and by themselves."""
+
+import pytest
+import torch
+from conftest import golden, weights_of
+from hashed import hashed_weights, signed_uniform
+from torch.nn import functional as F
+
+from equilab import published
+from equilab.metrics.cost import parameters
+from equilab.models import get, vit
+from equilab.solvers import Gradient, Solver, equilibrium
+
+HEADS = 2  # of the small reference models
+
+SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 2, "expansion": 2}
+SMALL_GET = {**SMALL, "equilibrium_depth": 2, "equilibrium_expansion": 3, "normalise": False}
+
+
+def close(ours, reference, tolerance):
+    """Compare relative to the reference's largest value."""
+    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
+
+
+def load(family, name):
+    tensors, _ = golden(f"{family}_{name}")
+    return published.load(family, weights_of(tensors), heads=HEADS), tensors, tensors.get("in.y")
+
+
+@pytest.mark.parametrize("name", ["uncond", "cond"])
+def test_vit_gives_the_published_image_loss_and_gradient(name):
+    model, t, label = load("vit", name)
+    image, solution = model(t["in.x"], label)
+    assert solution is None
+    close(image, t["out.y_hat"], 1e-5)
+    loss = F.l1_loss(image, t["in.target"])
+    close(loss, t["out.loss_l1"], 1e-5)
+    loss.backward()
+    close(model.stack[0].attn.qkv.weight.grad, t["out.grad_l1.blocks.0.attn.qkv.weight"], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["uncond", "cond"])
+def test_get_gives_the_published_injections_and_images_after_k_iterations(name):
+    model, t, label = load("get", name)
+    injections = model.inject(t["in.x"], label)
+    if label is None:
+        close(torch.cat(injections, 2), t["out.injection"], 1e-5)
+    else:
+        close(torch.cat(injections, 2) - model.embedding(label).repeat(1, 2)[:, None], t["out.injection"], 1e-5)
+    for k in (1, 2, 3, 6):
+        image = model(t["in.x"], label, t["in.z0"], Solver("iterate", k, 0.0, "last")).image
+        close(image, t[f"out.plain_iter{k}"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["uncond", "cond"])
+def test_get_evaluates_at_the_lowest_residual_as_published(name):
+    model, t, label = load("get", name)
+    for k in (1, 2, 3, 6):
+        image, solution = model(t["in.x"], label, t["in.z0"], Solver("iterate", k, 0.0, "lowest", record=True))
+        close(image, t[f"out.official_eval_iter{k}"], 1e-5)
+        states = torch.stack([t["in.z0"], *solution.iterates])
+        distances = (states[1:] - states[:-1]).flatten(2).norm(dim=2).T  # (B, K)
+        close(distances, t[f"out.official_eval_abs_residual_trace_iter{k}"][:, 1:], 1e-5)
+        relative = distances / states[1:].flatten(2).norm(dim=2).T
+        torch.testing.assert_close(solution.residuals, relative, rtol=1e-5, atol=0)
+        best = t[f"out.official_eval_best_step_iter{k}"].long()
+        assert torch.equal(distances.argmin(1) + 1, best)
+        assert torch.equal(solution.z, torch.stack(solution.iterates)[best - 1, torch.arange(len(best))])
+
+
+@pytest.mark.parametrize("name", ["uncond", "cond"])
+@pytest.mark.parametrize("method", ["unrolled", "o1"])
+@pytest.mark.parametrize("loss_name", ["fp_correction", "last_l1"])
+def test_get_trains_with_the_published_losses_and_gradients(name, method, loss_name):
+    model, t, label = load("get", name)
+    solver = Solver("iterate", 6, 0.0, "last", record=True, measure=False)
+
+    def solve(f, init):
+        return equilibrium(f, init, solver, Gradient(method))
+
+    images = model(t["in.x"], label, t["in.z0"], solve, every=True).image
+    close(images, t["out.train_preds"], 1e-5)
+    losses = (images - t["in.target"]).abs().flatten(1).mean(1)
+    close(losses, t["out.loss_per_iterate"], 1e-5)
+    loss = (losses * 0.8 ** torch.arange(5, -1, -1)).sum() if loss_name == "fp_correction" else losses[-1]
+    close(loss, t[f"out.loss_{loss_name}"], 1e-5)
+    loss.backward()
+    _, names = get.from_published(weights_of(t), heads=HEADS)
+    ours = dict(model.named_parameters())
+    prefix = f"out.grad_{loss_name}."
+    keys = [key[len(prefix) :] for key in t if key.startswith(prefix)]
+    assert len(keys) >= 4
+    for key in keys:
+        close(ours[names[key]].grad, t[prefix + key], 1e-4)
+
+
+def hashed_model(family, size):
+    module = {"get": get, "vit": vit}[family]
+    kind = {"get": get.GET, "vit": vit.ViT}[family]
+    model = kind((3, 32, 32), 0, **module.SIZES[size])
+    names = {
+        published_key: ours for published_key, ours in vit.published_keys(model).items() if published_key != "pos_embed"
+    }
+    state = model.state_dict()
+    weights = hashed_weights({key: state[ours].shape for key, ours in names.items()})
+    return published.load(family, weights | {"pos_embed": model.positions}, heads=module.SIZES[size]["heads"])
+
+
+def test_full_size_get_gives_the_published_image():
+    t, metadata = golden("full_get-b-2plus")
+    model = hashed_model("get", metadata["config"]["name"])
+    z0 = torch.from_numpy(signed_uniform("z0", 256 * 768) * 3**0.5).float().reshape(1, 256, 768)
+    with torch.no_grad():
+        images = model(t["in.x"], None, z0, Solver("iterate", 2, 0.0, "last", record=True), every=True).image
+    close(images[0], t["out.plain_iter1"], 1e-5)
+    close(images[1], t["out.plain_iter2"], 1e-5)
+
+
+def test_full_size_vit_gives_the_published_image():
+    t, metadata = golden("full_vit-b-2")
+    with torch.no_grad():
+        image = hashed_model("vit", metadata["config"]["name"])(t["in.x"], None).image
+    close(image, t["out.y_hat"], 1e-5)
+
+
+def test_all_sizes_have_the_published_numbers_of_parameters(facts):
+    table = facts["get_and_vit_parameters_input32_classes10"]
+    assert {name.removesuffix(" cond") for name in table} == {*get.SIZES, *vit.SIZES}
+    for name, counts in table.items():
+        size, classes = name.removesuffix(" cond"), 10 if name.endswith(" cond") else 0
+        kind, sizes = (get.GET, get.SIZES) if size.startswith("GET") else (vit.ViT, vit.SIZES)
+        with torch.device("meta"):
+            model = kind((3, 32, 32), classes, **sizes[size])
+        assert parameters(model) == counts["trainable"], name
+        assert model.positions.numel() == counts["pos_embed"], name
+
+
+def test_vit_with_adaln_zero_has_the_size_of_table_6():
+    with torch.device("meta"):
+        model = vit.ViT((3, 32, 32), 10, **vit.SIZES["ViT-B/2"] | {"conditioning": "adaln_zero"})
+    assert parameters(model) + model.positions.numel() == 128_944_908
+
+
+def test_vit_with_adaln_zero_starts_at_zero_and_then_uses_noise_and_label():
+    torch.manual_seed(0)
+    model = vit.ViT((1, 4, 4), 3, **SMALL, conditioning="adaln_zero")
+    noise, label = torch.randn(1, 1, 4, 4).expand(2, -1, -1, -1), torch.tensor([0, 2])
+    assert not model(noise, label).image.any()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    first, second = model(noise, label).image
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(model(-noise, label).image[0], first)
+
+
+def test_normalised_states_have_zero_mean_and_unit_variance():
+    torch.manual_seed(0)
+    model = get.GET((1, 4, 4), 0, **SMALL_GET | {"normalise": True})
+    z = model(torch.randn(3, 1, 4, 4), None, None, Solver("iterate", 3, 0.0, "last")).solution.z
+    torch.testing.assert_close(z.mean(2), torch.zeros(3, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(z.var(2, correction=0), torch.ones(3, 4), rtol=1e-4, atol=0)
+
+
+def test_a_get_used_twice_gives_the_same_bits():
+    torch.manual_seed(0)
+    model = get.GET((1, 4, 4), 3, **SMALL_GET)
+    noise, label = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    solver = Solver("iterate", 4, 0.0, "last")
+    first = model(noise, label, None, solver)
+    model(torch.randn(3, 1, 4, 4), label, first.solution.z, solver)
+    second = model(noise, label, None, solver)
+    assert torch.equal(first.image, second.image)
+    assert torch.equal(first.solution.residuals, second.solution.residuals)
+
+
+def test_a_get_starts_at_zeros_and_its_samples_do_not_touch_each_other():
+    torch.manual_seed(0)
+    model = get.GET((1, 4, 4), 3, **SMALL_GET | {"normalise": True})
+    noise, label = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    solver = Solver("iterate", 40, 1e-3, "last")
+    image, solution = model(noise, label, torch.zeros(3, *model.state_shape), solver)
+    torch.testing.assert_close(model(noise, label, None, solver).image, image, rtol=0, atol=0)
+    for i in range(3):
+        alone = model(noise[i : i + 1], label[i : i + 1], None, solver)
+        torch.testing.assert_close(alone.image[0], image[i], rtol=0, atol=1e-5)
+        assert alone.solution.iterations[0] == solution.iterations[i]
+
+
+def test_block_evaluations_follow_from_the_iterations():
+    with torch.device("meta"):
+        model = get.GET((3, 32, 32), 0, **get.SIZES["GET-T/2"])
+        baseline = vit.ViT((3, 32, 32), 0, **vit.SIZES["ViT-L/2"])
+    assert model.blocks(6) == 24
+    assert model.blocks(torch.tensor([1, 6])).tolist() == [9, 24]
+    assert model.state_shape == (256, 256)
+    assert baseline.blocks() == 24
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"patch": 3}, "image"),
+        ({"heads": 3}, "width"),
+        ({"width": 18}, "width"),
+        ({"depth": 0}, "depth"),
+        ({"expansion": 0}, "expansion"),
+        ({"equilibrium_depth": 0}, "equilibrium_depth"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(change, word):
+    with pytest.raises(ValueError, match=f"^{word} is "):
+        get.GET((1, 4, 4), 0, **SMALL_GET | change)
+
+
+def test_a_label_is_needed_exactly_if_there_are_classes():
+    solver = Solver("iterate", 1, 0.0, "last")
+    with pytest.raises(ValueError, match="no label"):
+        get.GET((1, 4, 4), 3, **SMALL_GET)(torch.zeros(1, 1, 4, 4), None, None, solver)
+    with pytest.raises(ValueError, match="a label"):
+        vit.ViT((1, 4, 4), 0, **SMALL, conditioning="additive")(torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+    with pytest.raises(ValueError, match="conditioning"):
+        vit.ViT((1, 4, 4), 0, **SMALL, conditioning="adaln_zero")
+
+
+def test_every_iterate_needs_a_recording_solver():
+    model = get.GET((1, 4, 4), 0, **SMALL_GET)
+    with pytest.raises(ValueError, match="record=True"):
+        model(torch.zeros(1, 1, 4, 4), None, None, Solver("iterate", 1, 0.0, "last"), every=True)
