@@ -98,23 +98,29 @@ def _integrate(denoise, noise, sigmas, label, churn, noises, corrected: bool) ->
         raise ValueError(f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas")
     if churn is not None and noises is None:
         raise ValueError("churn needs fresh noise; give noises, a function of the step")
-    return _steps(denoise, noise, sigmas.tolist(), label, churn, noises, corrected)
+    return _steps(denoise, noise.detach().double(), sigmas.tolist(), label, churn, noises, corrected)
 
 
-@torch.no_grad()
 def _steps(denoise, noise, sigmas, label, churn, noises, corrected: bool) -> Iterator[Step]:
-    x, carry, nfe = noise.double() * sigmas[0], None, 0
+    x, carry, nfe = noise * sigmas[0], None, 0
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         if churn is not None:
             fresh, start = noises(i).to(x), sigma
             sigma = start + churn.gamma(start, len(sigmas) - 1) * start
             x = x + math.sqrt(sigma**2 - start**2) * churn.noise_scale * fresh
-        first = denoise(x, sigma, label, carry)
-        slope = (x - first.image) / sigma
-        x_next, calls = x + (sigma_next - sigma) * slope, (first,)
-        if corrected and sigma_next > 0:
-            second = denoise(x_next, sigma_next, label, first.carry)
-            slope_next = (x_next - second.image) / sigma_next
-            x_next, calls = x + (sigma_next - sigma) * (slope + slope_next) / 2, (first, second)
-        x, carry, nfe = x_next, calls[-1].carry, nfe + len(calls)
+        x, calls = _step(denoise, x, sigma, sigma_next, label, carry, corrected)
+        carry, nfe = calls[-1].carry, nfe + len(calls)
         yield Step(x, sigma_next, calls, nfe)
+
+
+@torch.no_grad()
+def _step(denoise, x, sigma, sigma_next, label, carry, corrected: bool) -> tuple[Tensor, tuple[Denoised, ...]]:
+    """Return the state at sigma_next and what the denoiser returned: Euler's step, then the trapezoidal correction."""
+    first = denoise(x, sigma, label, carry)
+    slope = (x - first.image) / sigma
+    x_next = x + (sigma_next - sigma) * slope
+    if not corrected or sigma_next == 0:
+        return x_next, (first,)
+    second = denoise(x_next, sigma_next, label, first.carry)
+    slope_next = (x_next - second.image) / sigma_next
+    return x + (sigma_next - sigma) * (slope + slope_next) / 2, (first, second)

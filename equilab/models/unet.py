@@ -75,7 +75,7 @@ class ConvDown(ResampleConv):
 
 
 class Block(nn.Module):
-    """A residual block conditioned on the embedding (B, E), with resampling before and self-attention after it if asked.
+    """A residual block conditioned on the embedding (B, E), with resampling before and attention after it if asked.
 
     DDPM++ and NCSN++ add the embedding and scale each sum by sqrt(1/2); ADM modulates the normalised features by it.
     """
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         label: Int64[Tensor, "b"] | None,
         augment_label: Float[Tensor, "b a"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class, no augmentation for the whole batch.
+        """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class or augmentation for the whole batch.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """
@@ -301,7 +301,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 def _heads(channels: int, head_channels: int) -> int:
     if head_channels and channels % head_channels:
-        raise ValueError(f"head_channels={head_channels} does not divide an attention's {channels} channels; give a divisor")
+        raise ValueError(f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
 

@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+from conftest import golden, weights_of
+from hashed import hashed_weights
+
+from equilab import published
+from equilab.models.precond import EDM, coefficients
+from equilab.models.unet import ARCHITECTURES, UNet
+
+CIFAR10 = {"width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
+FFHQ = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
+IMAGENET = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "head_channels": 64}
+TINY = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0, "dropout": 0.1, "augment": 0}
+
+
+def stored(name):
+    """Return the reference values of `name`, its denoiser filled with their weights, and the labels as classes."""
+    values, metadata = golden(name)
+    config = {"head_channels": 8} if name == "edm_adm" else {}
+    one_hot = values.get("in.class_labels")
+    return values, published.load("edm", weights_of(values), **config), None if one_hot is None else one_hot.argmax(1)
+
+
+def assert_agree(ours, reference, tolerance):
+    """Compare with a tolerance relative to the largest value of the reference."""
+    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ncsnpp", "edm_adm"])
+@torch.no_grad()
+def test_networks_agree_with_the_published_ones(name):
+    values, model, label = stored(name)
+    x, noise_label = values["in.x"], values["in.noise_labels"]
+    assert_agree(model.net.map_noise(noise_label), values["out.noise_embedding_before_swap"], 1e-5)
+    assert_agree(model.net(x, noise_label, label), values["out.raw"], 1e-5)
+    if "in.augment_labels" in values:
+        out = model.net(x, noise_label, label, values["in.augment_labels"])
+        assert_agree(out, values["out.raw_with_augment_labels"], 1e-5)
+    if label is not None:
+        assert_agree(model.net(x, noise_label, None), values["out.raw_zero_labels"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ncsnpp", "edm_adm"])
+@torch.no_grad()
+def test_denoisers_agree_with_the_published_ones_for_one_sigma_and_for_one_each(name):
+    values, model, label = stored(name)
+    for sigma, reference in zip(values["in.sigmas"], values["out.denoised"], strict=True):
+        x = values["in.x"] * sigma.clamp(min=0.5)
+        assert_agree(model(x, sigma, label).image, reference, 1e-5)
+        assert_agree(model(x, sigma.item(), label).image, reference, 1e-5)
+    denoised = model(values["in.x"], values["in.sigma_per_sample"], label)
+    assert_agree(denoised.image, values["out.denoised_per_sample"], 1e-5)
+    assert denoised.carry is None and denoised.solution is None
+
+
+@pytest.mark.parametrize("name", ["cifar10_ddpmpp_cond", "cifar10_ncsnpp_uncond", "imagenet64_adm_cond"])
+@torch.no_grad()
+def test_full_size_networks_agree_with_the_published_ones(name):
+    values, metadata = golden(f"full_{name}")
+    config = metadata["config"]
+    architecture = name.split("_")[1]
+    sizes = {"cifar10": CIFAR10, "imagenet64": IMAGENET}[name.split("_")[0]]
+    image = (3, config["img_resolution"], config["img_resolution"])
+    with torch.device("meta"):
+        net = UNet(
+            image, config["label_dim"], architecture=architecture, dropout=0.0, augment=config["augment_dim"], **sizes
+        )
+    shapes = {f"model.{key}": value.shape for key, value in net.state_dict().items()}
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if architecture == "ncsnpp" else [1.0, 1.0])
+    table = taps.outer(taps)[None, None] / taps.sum() ** 2
+    weights = {key: table for key in shapes if key.endswith("resample_filter")}
+    weights |= hashed_weights({key: shape for key, shape in shapes.items() if key not in weights})
+    model = published.load("edm", weights)
+    label = values["in.class_labels"].argmax(1) if config["label_dim"] else None
+    assert sum(p.numel() for p in model.parameters()) == int(metadata["parameters"])
+    assert_agree(model(values["in.x"], values["in.sigma"], label).image, values["out.denoised"], 1e-5)
+
+
+def test_networks_have_the_published_numbers_of_parameters_buffers_and_tensors(facts):
+    for name, counts in facts["edm_parameters"].items():
+        architecture = next(a for a in ARCHITECTURES if a in name)
+        sizes, height = (CIFAR10, 32) if "cifar10" in name else (IMAGENET, 64) if "imagenet" in name else (FFHQ, 64)
+        classes = (1000 if "imagenet" in name else 10) if name.find("_cond") > 0 else 0
+        augment = 9 if name.endswith("dim9") else 0
+        with torch.device("meta"):
+            net = UNet((3, height, height), classes, architecture=architecture, dropout=0.0, augment=augment, **sizes)
+        assert sum(p.numel() for p in net.parameters()) == counts["parameters"], name
+        assert sum(b.numel() for b in net.buffers()) == counts["buffers"], name
+        assert len(net.state_dict()) == counts["state_dict_tensors"], name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("height", "multipliers"), [(8, (1, 1)), (8, (1, 2)), (28, (1, 2, 2)), (6, (2,))])
+def test_any_size_that_halves_works_and_every_parameter_gets_a_gradient(architecture, height, multipliers):
+    sizes = {**TINY, "multipliers": multipliers, "attention": [height]}
+    net = UNet((1, height, height), 10, architecture=architecture, **sizes)
+    x = torch.randn(2, 1, height, height)
+    out = net(x, torch.tensor([-1.0, 0.5]), torch.tensor([3, 7]))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_network_returns_almost_nothing_so_that_training_starts_at_the_skip_connection(architecture):
+    net = UNet((3, 8, 8), 0, architecture=architecture, **TINY)
+    assert net(torch.randn(2, 3, 8, 8), torch.zeros(2), None).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_channels_last_gives_the_same_image_in_channels_last(architecture):
+    values, model, label = stored(f"edm_{architecture}")
+    model = model.to(memory_format=torch.channels_last)
+    out = model.net(values["in.x"].to(memory_format=torch.channels_last), values["in.noise_labels"], label)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_agree(out, values["out.raw"], 1e-5)
+
+
+@torch.no_grad()
+def test_autocast_reaches_the_network_but_not_the_preconditioning():
+    values, model, label = stored("edm_ncsnpp")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.net(values["in.x"], values["in.noise_labels"], label).dtype == torch.bfloat16
+        denoised = model(values["in.x"].double(), 0.5, label).image
+    assert denoised.dtype == torch.float32
+    assert_agree(denoised, model(values["in.x"], 0.5, label).image, 0.03)
+
+
+def test_preconditioning_gives_network_inputs_and_targets_unit_variance():
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = coefficients(sigma, 0.5)
+    torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2, c_out**2)
+    assert c_noise[2].item() == pytest.approx(math.log(80) / 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": "ddpm"}, "architecture='ddpm'.*ddpmpp"),
+        ({"multipliers": (1, 2, 2, 2, 2)}, "halved 4 times.*multiple of 16"),
+        ({"width": 36}, "144 channels.*multiples of"),
+        ({"width": 2}, "2 channels"),
+        ({"width": 0}, "width=0"),
+        ({"attention": (16,)}, r"attention=\[16\].*\[8, 4\]"),
+        ({"head_channels": 7}, "head_channels=7.*32"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        UNet((1, 8, 8), 0, **{"architecture": "ddpmpp"} | TINY | change)
+
+
+def test_an_image_that_is_not_square_is_refused():
+    with pytest.raises(ValueError, match=r"image=\(1, 8, 16\).*square"):
+        UNet((1, 8, 16), 0, architecture="adm", **TINY)
+
+
+def test_labels_that_the_network_was_not_built_for_are_refused():
+    model = EDM(UNet((1, 8, 8), 0, architecture="adm", **TINY), sigma_data=0.5)
+    x = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="classes=0"):
+        model(x, 1.0, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="augment=0"):
+        model(x, 1.0, None, augment_label=torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize(
+    "missing", ["model.enc.8x8_conv.weight", "model.map_layer0.weight", "model.dec.4x4_in0.qkv.bias"]
+)
+def test_published_weights_with_a_missing_tensor_are_refused_by_its_name(missing):
+    values, _ = golden("edm_ddpmpp")
+    weights = weights_of(values)
+    del weights[missing]
+    with pytest.raises(ValueError, match=missing):
+        published.load("edm", weights)
+
+
+def test_weights_of_something_else_are_refused():
+    with pytest.raises(ValueError, match="state dict of an EDM network"):
+        published.load("edm", {"blocks.0.weight": torch.zeros(2, 2)})
