@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equilab import rng
-from equilab.config import UserError
+from equilab.config import Job, UserError
+from equilab.progress import bar
+from equilab.training.state import require_disk, sha256_of, write_array, write_json
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
 READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
@@ -33,14 +37,17 @@ class Config:
 
     `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`) or
     "folder" (a zip or folder of PNG or JPEG images with an optional dataset.json of labels, reads `path` and one of
-    `test_path` and `test`). `path`, `test_path`: relative to the folder that the command runs in. `test`: images held
-    out of `path` for the test split, drawn by the study's seed.
+    `test_path` and `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test
+    split, drawn by the study's seed. `image`: (channels, height, width). `classes`: 0 for images without labels. The
+    last two tell the plan and a reader what the stage then compares with what it finds.
     """
 
     source: Literal["digits", "cifar10", "folder"]
     path: str | None
     test_path: str | None
     test: int | None
+    image: tuple[int, int, int]
+    classes: int
 
     def __post_init__(self):
         given = tuple(key for key in ("path", "test", "test_path") if getattr(self, key) is not None)
@@ -109,35 +116,34 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     return Dataset(images, labels, classes)
 
 
-def run(config: Config, out: Path, seed: int) -> None:
-    """Write train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and meta.json into `out`.
+def run(config: Config, job: Job) -> None:
+    """Write train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and meta.json into the stage's folder.
 
     The label files are absent where the source has no labels. The same source and seed give the same bytes. Memory
     does not grow with the number of images.
 
     Raises: UserError naming the key or the file that is wrong, and what to do.
     """
-    splits = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[config.source](config, seed)
-    labelled = {split: images.labels is not None for split, (images, _) in splits.items()}
-    if len(set(labelled.values())) > 1:
-        raise UserError(f"data.path and data.test_path must both have labels or both none; labelled: {labelled}")
-    shape = splits["train"][0].read(0).shape
-    sha256, classes = {}, 0
-    out.mkdir(parents=True, exist_ok=True)
-    for split, (images, indices) in splits.items():
-        rows = (_fitting(images, i, shape) for i in tqdm(indices.tolist(), desc=f"data: {split}", unit="image"))
-        file = out / f"{split}_images.npy"
-        sha256[file.name] = _write_array(file, (len(indices), *shape), np.uint8, rows)
-        if labelled[split]:
-            labels = images.labels[indices]
-            file = out / f"{split}_labels.npy"
-            sha256[file.name] = _write_array(file, labels.shape, np.int64, [labels])
-            classes = max(classes, int(labels.max()) + 1)
+    splits = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[config.source](config, job.study.seed)
+    labels = {split: images.labels[indices] for split, (images, indices) in splits.items() if images.labels is not None}
+    if len(labels) == 1:
+        raise UserError(f"only the {next(iter(labels))} images have labels; give dataset.json to both or to none")
+    classes = 1 + max((int(found.max()) for found in labels.values()), default=-1)
+    if classes != config.classes:
+        raise UserError(f"data.classes is {config.classes}, the images' labels have {classes}; set it to {classes}")
     counts = {split: len(indices) for split, (_, indices) in splits.items()}
-    meta = {"source": config.source, "shape": list(shape), "classes": classes, "counts": counts, "sha256": sha256}
-    temporary = out / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, out / "meta.json")
+    require_disk(job.out, sum(counts.values()) * math.prod(config.image))
+    job.out.mkdir(parents=True, exist_ok=True)
+    sha256 = {}
+    for split, (images, indices) in splits.items():
+        file = job.out / f"{split}_images.npy"
+        with bar(f"data: {split}", len(indices)) as progress:
+            rows = _rows(images, indices.tolist(), config.image, progress)
+            sha256[file.name] = _write_images(file, (len(indices), *config.image), rows)
+    for split, found in labels.items():
+        sha256[f"{split}_labels.npy"] = write_array(job.out / f"{split}_labels.npy", found)
+    meta = {"source": config.source, "shape": config.image, "classes": classes, "counts": counts, "sha256": sha256}
+    write_json(job.out / "meta.json", meta)
 
 
 def _digits(config: Config, seed: int) -> dict:
@@ -239,28 +245,30 @@ def _decode(read_bytes: Callable[[str], bytes], name: str, path: Path) -> np.nda
     return pixels[None] if image.mode == "L" else pixels.transpose(2, 0, 1)
 
 
-def _fitting(images: Images, index: int, shape: tuple[int, ...]) -> np.ndarray:
-    image = images.read(index)
-    if image.shape != shape:
-        raise UserError(f"{images.names[index]} is {image.shape}, the first one {shape} (channels, height, width); "
-                        "make all images the same size and mode")
-    return image
+def _rows(images: Images, indices: Iterable[int], shape: tuple[int, ...], progress: tqdm) -> Iterator[np.ndarray]:
+    for index in indices:
+        image = images.read(index)
+        if image.shape != shape:
+            raise UserError(f"{images.names[index]} is {image.shape}, data.image is {shape} (channels, height, width); "
+                            "correct the key, or make all images the same size and mode")
+        yield image
+        progress.update()
 
 
-def _write_array(path: Path, shape: tuple[int, ...], dtype: type, rows: Iterable[np.ndarray]) -> str:
-    """Write rows that follow one another in memory as one .npy file, in one pass; returns the file's sha256."""
+def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> str:
+    """Write uint8 rows as they come into one .npy file, which appears when it is whole; returns the file's sha256."""
     header = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-    digest = hashlib.sha256(header.getvalue())
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(header.getvalue())
-        for row in rows:
-            data = row.tobytes()
-            digest.update(data)
-            file.write(data)
-    os.replace(temporary, path)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    digest = hashlib.sha256()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for data in itertools.chain([header.getvalue()], map(np.ndarray.tobytes, rows)):
+                digest.update(data)
+                file.write(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 
@@ -273,14 +281,6 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
     if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
         raise UserError(f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
                         f"{np.dtype(dtype)} {shape}; run the stage data again")
-    if sha256 is not None and _sha256(path) != sha256[path.name]:
+    if sha256 is not None and sha256_of(path) != sha256[path.name]:
         raise UserError(f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again")
     return array
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,13 +12,29 @@ import torch
 from PIL import Image
 
 from equilab import config, data
-from equilab.config import UserError
+from equilab.config import Job, Study, UserError
 
-DIGITS = {"source": "digits", "path": None, "test_path": None, "test": 360}
+DIGITS = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8], "classes": 10}
 
 
-def folder(path, test=None, test_path=None):
-    return data.Config("folder", str(path), None if test_path is None else str(test_path), test)
+@pytest.fixture(autouse=True)
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(settings, seed=0):
+    """Run the stage in the working folder and return the folder of its results."""
+    job = Job(Study("test", ".", seed, 1, "cpu"), "data", None)
+    data.run(settings, job)
+    return job.out
+
+
+def run_digits(seed=0):
+    return run(config.parse(data.Config, DIGITS, "data"), seed)
+
+
+def folder(path, test=None, test_path=None, image=(3, 4, 5), classes=3):
+    return data.Config("folder", str(path), None if test_path is None else str(test_path), test, image, classes)
 
 
 def encoded(pixels, format="PNG", mode=None):
@@ -47,9 +63,9 @@ def colour_files(count=6, labels="all"):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp("digits")
-    data.run(data.Config(**DIGITS), out, seed=0)
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("digits"))
+        return run_digits().resolve()
 
 
 def test_every_level_survives_the_conversion_to_float_and_back():
@@ -83,15 +99,14 @@ def test_digits_are_split_by_the_seed_and_scaled_to_the_full_range(digits, tmp_p
     keep = np.lexsort(ours.T), np.lexsort(np.rint(pixels * 255 / 16 + 1e-6).T)
     np.testing.assert_array_equal(ours[keep[0]], np.rint(pixels * 255 / 16 + 1e-6)[keep[1]])
     np.testing.assert_array_equal(np.concatenate([train.labels, test.labels])[keep[0]], labels[keep[1]])
-    data.run(data.Config(**DIGITS), tmp_path, seed=1)
-    assert (data.load(tmp_path, "test").images != test.images).any()
+    assert (data.load(run_digits(seed=1), "test").images != test.images).any()
 
 
 def test_the_same_seed_writes_the_same_bytes(digits, tmp_path):
-    data.run(data.Config(**DIGITS), tmp_path, seed=0)
-    names = sorted(file.name for file in tmp_path.iterdir())
+    again = run_digits()
+    names = sorted(file.name for file in again.iterdir())
     assert names == ["meta.json", "test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
-    assert all((tmp_path / name).read_bytes() == (digits / name).read_bytes() for name in names)
+    assert all((again / name).read_bytes() == (digits / name).read_bytes() for name in names)
 
 
 def test_written_arrays_are_plain_npy_files(digits):
@@ -111,19 +126,19 @@ def test_a_zip_and_a_folder_give_the_same_images_and_labels(packed, tmp_path):
         for name, content in files.items():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    data.run(folder(source, test_path=source), tmp_path / "out", seed=0)
-    train = data.load(tmp_path / "out", "train", verify=True)
+    out = run(folder(source, test_path=source))
+    train = data.load(out, "train", verify=True)
     order = train.images[:, 0, 0, 0]  # sorted by name: 00/00000, 00/00002, ..., 01/00001, ...
     assert order.tolist() == [0, 2, 4, 1, 3, 5]
     np.testing.assert_array_equal(train.images, pixels[order].transpose(0, 3, 1, 2))
     assert train.labels.tolist() == [i % 3 for i in order] and train.classes == 3
-    np.testing.assert_array_equal(data.load(tmp_path / "out", "test").images, train.images)
+    np.testing.assert_array_equal(data.load(out, "test").images, train.images)
 
 
 def test_held_out_images_are_not_trained_on(tmp_path):
     source = write_zip(tmp_path / "images.zip", colour_files(20)[0])
-    data.run(folder(source, test=5), tmp_path, seed=0)
-    train, test = data.load(tmp_path, "train"), data.load(tmp_path, "test")
+    out = run(folder(source, test=5))
+    train, test = data.load(out, "train"), data.load(out, "test")
     assert sorted([*train.images[:, 0, 0, 0], *test.images[:, 0, 0, 0]]) == list(range(20))
     assert len(test.images) == 5
 
@@ -133,16 +148,16 @@ def test_images_without_labels_have_no_classes_and_no_label_files(labels, tmp_pa
     files, _ = colour_files(labels=labels)
     if labels == "absent":
         del files["dataset.json"]
-    data.run(folder(write_zip(tmp_path / "images.zip", files), test=2), tmp_path / "out", seed=0)
-    train = data.load(tmp_path / "out", "train", verify=True)
+    out = run(folder(write_zip(tmp_path / "images.zip", files), test=2, classes=0))
+    train = data.load(out, "train", verify=True)
     assert train.labels is None and train.classes == 0
-    assert not (tmp_path / "out" / "train_labels.npy").exists()
+    assert not (out / "train_labels.npy").exists()
 
 
 def test_grey_jpeg_images_have_one_channel(tmp_path):
     files = {f"{i}.jpg": encoded(np.full((8, 8), 40 * i, np.uint8), "JPEG") for i in range(4)}
-    data.run(folder(write_zip(tmp_path / "images.zip", files), test=1), tmp_path, seed=0)
-    assert data.load(tmp_path, "train").images.shape == (3, 1, 8, 8)
+    out = run(folder(write_zip(tmp_path / "images.zip", files), test=1, image=(1, 8, 8), classes=0))
+    assert data.load(out, "train").images.shape == (3, 1, 8, 8)
 
 
 def damaged(files, name):
@@ -168,14 +183,15 @@ LABELS = json.loads(FILES["dataset.json"])["labels"]
         ({**FILES, "dataset.json": json.dumps({"labels": [[FIRST, 0.5], *LABELS[1:]]})}, f"{FIRST} the label 0.5"),
         ({**FILES, "dataset.json": "{"}, "dataset.json in .* is not"),
         ({**FILES, "dataset.json": "{}"}, "dataset.json in .* is not"),
+        ({**FILES, "dataset.json": json.dumps({"labels": [[n, 3] for n, _ in LABELS]})}, "classes is 3, .* to 4"),
         ({"readme.txt": "none"}, "holds no image"),
     ],
 )
 def test_a_wrong_image_or_label_list_is_named(files, message, tmp_path):
     source = write_zip(tmp_path / "images.zip", files)
     with pytest.raises(UserError, match=message):
-        data.run(folder(source, test=2), tmp_path / "out", seed=0)
-    assert not (tmp_path / "out" / "meta.json").exists()
+        run(folder(source, test=2))
+    assert not (tmp_path / "results/data/meta.json").exists()
 
 
 def test_a_damaged_zip_is_named(tmp_path):
@@ -183,26 +199,26 @@ def test_a_damaged_zip_is_named(tmp_path):
     whole = source.read_bytes()
     source.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="images.zip.* is not a readable zip"):
-        data.run(folder(source, test=2), tmp_path / "out", seed=0)
+        run(folder(source, test=2))
     at = whole.index(FILES["01/00003.png"]) + 60
     source.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
     with pytest.raises(UserError, match="01/00003.png in .*images.zip cannot be read.*CRC"):
-        data.run(folder(source, test=2), tmp_path / "out", seed=0)
+        run(folder(source, test=2))
 
 
 def test_a_missing_source_or_label_list_is_named(tmp_path):
     with pytest.raises(UserError, match="data.path .*nowhere.zip.* is not there"):
-        data.run(folder(tmp_path / "nowhere.zip", test=2), tmp_path, seed=0)
+        run(folder(tmp_path / "nowhere.zip", test=2))
     labelled = write_zip(tmp_path / "a.zip", FILES)
     bare = write_zip(tmp_path / "b.zip", colour_files(labels=None)[0])
-    with pytest.raises(UserError, match="both have labels"):
-        data.run(folder(labelled, test_path=bare), tmp_path / "out", seed=0)
+    with pytest.raises(UserError, match="only the train images have labels"):
+        run(folder(labelled, test_path=bare))
 
 
 @pytest.mark.parametrize("test", [0, 6, -1])
 def test_an_impossible_number_of_held_out_images_is_refused(test, tmp_path):
     with pytest.raises(UserError, match=f"data.test is {test}; it must be between 1 and 5"):
-        data.run(folder(write_zip(tmp_path / "images.zip", FILES), test=test), tmp_path, seed=0)
+        run(folder(write_zip(tmp_path / "images.zip", FILES), test=test))
 
 
 @pytest.mark.parametrize(
@@ -221,9 +237,9 @@ def test_cifar10_comes_from_torchvision_in_its_own_splits(tmp_path, monkeypatch)
 
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=CIFAR10))
-    data.run(data.Config("cifar10", str(tmp_path), None, None), tmp_path, seed=0)
-    assert data.load(tmp_path, "train").images.shape == (4, 3, 32, 32)
-    assert data.load(tmp_path, "test", verify=True).labels.tolist() == [1, 1]
+    out = run(data.Config("cifar10", str(tmp_path), None, None, (3, 32, 32), 2))
+    assert data.load(out, "train").images.shape == (4, 3, 32, 32)
+    assert data.load(out, "test", verify=True).labels.tolist() == [1, 1]
 
 
 def test_cifar10_without_a_network_says_what_to_place_where(tmp_path, monkeypatch):
@@ -233,7 +249,7 @@ def test_cifar10_without_a_network_says_what_to_place_where(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=CIFAR10))
     with pytest.raises(UserError, match="place cifar-10-python.tar.gz there"):
-        data.run(data.Config("cifar10", str(tmp_path), None, None), tmp_path, seed=0)
+        run(data.Config("cifar10", str(tmp_path), None, None, (3, 32, 32), 10))
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train_images.npy", "train_labels.npy"])
