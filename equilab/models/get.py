@@ -23,7 +23,7 @@ from equilab.models.layers import (
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 from equilab.published import need
 
-# GET (Geng 2023), table 7, where the E of GET-Small is printed as 6: its 37.2M parameters need 8; a head has 64 channels
+# GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
 SIZES = {
     f"GET-{name}": {
         "width": width,

@@ -12,7 +12,7 @@ from equilab.solvers.record import Record, Solution
 if TYPE_CHECKING:
     from equilab.solvers.solver import Solver
 
-RIDGE = 1e-6  # keeps Anderson's small systems solvable in float32; relative to each residual's square
+RIDGE = 10  # machine epsilons, relative to each residual's square: keeps Anderson's small systems solvable
 
 
 def iterate(f, init: Tensor, solver: Solver) -> Solution:
@@ -55,9 +55,9 @@ def _combine(states: Tensor, steps: Tensor, mixing: float) -> Tensor:
         g = steps.flatten(2)  # (A, M, N*D)
         length = torch.linalg.vector_norm(g, dim=2, keepdim=True)  # (A, M, 1)
         unit = g / length.clamp_min(torch.finfo(g.dtype).tiny)
-        gram = unit @ unit.mT + RIDGE * torch.eye(g.shape[1], dtype=g.dtype, device=g.device)  # (A, M, M)
+        ridge = RIDGE * torch.finfo(g.dtype).eps * torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
         smallest = length.amin(1, keepdim=True)
         inverse = torch.where(length > 0, smallest / length, 1.0)  # (A, M, 1), scaled to at most 1
-        weights = inverse * torch.linalg.solve_ex(gram, inverse).result
+        weights = inverse * torch.linalg.solve_ex(unit @ unit.mT + ridge, inverse).result
         weights = (weights / weights.sum(1, keepdim=True))[..., None]  # (A, M, 1, 1)
         return (weights * (states + mixing * steps)).sum(1)  # (A, N, D)
