@@ -1,0 +1,313 @@
+"""Scores of generated against real images on the features of one network; the only file that imports torch-fidelity.
+
+On Inception's features the distance is called `fid`, on those of the study's own classifier `fd`. torch-fidelity is
+imported where it is needed, as it brings torchvision along, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, UInt8
+from torch import Tensor, nn
+
+from equilab import rng
+from equilab.config import UserError, digest
+from equilab.data import load, to_float
+from equilab.progress import bar
+from equilab.training.state import checksum, load_network, load_tensors, save_tensors
+
+CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
+DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
+BATCH = 250  # images through a feature network at once; decides the last bits
+COMPARED = 50_000  # real images of which the features are kept, at most
+KID_SUBSET, NEIGHBOURS, SPLITS, SEED = 1000, 3, 10, 2020  # as published with each score; torch-fidelity's seed
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the file carries
+
+Images = UInt8[np.ndarray, "n c h w"] | Iterable[UInt8[np.ndarray, "_ c h w"]]  # an array, or batches
+
+
+class Extractor(NamedTuple):
+    """A feature network: uint8 images (B, C, H, W) on `device` to features (B, D) and logits (B, K), both float32.
+
+    `distance` is what the Frechet distance on it is called, `key` changes with its weights.
+    """
+
+    network: Callable[[Tensor], tuple[Tensor, Tensor]]
+    distance: str
+    key: str
+    device: torch.device
+
+
+class Statistics(NamedTuple):
+    """Mean (D,) and unbiased covariance (D, D) of features."""
+
+    mean: Float64[Tensor, "d"]
+    covariance: Float64[Tensor, "d d"]
+
+
+class Reference(NamedTuple):
+    """A real image set as scores need it: statistics of all its images, features and logits of those compared."""
+
+    statistics: Statistics
+    features: Float32[Tensor, "m d"]
+    logits: Float32[Tensor, "m k"]
+
+
+def classifier_extractor(classifier: nn.Module) -> Extractor:
+    """Return the extractor of a trained Classifier, on the device that it is on."""
+    device = next(classifier.parameters()).device
+    return Extractor(lambda image: classifier(to_float(image)), "fd", checksum(classifier.state_dict()), device)
+
+
+def inception_extractor(device: torch.device) -> Extractor:
+    """Return torch-fidelity's Inception-v3: its 2048 pooled features, of grey images with their channel repeated.
+
+    Its weights are fetched once into torch's hub folder.
+
+    Raises: UserError naming the file to place, and where, if it is missing and cannot be fetched, or is damaged.
+    Differs: precision and recall are measured on Inception's features, as in Dhariwal & Nichol 2021, not on VGG's, so
+        that one network serves all scores.
+    """
+    from torch_fidelity import feature_extractor_inceptionv3 as inceptionv3
+
+    path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(inceptionv3.URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"Inception's weights could not be fetched ({error}); place the file {INCEPTION} of the "
+                            f"releases of torch-fidelity at {path}") from error
+    weights = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not weights.startswith(INCEPTION_SHA256):
+        raise UserError(f"{path} is damaged, its sha256 starts not with {INCEPTION_SHA256}; remove it and run again")
+    torch.load(path, weights_only=True)  # torch-fidelity unpickles the file: refuse one that holds more than tensors
+    network = inceptionv3.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(path)).to(device)
+    key = f"{weights} {importlib.metadata.version('torch-fidelity')}"
+    return Extractor(lambda image: network(image.expand(-1, 3, -1, -1)), "fid", key, device)
+
+
+def register(extractor: Extractor) -> str:
+    """Make the extractor known to torch-fidelity; returns its name for `calculate_metrics(feature_extractor=...)`.
+
+    The name carries the key, because torch-fidelity caches by name.
+    """
+    from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "features", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, image):
+            features, logits = extractor.network(image)
+            return tuple({"features": features, "logits": logits}[name] for name in self.features_list)
+
+    name = f"equilab-{digest(extractor.key)}"
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, Registered)
+    return name
+
+
+def extract(images: Images, extractor: Extractor) -> Iterator[tuple[Float32[Tensor, "b d"], Float32[Tensor, "b k"]]]:
+    """Yield features (B, D) and logits (B, K) on the CPU, of an array in batches of BATCH, else batch by batch."""
+    batches = images
+    if isinstance(images, np.ndarray):
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+    for batch in batches:
+        with torch.no_grad():
+            features, logits = extractor.network(torch.from_numpy(np.array(batch)).to(extractor.device))
+        yield features.cpu(), logits.cpu()
+
+
+def statistics(blocks: Iterable[Float[Tensor, "_ d"]]) -> Statistics:
+    """Return mean and unbiased covariance of features that come in blocks, summed in float64.
+
+    Raises: ValueError for fewer than two images.
+    """
+    count, total, products = 0, 0.0, 0.0
+    for block in blocks:
+        block = block.double()
+        count, total, products = count + len(block), total + block.sum(0), products + block.T @ block  # (D,), (D, D)
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {count}; give more")
+    mean = total / count
+    return Statistics(mean, (products - count * torch.outer(mean, mean)) / (count - 1))
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """Return the squared Frechet distance of two Gaussians, |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    Source: Heusel et al. 2017 (FID), equation 6.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (a, b)]
+    return fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID]
+
+
+def kid(
+    features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, subsets: int, subset: int, seed: int
+) -> float:
+    """Return the unbiased squared MMD with the kernel (x.y / D + 1)^3, a mean over random subsets of `subset` images.
+
+    It may be slightly below zero for equal distributions.
+
+    Source: Binkowski et al. 2018 (KID), section 4.
+    """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+    options = {"kid_subsets": subsets, "kid_subset_size": subset, "rng_seed": seed, "verbose": False}
+    return kid_features_to_metric(features, reference, **options)[KEY_METRIC_KID_MEAN]
+
+
+def inception_score(logits: Float[Tensor, "n k"], *, splits: int, seed: int) -> float:
+    """Return exp of the mean KL divergence from p(label | image) to p(label), a mean over `splits` shuffled parts.
+
+    Source: Salimans et al. 2016, section 4.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+    return isc_features_to_metric(logits, splits, True, seed)[KEY_METRIC_ISC_MEAN]
+
+
+def precision_recall(
+    features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, neighbours: int
+) -> tuple[float, float]:
+    """Return the share of images within the real images' manifold, and of real images within theirs.
+
+    A manifold is the union of balls around its images, each out to its `neighbours`-th nearest one.
+
+    Source: Kynkaanniemi et al. 2019, equations 1 and 2.
+    """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    options = {"prc_neighborhood": neighbours, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
+    found = prc_features_to_metric(features, reference, **options)
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+
+def reference(images: UInt8[np.ndarray, "n c h w"], extractor: Extractor, cache: Path, *, compared: int) -> Reference:
+    """Return the Reference of real images, computed once and kept in `cache` under a hash of all that it depends on.
+
+    Statistics are those of all images; features are kept of at most `compared` of them, drawn with a fixed seed, which
+    bounds the memory that KID, precision and recall take. A damaged file is computed again.
+    """
+    path = cache / f"{digest(DEFINITION, _sha256(images), extractor.key, compared)}.safetensors"
+    try:
+        kept, _ = load_tensors(path)
+    except UserError:  # missing or damaged
+        kept = _reference(images, extractor, compared)
+        save_tensors(path, kept, {})
+    return Reference(Statistics(kept["mean"], kept["covariance"]), kept["features"], kept["logits"])
+
+
+def _reference(images: np.ndarray, extractor: Extractor, compared: int) -> dict[str, Tensor]:
+    keep = torch.zeros(len(images), dtype=torch.bool)
+    keep[rng.generator(SEED, "compared images").permutation(len(images))[:compared]] = True
+    rows = []
+
+    def blocks() -> Iterator[Tensor]:
+        for chosen, (features, logits) in zip(keep.split(BATCH), extract(images, extractor)):
+            rows.append((features[chosen], logits[chosen]))
+            progress.update(len(features))
+            yield features
+
+    with bar("features of real images", len(images)) as progress:
+        found = statistics(blocks())
+    features, logits = (torch.cat(parts) for parts in zip(*rows))  # (M, D), (M, K)
+    return {**found._asdict(), "features": features, "logits": logits}
+
+
+def _sha256(images: np.ndarray) -> str:
+    found = hashlib.sha256(repr((images.shape, images.dtype)).encode())
+    for start in range(0, len(images), BATCH):
+        found.update(images[start : start + BATCH].tobytes())
+    return found.hexdigest()
+
+
+class Scorer:
+    """Scores images against a study's real ones, split "train" and "test", on its evaluator.
+
+    `weights`: what the stage `evaluator` wrote, or None for Inception. `data`: the results of the stage `data`.
+    `cache`: where the references are kept.
+
+    Raises: UserError naming the file that is missing or damaged, and what to do.
+    """
+
+    def __init__(self, weights: Path | None, data: Path, cache: Path, device: torch.device):
+        if weights is None:
+            self.extractor = inception_extractor(device)
+        else:
+            self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS)[0].to(device))
+        self.references = {
+            split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
+            for split in ("train", "test")
+        }
+
+    def distances(self, images: Images) -> dict[str, float]:
+        """Return `fd_train` and `fd_test` (with Inception `fid_...`) alone, in memory that does not grow."""
+        return self._distances(statistics(features for features, _ in extract(images, self.extractor)), self.references)
+
+    def scores(self, images: Images) -> dict[str, float]:
+        """Return all scores by name.
+
+        `distances`; `kid_train`, `kid_test`; `precision`, `recall` against train; `inception_score`; `n_samples`.
+
+        Raises: ValueError for fewer than 10 images.
+        """
+        features, logits = (torch.cat(parts) for parts in zip(*extract(images, self.extractor)))  # (N, D), (N, K)
+        return self._scores(features, logits, self.references)
+
+    def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
+        """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.
+
+        "test": the test images against train, two real sets that share no image: what a perfect generator gets with
+        that many samples. "bootstrap": `n_samples` images drawn with replacement from train, against train and test:
+        what copying the training images gets.
+
+        Raises: ValueError for fewer than 10 images.
+        """
+        train, test = self.references["train"], self.references["test"]
+        drawn = torch.from_numpy(rng.generator(seed, "floor").integers(len(train.features), size=n_samples))
+        return {
+            "test": self._scores(test.features, test.logits, {"train": train}),
+            "bootstrap": self._scores(train.features[drawn], train.logits[drawn], self.references),
+        }
+
+    def _scores(self, features: Tensor, logits: Tensor, references: Mapping[str, Reference]) -> dict[str, float]:
+        count = len(features)
+        if count < SPLITS:
+            raise ValueError(f"scores need at least {SPLITS} images, got {count}; sample more")
+        values = self._distances(statistics(features.split(BATCH)), references)
+        for split, real in references.items():
+            subset = min(KID_SUBSET, count, len(real.features))
+            subsets = -(-2 * max(count, len(real.features)) // subset)  # each image twice on average: 100 for 50,000
+            values[f"kid_{split}"] = kid(features, real.features, subsets=subsets, subset=subset, seed=SEED)
+        sides = (side.to(self.extractor.device) for side in (features, references["train"].features))
+        values["precision"], values["recall"] = precision_recall(*sides, neighbours=NEIGHBOURS)
+        return {**values, "inception_score": inception_score(logits, splits=SPLITS, seed=SEED), "n_samples": count}
+
+    def _distances(self, found: Statistics, references: Mapping[str, Reference]) -> dict[str, float]:
+        what = self.extractor.distance
+        return {f"{what}_{split}": frechet(found, real.statistics) for split, real in references.items()}
