@@ -38,8 +38,8 @@ class Config:
     `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`) or
     "folder" (a zip or folder of PNG or JPEG images with an optional dataset.json of labels, reads `path` and one of
     `test_path` and `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test
-    split, drawn by the study's seed. `image`: (channels, height, width). `classes`: 0 for images without labels. The
-    last two tell the plan and a reader what the stage then compares with what it finds.
+    split, drawn by the study's seed. `image`: (channels, height, width); `classes`: 0 for images without
+    labels; the stage compares both with what it finds.
     """
 
     source: Literal["digits", "cifar10", "folder"]

@@ -213,6 +213,14 @@ def test_noise_scores_worse_than_real_images_by_every_score(scorer, images):
         assert floor["test"][key] > noise[key], key
 
 
+def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, images, monkeypatch):
+    monkeypatch.setattr(fidelity, "COMPARED", 100)
+    found, first = scorer.scores(images), scorer.scores(images[:100])
+    for key in ("kid_train", "kid_test", "precision", "recall"):
+        assert found[key] == first[key], key
+    assert found["fd_train"] != first["fd_train"] and found["n_samples"] == 320
+
+
 def test_too_few_images_to_score_are_refused(scorer, images):
     with pytest.raises(ValueError, match="at least 10 images, got 9"):
         scorer.scores(images[:9])

@@ -26,7 +26,7 @@ from equilab.training.state import checksum, load_network, load_tensors, save_te
 CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
-COMPARED = 50_000  # real images of which the features are kept, at most
+COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
 KID_SUBSET, NEIGHBOURS, SPLITS, SEED = 1000, 3, 10, 2020  # as published with each score; torch-fidelity's seed
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the file carries
@@ -88,7 +88,7 @@ def inception_extractor(device: torch.device) -> Extractor:
                             f"releases of torch-fidelity at {path}") from error
     weights = hashlib.sha256(path.read_bytes()).hexdigest()
     if not weights.startswith(INCEPTION_SHA256):
-        raise UserError(f"{path} is damaged, its sha256 starts not with {INCEPTION_SHA256}; remove it and run again")
+        raise UserError(f"{path} is damaged: its sha256 must start with {INCEPTION_SHA256}; remove it and run again")
     torch.load(path, weights_only=True)  # torch-fidelity unpickles the file: refuse one that holds more than tensors
     network = inceptionv3.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(path)).to(device)
     key = f"{weights} {importlib.metadata.version('torch-fidelity')}"
@@ -272,7 +272,8 @@ class Scorer:
     def scores(self, images: Images) -> dict[str, float]:
         """Return all scores by name.
 
-        `distances`; `kid_train`, `kid_test`; `precision`, `recall` against train; `inception_score`; `n_samples`.
+        `distances`; `kid_train`, `kid_test`; `precision`, `recall` against train; `inception_score`; `n_samples`. KID,
+        precision and recall, whose cost is quadratic, compare the first 10,000 images with as many real ones.
 
         Raises: ValueError for fewer than 10 images.
         """
@@ -300,11 +301,13 @@ class Scorer:
         if count < SPLITS:
             raise ValueError(f"scores need at least {SPLITS} images, got {count}; sample more")
         values = self._distances(statistics(features.split(BATCH)), references)
+        compared = features[:COMPARED]
         for split, real in references.items():
-            subset = min(KID_SUBSET, count, len(real.features))
-            subsets = -(-2 * max(count, len(real.features)) // subset)  # each image twice on average: 100 for 50,000
-            values[f"kid_{split}"] = kid(features, real.features, subsets=subsets, subset=subset, seed=SEED)
-        sides = (side.to(self.extractor.device) for side in (features, references["train"].features))
+            sizes = len(compared), len(real.features)
+            subset = min(KID_SUBSET, *sizes)
+            subsets = -(-2 * max(sizes) // subset)  # every image is drawn twice on average, as by 100 of 50,000
+            values[f"kid_{split}"] = kid(compared, real.features, subsets=subsets, subset=subset, seed=SEED)
+        sides = (side.to(self.extractor.device) for side in (compared, references["train"].features))
         values["precision"], values["recall"] = precision_recall(*sides, neighbours=NEIGHBOURS)
         return {**values, "inception_score": inception_score(logits, splits=SPLITS, seed=SEED), "n_samples": count}
 
