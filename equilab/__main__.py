@@ -41,9 +41,10 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     os.chdir(params.resolve().parent)
     study = config.parse(Study, sections.get("study"), f"{params}: study")
     known = ["study", *graph.STAGES]
-    for name in [*sections, *known]:
+    for name in sections:
         if name not in known:
-            raise UserError(f"{params}: unknown section {name!r}{config._nearest(name, known)}")
+            raise UserError(f"{params}: unknown section {name!r}{config.nearest(name, known)}")
+    for name in known if stage == "check" else [stage] if stage in known else []:
         if name not in sections:
             raise UserError(f"{params}: missing section {name!r}; give it, or {{}} where the study has no such run")
     if stage == "check":
@@ -53,7 +54,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         print(f"{params}: every key is known and every value possible")
         return 0
     if stage not in graph.STAGES:
-        raise UserError(f"unknown stage {stage!r}{config._nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
+        raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
     settings, module = _config(sections, stage, run, params)
     job = Job(study, stage, run)
     _processes(study)
@@ -73,7 +74,7 @@ def _config(sections: dict, stage: str, run: str | None, params: Path):
         if run is None:
             raise UserError(f"{stage} needs the name of a run: {', '.join(section) or 'this study has none'}")
         if run not in section:
-            raise UserError(f"{path}: no run {run!r}{config._nearest(run, section)}")
+            raise UserError(f"{path}: no run {run!r}{config.nearest(run, section)}")
         section, path = section[run], f"{path}.{run}"
     elif run is not None:
         raise UserError(f"{stage} has no runs; call it without {run!r}")

@@ -52,7 +52,6 @@ class Study:
     seed: int
     threads: int  # of the CPU; part of what decides the bits
     device: Literal["auto", "cpu", "cuda"]
-
     def __post_init__(self):
         if self.seed < 0 or self.threads < 1:
             raise ValueError(f"seed must be >= 0 and threads >= 1, got {self.seed} and {self.threads}")
@@ -99,14 +98,14 @@ def parse(kind: Any, value: Any, path: str) -> Any:
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _spec(arguments[1], value, path)
+        return _spec(dict(arguments[1]), value, path)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         return parse(next(a for a in arguments if a is not type(None)), value, path)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}{_nearest(value, arguments)}")
+            raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}{nearest(value, arguments)}")
         return value
     if origin is collections.abc.Sequence:
         origin, arguments = tuple, (arguments[0], Ellipsis)
@@ -133,10 +132,10 @@ def _call(make, hints: Mapping[str, Any], value: Any, path: str):
     value = _mapping(value, path)
     for key in value:
         if key not in hints:
-            raise UserError(f"{path}.{key}: unknown key{_nearest(key, hints)}")
+            raise UserError(f"{path}.{key}: unknown key{nearest(key, hints)}")
     for key in hints:
         if key not in value:
-            raise UserError(f"{path}.{key}: missing key{_nearest(key, [k for k in value if k not in hints])}")
+            raise UserError(f"{path}.{key}: missing key{nearest(key, [k for k in value if k not in hints])}")
     arguments = {key: parse(hints[key], value[key], f"{path}.{key}") for key in hints}
     try:
         return make(**arguments)
@@ -165,7 +164,8 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
     return value
 
 
-def _nearest(name: Any, known) -> str:
+def nearest(name: Any, known) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(map(str, known))}" if known else ""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from equilab import rng
 from equilab.config import UserError
 from equilab.diffusion.samplers import finish
-from equilab.metrics.flops import flops
+from equilab.metrics.cost import flops
 from equilab.models.precond import EDM
 from equilab.pairs import Sampler, labels
 from equilab.solvers import Solution, Solver
@@ -75,7 +75,7 @@ class Generator:
 
     @torch.inference_mode()
     def make(
-        self, noise: Tensor, label: Tensor | None, setting: Sampler | Solve | None, init: Tensor | None = None, every=False
+        self, noise: Tensor, label: Tensor | None, init: Tensor | None, setting: Sampler | Solve | None, every: bool = False
     ) -> Made:
         """Return the images of `noise` (B, C, H, W); with `every`, those of all iterates (K, B, C, H, W)."""
         label = label if self.classes else None

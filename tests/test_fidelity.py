@@ -50,7 +50,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorer(study):
-    return fidelity.Scorer(study / "weights.safetensors", study, study / "cache", CPU)
+    return fidelity.Scorer(study, study, study / "cache", CPU)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_another_process_finds_the_same_bits(scorer, study, images, tmp_path):
     script = (
         "import json, sys, torch, numpy as np\nfrom pathlib import Path\nfrom equilab.metrics.fidelity import Scorer\n"
         f"torch.set_num_threads({torch.get_num_threads()})\nstudy = Path({str(study)!r})\n"
-        f"scorer = Scorer(study / 'weights.safetensors', study, Path({str(tmp_path)!r}), torch.device('cpu'))\n"
+        f"scorer = Scorer(study, study, Path({str(tmp_path)!r}), torch.device('cpu'))\n"
         f"print(json.dumps([scorer.scores(np.load({str(tmp_path / 'images.npy')!r})), scorer.floor(100, 0)]))\n"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))

@@ -12,7 +12,8 @@ from equilab.models.unet import ARCHITECTURES, UNet
 CIFAR10 = {"width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
 FFHQ = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
 IMAGENET = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "head_channels": 64}
-TINY = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0, "dropout": 0.1, "augment": 0}
+TINY = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0}
+TINY |= {"dropout": 0.1, "augment": 0}
 
 
 def stored(name):

@@ -21,13 +21,14 @@ from equilab import rng
 from equilab.config import UserError, digest
 from equilab.data import load, to_float
 from equilab.progress import bar
-from equilab.training.state import checksum, load_network, load_tensors, save_tensors
+from equilab.training.state import checksum, load_network, load_tensors, read_metadata, save_tensors
 
 CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
 KID_SUBSET, NEIGHBOURS, SPLITS, SEED = 1000, 3, 10, 2020  # as published with each score; torch-fidelity's seed
+CACHE = Path(".equilab/references")  # of a study, ignored by git and DVC
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the file carries
 
@@ -249,14 +250,14 @@ def _sha256(images: np.ndarray) -> str:
 class Scorer:
     """Scores images against a study's real ones, split "train" and "test", on its evaluator.
 
-    `weights`: what the stage `evaluator` wrote, or None for Inception. `data`: the results of the stage `data`.
-    `cache`: where the references are kept.
+    `evaluator`, `data`: the results of these stages. `cache`: where references are kept.
 
     Raises: UserError naming the file that is missing or damaged, and what to do.
     """
 
-    def __init__(self, weights: Path | None, data: Path, cache: Path, device: torch.device):
-        if weights is None:
+    def __init__(self, evaluator: Path, data: Path, cache: Path, device: torch.device):
+        weights = evaluator / "weights.safetensors"
+        if read_metadata(weights).get("network") == "inception":
             self.extractor = inception_extractor(device)
         else:
             self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS)[0].to(device))

@@ -9,7 +9,7 @@ import torch
 
 from equilab import losses, rng
 from equilab.config import Job, Spec, UserError, digest, results
-from equilab.metrics.flops import flops, parameters
+from equilab.metrics.cost import flops, parameters
 from equilab.pairs import PairSet
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
@@ -38,7 +38,7 @@ class Equilibrium:
 class Config:
     """An entry of the params section `distill`."""
 
-    network: Annotated[Spec, GENERATORS]
+    network: Annotated[Spec, tuple(GENERATORS.items())]
     conditional: bool  # on the pairs' classes
     equilibrium: Equilibrium | None  # null for explicit networks
     pairs: int  # the first so many training pairs are used

@@ -11,20 +11,19 @@ from torch.nn.functional import cross_entropy
 
 from equilab import rng
 from equilab.config import Job, Spec, UserError, results
-from equilab.data import load, to_float
-from equilab.metrics.flops import flops, parameters
+from equilab.data import Dataset, load, to_float
+from equilab.metrics.cost import flops, parameters
+from equilab.metrics.fidelity import CACHE, CLASSIFIERS, Scorer
 from equilab.training import loop
-from equilab.training.loop import Optimisation
-from equilab.training.state import load_network, sha256_of, write, write_json
-
-CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
+from equilab.training.loop import Optimisation, device_of
+from equilab.training.state import load_network, save_tensors, sha256_of, write, write_json
 
 
 @dataclass(frozen=True)
 class Config:
     """The params section `evaluator`."""
 
-    network: Annotated[Spec, CLASSIFIERS] | None  # null: torch-fidelity's Inception
+    network: Annotated[Spec, tuple(CLASSIFIERS.items())] | None  # null: torch-fidelity's Inception
     samples: int  # generated images in every comparison
     optimisation: Optimisation | None  # of the classifier; null with Inception
 
@@ -36,15 +35,25 @@ class Config:
 
 
 def run(config: Config, job: Job) -> None:
-    """Train the classifier on the study's training images; write its weights and its accuracy on the test images.
+    """Train the classifier on the study's training images; write its weights, its accuracy on the test images, and
+    the floor: the scores of real images.
 
     Raises: UserError if the data are missing, damaged or without labels.
     """
     data = load(results("data"), "train", verify=True)
     if config.network is None:
+        save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
         write(job.out / "log.csv", "nimg,loss,lr\n")
-        write_json(job.out / "summary.json", {"network": "inception", "samples": config.samples})
-        return
+        summary = {"network": "inception"}
+    else:
+        summary = _train(config, job, data)
+    scorer = Scorer(job.out, results("data"), CACHE, device_of(job))
+    floor = scorer.floor(config.samples, job.study.seed)
+    write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
+
+
+def _train(config: Config, job: Job, data: Dataset) -> dict:
+    """Train the classifier; return its summary with its accuracy on the test images."""
     if data.labels is None:
         raise UserError("evaluator.network needs labels to train on and the data have none; set network and optimisation to null")
     seed, shape = job.study.seed, data.images.shape[1:]
@@ -68,4 +77,4 @@ def run(config: Config, job: Job) -> None:
         found = net(to_float(torch.from_numpy(test.images[:])))[1].argmax(1)
     summary = json.loads((job.out / "summary.json").read_text())
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
-    write_json(job.out / "summary.json", {**summary, "accuracy_test": accuracy, "samples": config.samples})
+    return {**summary, "network": "classifier", "accuracy_test": accuracy}

@@ -165,7 +165,7 @@ def load_network(path: Path, kinds: Mapping[str, str]) -> tuple[nn.Module, dict[
     network = dict(metadata["config"]["network"])
     if network["kind"] not in kinds:
         raise UserError(f"{path} holds a {network['kind']}; expected one of {', '.join(kinds)}")
-    spec = parse(Annotated[Spec, kinds], network, f"{path}: network")
+    spec = parse(Annotated[Spec, tuple(kinds.items())], network, f"{path}: network")
     net = spec.build(tuple(metadata["image"]), metadata["classes"])
     try:
         net.load_state_dict(tensors)

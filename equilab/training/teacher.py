@@ -11,7 +11,7 @@ import torch
 from equilab import losses, rng
 from equilab.config import Job, Spec, UserError, results
 from equilab.data import load, to_float
-from equilab.metrics.flops import flops, parameters
+from equilab.metrics.cost import flops, parameters
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -24,7 +24,7 @@ UNETS = {"unet": "equilab.models.unet:UNet"}
 class Config:
     """The params section `teacher`."""
 
-    network: Annotated[Spec, UNETS]
+    network: Annotated[Spec, tuple(UNETS.items())]
     conditional: bool  # on the data's classes
     sigma_data: float  # standard deviation of the images in -1..1
     sigma_mean: float  # of log sigma in training

@@ -1,0 +1,183 @@
+"""Stage `evaluate@RUN`: images of a trained run at every setting, with their counted cost and their scores."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equilab import data
+from equilab.config import Job, plain, results
+from equilab.metrics import fidelity
+from equilab.pairs import PairSet, Sampler
+from equilab.progress import bar
+from equilab.sample import Generator, Solve, batches, inputs
+from equilab.training.loop import device_of, environment, precision, to_device
+from equilab.training.state import write, write_array, write_json
+
+SHOWN = 16  # samples whose every iterate is kept as an image
+TRACED = 256  # samples whose every iterate is measured
+TRACE = 24  # iterations of these
+
+
+@dataclass(frozen=True)
+class Config:
+    """An entry of the params section `evaluate`."""
+
+    of: str  # the run's folder below results/
+    batch: int
+    precision: Literal["fp32", "tf32", "bf16"]
+    sampler: tuple[Sampler, ...]  # of a teacher; the first is the headline, the others are its sweep
+    solver: tuple[Solve, ...]  # of an implicit generator, likewise
+
+    def __post_init__(self):
+        if self.sampler and self.solver:
+            raise ValueError("sampler (for a teacher) and solver (for an implicit generator) exclude each other; empty one")
+        if self.batch < 1:
+            raise ValueError(f"batch must be >= 1, got {self.batch}")
+
+    @property
+    def settings(self) -> tuple[Sampler | Solve | None, ...]:
+        """The settings to evaluate; an explicit generator has one, None."""
+        return self.sampler or self.solver or (None,)
+
+
+def run(config: Config, job: Job) -> None:
+    """Write the run's samples, and its scores and costs at every setting, along its training, and along its iterates.
+
+    `metrics.json` (headline), `sweep.csv` (a row a setting), `curve.csv` (a row a snapshot), `iterates.npz`
+    (images, norms, directions and residuals along the iteration), `samples.npy` (headline).
+
+    Raises: UserError if a result that it reads is missing or damaged, or the settings do not fit the run.
+    """
+    device = device_of(job)
+    scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device)
+    samples = json.loads((results("evaluator") / "summary.json").read_text())["samples"]
+    folder = results(config.of)
+    generator = Generator(folder / "weights.safetensors", device)
+    for setting in config.settings:
+        generator.check(setting)
+    pairs = PairSet(results("pairs")) if generator.kind != "unet" else None
+    curve = sorted((folder / "snapshots").glob("*.safetensors"))
+    with precision(config.precision, device)(), bar(job.name, (len(config.settings) + len(curve)) * samples) as progress:
+        rows = []
+        for setting in config.settings:
+            images, traced = _samples(config, job, generator, setting, samples, progress)
+            row = {**_settings(setting), **generator.cost(setting, traced.get("iterations"))}
+            row |= {**scorer.scores(images), **traced, **_errors(config, job, generator, setting, pairs)}
+            rows.append(row)
+            if setting is config.settings[0]:
+                write_array(job.out / "samples.npy", images)
+        along = []
+        for path in curve:
+            snapshot = Generator(path, device)
+            images, _ = _samples(config, job, snapshot, config.settings[0], samples, progress)
+            errors = _errors(config, job, snapshot, config.settings[0], pairs)
+            along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})
+        write(job.out / "iterates.npz", _iterates(config, job, generator, pairs))
+    write_table(job.out / "sweep.csv", rows)
+    write_table(job.out / "curve.csv", along)
+    kept = {key: generator.about[key] for key in ("parameters", "nimg")}
+    about = {"run": job.run, "of": config.of, "kind": generator.kind, **kept, "environment": environment(job)}
+    write_json(job.out / "metrics.json", {**about, **rows[0]})
+
+
+def _samples(config: Config, job: Job, generator: Generator, setting, samples: int, progress) -> tuple[np.ndarray, dict]:
+    """Return the evaluation's images (N, C, H, W) uint8, and what the solver did on average."""
+    images, solved = np.empty((samples, *generator.shape), np.uint8), []
+    for indices in batches(samples, config.batch):
+        made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
+        images[indices] = data.to_uint8(made.image).cpu().numpy()
+        if made.solution is not None:
+            solved.append([s.float().cpu() for s in (made.solution.iterations, _final(made.solution), made.solution.diverged)])
+        progress.update(len(indices))
+    if not solved:
+        return images, {}
+    iterations, residual, diverged = (torch.cat(parts) for parts in zip(*solved))
+    return images, {"iterations": iterations.mean().item(), "residual": residual.median().item(),
+                    "diverged": int(diverged.sum())}  # fmt: skip
+
+
+def _final(solution) -> Tensor:
+    """Return the relative residual (B,) of each sample's last application."""
+    return solution.residuals.gather(1, (solution.iterations - 1).clamp_min(0)[:, None])[:, 0]
+
+
+def _errors(config: Config, job: Job, generator: Generator, setting, pairs: PairSet | None) -> dict[str, float]:
+    """Return the mean absolute error on the held-out pairs and on as many training pairs, in units of -1..1."""
+    if pairs is None or not pairs.held_out:
+        return {}
+    totals = []
+    for start in (0, pairs.held_out):
+        total = 0.0
+        for chosen in batches(pairs.held_out, config.batch):
+            noise, image, label = to_device(pairs.read(chosen + start), generator.device)
+            init = inputs(job.study.seed, chosen, generator, setting)[2]
+            made = generator.make(noise, label, init, setting)
+            total += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
+        totals.append(total / pairs.held_out)
+    return {"l1_held_out": totals[0], "l1_train": totals[1]}
+
+
+def _iterates(config: Config, job: Job, generator: Generator, pairs: PairSet | None) -> bytes:
+    """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
+    shown, traced = np.arange(SHOWN), np.arange(TRACED)
+    setting = config.settings[0]
+    found = {}
+    if generator.kind == "get":
+        setting = dataclasses.replace(setting, iterations=TRACE)
+        noise, label, init = inputs(job.study.seed, traced, generator, setting)
+        image, solution, _ = generator.make(noise, label, init, setting, every=True)  # (K, B, C, H, W)
+        found = trace(solution)
+    else:
+        noise, label, init = inputs(job.study.seed, shown, generator, setting)
+        image = generator.make(noise, label, init, setting, every=generator.kind == "unet").image
+        image = image if generator.kind == "unet" else image[None]
+    found["images"] = data.to_uint8(image[:, :SHOWN]).cpu().numpy()  # (K, SHOWN, C, H, W)
+    buffer = io.BytesIO()
+    np.savez(buffer, **found)
+    return buffer.getvalue()
+
+
+def trace(solution) -> dict[str, np.ndarray]:
+    """Return what the iterates z_1..z_K of each sample do: (B, K) float32 each.
+
+    `norm`: of z_k over the square root of its size; `residual`: ||f(z) - z|| / ||f(z)|| at the k-th application;
+    `direction`: cosine between the steps z_k - z_{k-1} and z_{k-1} - z_{k-2}, nan for k < 3;
+    `drift`: ||z_k - z_1|| / ||z_1||.
+    """
+    z = torch.stack(solution.iterates, 1).flatten(2)  # (B, K, N D)
+    steps = z.diff(dim=1)  # (B, K-1, N D)
+    turn = torch.nn.functional.cosine_similarity(steps[:, 1:], steps[:, :-1], dim=2)  # (B, K-2)
+    found = {
+        "norm": z.norm(dim=2) / z.shape[2] ** 0.5,
+        "residual": solution.residuals,
+        "direction": torch.cat([turn.new_full((len(z), 2), torch.nan), turn], 1),
+        "drift": (z - z[:, :1]).norm(dim=2) / z[:, :1].norm(dim=2),
+    }
+    return {name: value.cpu().numpy().astype(np.float32) for name, value in found.items()}
+
+
+def _settings(setting) -> dict[str, Any]:
+    """Return the columns that tell a setting, its method first."""
+    columns = plain(setting) if setting is not None else {}
+    if isinstance(setting, Solve):
+        columns["most_iterations"] = columns.pop("iterations")
+    return columns
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV with the union of their columns; numbers in 9 digits, missing ones empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[f"{v:.9g}" if isinstance(v, float) else v for v in (row.get(c) for c in columns)] for row in rows]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    write(path, text.getvalue())
