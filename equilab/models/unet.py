@@ -124,8 +124,8 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        qkv = self.qkv(self.norm2(x)).flatten(2)  # (B, 3C, HW), a channel of a head holds its q, k and v side by side
-        q, k, v = qkv.unflatten(1, (self.heads, -1, 3)).permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C/heads) each
+        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))  # (B, heads, C/heads, 3, HW)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C/heads) each
         z = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(z.transpose(2, 3).reshape(b, c, height, width))
 
