@@ -1,0 +1,111 @@
+"""Stage `cost`: seconds and memory of all runs, measured one after another on an otherwise idle machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from equilab import config as configs
+from equilab.config import Job, plain, results
+from equilab.evaluate import write_table
+from equilab.metrics.cost import matmul_peak, peak_memory, timed
+from equilab.pairs import Sampler
+from equilab.progress import bar
+from equilab.sample import Generator, Solve
+from equilab.training import distill
+from equilab.training.loop import device_of, environment
+from equilab.training.state import write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `cost`."""
+
+    runs: tuple[str, ...]  # folders below results/
+    batch: int  # images in a forward pass, and in a training step
+    iterations: tuple[int, ...]  # at test time, of implicit generators
+    sampler: Sampler  # of a teacher
+    warmup: int  # calls before the measured ones
+    repeats: int  # measured calls; median, fastest and slowest are written
+
+    def __post_init__(self):
+        if min(self.batch, self.repeats, *self.iterations) < 1 or self.warmup < 0:
+            raise ValueError("batch, repeats and iterations must be >= 1, warmup >= 0")
+
+
+def run(config: Config, job: Job) -> None:
+    """Write `cost.csv`: a row for each run and way of running it; `cost.json`: the device and its matmul peak.
+
+    Raises: UserError if the weights of a run are missing or damaged.
+    """
+    device = device_of(job)
+    loaded = [(name, Generator(results(name) / "weights.safetensors", device)) for name in config.runs]
+    peak = matmul_peak(device, torch.float32)
+    rows = []
+    with bar(job.name, len(loaded), unit="run") as progress:
+        for name, generator in loaded:
+            rows += [{"run": name.split("/")[-1], **row} for row in _rows(config, generator, peak)]
+            progress.update()
+    write_table(job.out / "cost.csv", rows)
+    about = {"environment": environment(job), "matmul_fp32_flops_s": peak, "settings": plain(config)}
+    write_json(job.out / "cost.json", about)
+
+
+def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, Any]]:
+    """Return the measurements of a run: sampling at each number of iterations, and its training step."""
+    noise = torch.randn(config.batch, *generator.shape, device=generator.device)
+    label = torch.arange(config.batch, device=generator.device) % generator.classes if generator.classes else None
+    rows = []
+    for setting in _settings(config, generator):
+        cost = generator.cost(setting)
+        measured = _measured(config, generator, lambda: generator.make(noise, label, None, setting))
+        rows.append({"what": "sample", **cost, **measured, "peak_share": _share(config, cost["flops"], measured, peak)})
+    if generator.kind != "unet":
+        rows += _training(config, generator, (noise, torch.tanh(noise), label, None), peak)
+    return rows
+
+
+def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | None]:
+    if generator.kind == "get":
+        return [Solve("iterate", k, 0.0, "last", None, None, "zeros") for k in config.iterations]
+    return [config.sampler if generator.kind == "unet" else None]
+
+
+def _training(config: Config, generator: Generator, batch, peak: float) -> list[dict[str, Any]]:
+    """Return the training step as trained and, for an implicit generator, in O(1) memory: forward and backward."""
+    trained = configs.parse(distill.Config, generator.about["config"], "config kept with the weights")
+    ways = {"as trained": trained}
+    if trained.equilibrium:
+        for gradient in ("unrolled", "o1"):
+            ways[gradient] = replace(trained, equilibrium=replace(trained.equilibrium, gradient=gradient))
+        del ways["as trained"]
+    net, rows = generator.net.train().requires_grad_(True), []
+    for gradient, way in ways.items():
+        loss = distill.loss_of(way)
+
+        def step():
+            loss(net, batch).backward()
+            net.zero_grad(set_to_none=True)
+
+        work = generator.about["flops_image"] * (4 if gradient == "o1" else 3)
+        measured = _measured(config, generator, step)
+        row = {"what": "train", "gradient": gradient, "nfe": 1, "flops": work, **measured}
+        rows.append({**row, "peak_share": _share(config, work, measured, peak)})
+    net.eval().requires_grad_(False)
+    return rows
+
+
+def _measured(config: Config, generator: Generator, call) -> dict[str, float]:
+    """Return seconds of a call on a batch and the largest memory that it took beyond what was there."""
+    seconds = timed(call, generator.device, warmup=config.warmup, repeats=config.repeats)
+    memory = peak_memory(call, generator.device)
+    return {
+        "batch": config.batch, "seconds": seconds.median, "seconds_min": seconds.fastest, "seconds_max": seconds.slowest,
+        "images_s": config.batch / seconds.median, "memory_mib": memory / 2**20,
+    }  # fmt: skip
+
+
+def _share(config: Config, flops: float, measured: dict[str, float], peak: float) -> float:
+    return flops * config.batch / measured["seconds"] / peak

@@ -68,7 +68,6 @@ def run(config: Config, job: Job) -> None:
         raise UserError(f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false")
     given = config.positional(pairs.shape, pairs.classes)
     net = loop.build(config.network, config.seed, "weights", *given)
-    measure = losses.l1 if config.loss == "l1" else losses.l2
     state_shape = net.state_shape if config.equilibrium else ()
 
     def batch_of(positions: range):
@@ -79,20 +78,26 @@ def run(config: Config, job: Job) -> None:
             init = torch.from_numpy(rng.noise(config.seed, "init", positions, state_shape))
         return noise, image, label if config.conditional else None, init
 
+    about = {"image": pairs.shape, "classes": given[1], **counted(config, pairs.shape, pairs.classes)}
+    loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
+
+
+def loss_of(config: Config) -> loop.Loss:
+    """Return loss(net, (noise, image, label, init)): the mean error of the last iterate, or corrected over all."""
+    measure = losses.l1 if config.loss == "l1" else losses.l2
+    solve = solver_of(config.equilibrium) if config.equilibrium else None
+
     def loss(net, batch):
         noise, image, label, init = batch
-        if config.equilibrium is None:
+        if solve is None:
             return measure(net(noise, label).image, image)
-        every = config.equilibrium.correction is not None
-        generated = net(noise, label, init, solve, every).image
-        if not every:
+        gamma = config.equilibrium.correction
+        generated = net(noise, label, init, solve, gamma is not None).image
+        if gamma is None:
             return measure(generated, image)
-        each = torch.stack([measure(iterate, image) for iterate in generated])  # (K,)
-        return losses.fixed_point_correction(each, config.equilibrium.correction)
+        return losses.fixed_point_correction(torch.stack([measure(iterate, image) for iterate in generated]), gamma)
 
-    solve = solver_of(config.equilibrium) if config.equilibrium else None
-    about = {"image": pairs.shape, "classes": given[1], **counted(config, pairs.shape, pairs.classes)}
-    loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss, about)
+    return loss
 
 
 def solver_of(config: Equilibrium):

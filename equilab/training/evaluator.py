@@ -74,7 +74,7 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
     test = load(results("data"), "test")
     with torch.inference_mode():
-        found = net(to_float(torch.from_numpy(test.images[:])))[1].argmax(1)
+        found = net(torch.from_numpy(to_float(test.images)))[1].argmax(1)
     summary = json.loads((job.out / "summary.json").read_text())
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
     return {**summary, "network": "classifier", "accuracy_test": accuracy}
