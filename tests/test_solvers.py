@@ -18,7 +18,7 @@ def solver(method, iterations, tolerance=0.0, pick="last", **fields):
 
 
 class Rotation:
-    """f(z) = rate Q z + b for an orthogonal Q, one rate per sample: the error shrinks by exactly `rate` an application."""
+    """f(z) = rate Q z + b, Q orthogonal, a rate for each sample: the error shrinks by exactly `rate` an application."""
 
     def __init__(self, *rates, seed=0):
         torch.manual_seed(seed)
@@ -38,7 +38,8 @@ class Rotation:
 
     def alone(self, i):
         other = Rotation(0.5)
-        other.rates, other.q, other.b, other.init = self.rates[i : i + 1], self.q, self.b[i : i + 1], self.init[i : i + 1]
+        other.rates, other.q = self.rates[i : i + 1], self.q
+        other.b, other.init = self.b[i : i + 1], self.init[i : i + 1]
         return other
 
 

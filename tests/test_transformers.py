@@ -222,6 +222,16 @@ def test_a_label_is_needed_exactly_if_there_are_classes():
         vit.ViT((1, 4, 4), 0, **SMALL, conditioning="adaln_zero")
 
 
+@pytest.mark.parametrize("family", ["get", "vit"])
+def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name(family):
+    weights = weights_of(golden(f"{family}_cond")[0])
+    for key in ("pos_embed", "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.bias"):
+        with pytest.raises(ValueError, match=key):
+            published.load(family, {k: v for k, v in weights.items() if k != key}, heads=HEADS)
+    with pytest.raises(ValueError, match="heads"):
+        published.load(family, weights, heads=5)
+
+
 def test_every_iterate_needs_a_recording_solver():
     model = get.GET((1, 4, 4), 0, **SMALL_GET)
     with pytest.raises(ValueError, match="record=True"):

@@ -38,7 +38,7 @@ class Patches(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Return the tokens of `image`."""
-        return self.proj(image).flatten(2).mT  # (B, N, D)
+        return self.proj(image).flatten(2).mT.contiguous()  # (B, N, D)
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         qkv = self.qkv(z)  # (B, N, 3D)
         if injection is not None:
             qkv = qkv + injection
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, N, D/H)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
