@@ -10,8 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from equilab import config, graph
-from equilab.config import Job, Study, UserError
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep soon: a busy neighbour costs less; before torch
+
+from equilab import config, graph  # noqa: E402
+from equilab.config import Job, Study, UserError  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -98,7 +98,7 @@ class Generator:
             work = self.about["flops_image"] * setting.nfe
             return {"nfe": setting.nfe, "iterations": None, "block_evals": None, "flops": work}
         if self.kind == "vit":
-            return {"nfe": 1, "iterations": None, "block_evals": self.net.depth, "flops": self.about["flops_image"]}
+            return {"nfe": 1, "iterations": None, "block_evals": self.net.blocks(), "flops": self.about["flops_image"]}
         iterations = iterations or setting.iterations
         once, twice = (self._work(Solver("iterate", k, 0.0, "last", measure=False)) for k in (1, 2))
         blocks = [self.net.blocks(k) for k in (1, 2)]

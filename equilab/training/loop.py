@@ -234,7 +234,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def build(spec, seed: int, purpose: str, *given) -> nn.Module:
     """Return a freshly initialised network, a pure function of (seed, purpose)."""
     torch.manual_seed(rng.torch_seed(seed, purpose))
-    return spec.build(*given)
+    return spec.build(*given).to(memory_format=torch.channels_last)
 
 
 def identity(*values: Any) -> str:
@@ -260,14 +260,17 @@ def train(
                     progress.set_postfix(loss=f"{step.report['loss']:.4g}")
         if _place()[0] == 0:
             about = {**about, "stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
+            (job.out / "snapshots").mkdir(parents=True, exist_ok=True)
+            for path in (job.out / "snapshots").iterdir():
+                path.unlink()
             for nimg in config.optimisation.snapshots:
                 tensors, _ = load_tensors(run.snapshot(nimg))
                 save_tensors(job.out / "snapshots" / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
             save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
             rows = ["nimg,loss,lr", *(f"{r['nimg']},{r['loss']:.9g},{r['lr']:.9g}" for r in run.log)]
             write(job.out / "log.csv", "\n".join(rows) + "\n")
-            counted = {"parameters": about["parameters"], "flops_image": about["flops_image"], "nimg": run.nimg}
-            write_json(job.out / "summary.json", {**counted, "loss": run.log[-1]["loss"], "environment": environment(job)})
+            found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
+            write_json(job.out / "summary.json", {**about, **found})
 
 
 def device_of(job: Job) -> torch.device:

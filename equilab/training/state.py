@@ -171,4 +171,4 @@ def load_network(path: Path, kinds: Mapping[str, str]) -> tuple[nn.Module, dict[
         net.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its own config ({str(error).splitlines()[-1].strip()}); train it again") from None
-    return net.eval().requires_grad_(False), metadata
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), metadata
