@@ -13,7 +13,9 @@ import yaml
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep soon: a busy neighbour costs less; before torch
 
 from equilab import config, graph  # noqa: E402
-from equilab.config import Job, Study, UserError  # noqa: E402
+from equilab.config import Job, Plan, Study, UserError  # noqa: E402
+
+USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,24 +51,41 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     for name in known if stage == "check" else [stage] if stage in known else []:
         if name not in sections:
             raise UserError(f"{params}: missing section {name!r}; give it, or {{}} where the study has no such run")
+    data = _config(sections, "data", None, params)[0]
+    read = lambda stage, run=None: _config(sections, stage, run, params)[0]  # noqa: E731
     if stage == "check":
         for name in graph.STAGES:
             for one in sections[name] if graph.STAGES[name].each else [None]:
-                _config(sections, name, one, params)
+                settings, module = _config(sections, name, one, params)
+                module.plan(settings, Job(study, name, one, data.image, data.classes), read)
         print(f"{params}: every key is known and every value possible")
         return 0
     if stage not in graph.STAGES:
         raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
     settings, module = _config(sections, stage, run, params)
-    job = Job(study, stage, run)
+    job = Job(study, stage, run, data.image, data.classes)
     _processes(study)
     if dry_run:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
-        for line in module.plan(settings, job) if hasattr(module, "plan") else []:
-            print(f"# {line}")
+        _print(module.plan(settings, job, read))
         return 0
     module.run(settings, job)
     return 0
+
+
+def _print(plan: Plan) -> None:
+    """Print what a stage will cost; the time rests on a matrix product measured now."""
+    import torch
+
+    from equilab.metrics.cost import matmul_peak
+
+    peak = matmul_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    seconds = plan.flops / (USUAL_SHARE * peak)
+    disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
+    print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
+    print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
+    print(f"# results on disk: {disk}")
+    print(f"# time: about {seconds / 60:,.1f} min and 5 s of start, at {USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s")
 
 
 def _config(sections: dict, stage: str, run: str | None, params: Path):

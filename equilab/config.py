@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import yaml
 
@@ -195,6 +195,8 @@ class Job:
     study: Study
     stage: str
     run: str | None
+    image: tuple[int, int, int]  # channels, height, width, as params say
+    classes: int  # 0: no labels
 
     @property
     def name(self) -> str:
@@ -209,6 +211,14 @@ class Job:
     def scratch(self, identity: str) -> Path:
         """The folder of unfinished work under `identity`, ignored by git and DVC."""
         return Path(".equilab/scratch") / f"{self.name}-{identity}"
+
+
+class Plan(NamedTuple):
+    """What a stage will cost, before anything is spent; None where it cannot be told beforehand."""
+
+    parameters: int | None = None
+    flops: float = 0.0  # of networks, in all
+    disk: int | None = 0  # bytes of results
 
 
 def results(stage: str, run: str | None = None) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from equilab import rng
-from equilab.config import Job, UserError
+from equilab.config import Job, Plan, UserError
 from equilab.progress import bar
 from equilab.training.state import require_disk, sha256_of, write_array, write_json
 
@@ -114,6 +114,11 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     if classes:
         labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256 if verify else None))
     return Dataset(images, labels, classes)
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs; how many images there are is not known before they are read."""
+    return Plan(disk=None)
 
 
 def run(config: Config, job: Job) -> None:

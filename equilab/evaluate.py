@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from equilab import data
-from equilab.config import Job, plain, results
+from equilab.config import Job, Plan, UserError, plain, results
 from equilab.metrics import fidelity
 from equilab.pairs import PairSet, Sampler
 from equilab.progress import bar
 from equilab.sample import Generator, Solve, batches, inputs
+from equilab.training import distill, teacher
 from equilab.training.loop import device_of, environment, precision, to_device
 from equilab.training.state import write, write_array, write_json
 
+MAKERS = {"teacher": teacher, "distill": distill}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
 TRACED = 256  # samples whose every iterate is measured
 TRACE = 24  # iterations of these
@@ -48,6 +51,21 @@ class Config:
     def settings(self) -> tuple[Sampler | Solve | None, ...]:
         """The settings to evaluate; an explicit generator has one, None."""
         return self.sampler or self.solver or (None,)
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs: the FLOPs of all images at all settings and snapshots, features not counted.
+
+    Raises: UserError if `of` names no run of the study.
+    """
+    stage, _, run = config.of.partition("/")
+    if stage not in MAKERS:
+        raise UserError(f"evaluate.{job.run}.of is {config.of!r}; give teacher or distill/RUN")
+    trained, samples = read(stage, run or None), read("evaluator").samples
+    about = MAKERS[stage].counted(trained, job.image, job.classes)
+    calls = [getattr(setting, "nfe", 1) for setting in config.settings]
+    calls += [calls[0]] * len(trained.optimisation.snapshots)
+    return Plan(about["parameters"], float(about["flops_image"]) * sum(calls) * samples, samples * int(np.prod(job.image)))
 
 
 def run(config: Config, job: Job) -> None:

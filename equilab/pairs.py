@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from equilab import rng
-from equilab.config import Job, UserError, digest, plain, results
+from equilab.config import Job, Plan, UserError, digest, plain, results
 from equilab.data import to_float, to_uint8
 from equilab.diffusion.samplers import Step, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
@@ -24,7 +24,7 @@ from equilab.models.precond import EDM
 from equilab.progress import bar
 from equilab.training.loop import device_of, environment, precision
 from equilab.training.state import load_network, require_disk, scratch, sha256_of, write, write_array, write_json
-from equilab.training.teacher import UNETS
+from equilab.training.teacher import UNETS, counted
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
 
@@ -136,6 +136,14 @@ class PairSet:
 def labels(seed: int, indices: np.ndarray, classes: int, purpose: str = LABEL) -> Tensor | None:
     """Return uniform classes (B,) int64, each a function of its index, or None without classes."""
     return torch.from_numpy(rng.integers(seed, purpose, indices, classes)) if classes else None
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs: the teacher's calls for all pairs, those that are already there included."""
+    total = config.count + config.held_out
+    about = counted(read("teacher"), job.image, job.classes)
+    work = float(about["flops_image"]) * config.sampler.nfe * total
+    return Plan(about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize)
 
 
 def run(config: Config, job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def load(family: str, weights: str | Path | Mapping[str, Tensor], **config) -> n
     if not isinstance(weights, Mapping):
         weights = _read(Path(weights))
     builder = importlib.import_module(FAMILIES[family]).from_published
+    _check_config(family, builder, config)
     model, names = builder(weights, **config)
     own = model.state_dict()
     _check_keys(weights, names)
@@ -56,6 +58,17 @@ def need(weights: Mapping[str, Tensor], key: str) -> Tensor:
     if key not in weights:
         raise ValueError(f"published key {key!r} is missing from the weights{_nearest(key, weights)}")
     return weights[key]
+
+
+def _check_config(family: str, builder, config: Mapping) -> None:
+    entries = list(inspect.signature(builder).parameters.values())[1:]
+    known = [entry.name for entry in entries]
+    for name in config:
+        if name not in known:
+            raise ValueError(f"{family} takes no {name!r}{_nearest(name, known)}; it takes {', '.join(known) or 'nothing'}")
+    for entry in entries:
+        if entry.default is entry.empty and entry.name not in config:
+            raise ValueError(f"{family} needs {entry.name}, which its tensors do not determine; give {entry.name}=...")
 
 
 def _check_keys(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 
 from equilab import losses, rng
-from equilab.config import Job, Spec, UserError, digest, results
+from equilab.config import Job, Plan, Spec, UserError, digest, results
 from equilab.metrics.cost import flops, parameters
 from equilab.pairs import PairSet
 from equilab.solvers import Gradient, Solver, equilibrium
@@ -53,6 +54,11 @@ class Config:
     def positional(self, image: tuple[int, ...], classes: int) -> tuple:
         """What the data determines of the network's constructor."""
         return image, classes if self.conditional else 0
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs."""
+    return loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:

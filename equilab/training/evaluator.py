@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from equilab import rng
-from equilab.config import Job, Spec, UserError, results
+from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import Dataset, load, to_float
 from equilab.metrics.cost import flops, parameters
 from equilab.metrics.fidelity import CACHE, CLASSIFIERS, Scorer
@@ -32,6 +33,11 @@ class Config:
             raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
         if self.samples < 2:
             raise ValueError(f"samples must be >= 2, got {self.samples}")
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs; Inception is not counted."""
+    return loop.plan(config.optimisation, counted(config, job.image, job.classes)) if config.network else Plan()
 
 
 def run(config: Config, job: Job) -> None:
@@ -66,10 +72,7 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     def loss(net, batch):
         return cross_entropy(net(batch[0])[1], batch[1])
 
-    with torch.device("meta"):
-        blank = config.network.build(shape, data.classes)
-        about = {"parameters": parameters(blank), "flops_image": flops(lambda: blank(torch.empty(1, *shape)))}
-    about |= {"image": shape, "classes": data.classes}
+    about = {"image": shape, "classes": data.classes, **counted(config, shape, data.classes)}
     loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
     net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
     test = load(results("data"), "test")
@@ -78,3 +81,10 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     summary = json.loads((job.out / "summary.json").read_text())
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
     return {**summary, "network": "classifier", "accuracy_test": accuracy}
+
+
+def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
+    """Return the parameters, and the FLOPs for an image by shape, without building the network in memory."""
+    with torch.device("meta"):
+        net = config.network.build(image, classes)
+        return {"parameters": parameters(net), "flops_image": flops(lambda: net(torch.empty(1, *image)))}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from equilab import rng
-from equilab.config import Job, UserError, digest, plain
+from equilab.config import Job, Plan, UserError, digest, plain
 from equilab.progress import bar
 from equilab.training.state import load_tensors, save_tensors, scratch, write, write_json
 
@@ -52,11 +52,11 @@ class Optimisation:
         for name in ("nimg", "report_nimg"):
             if getattr(self, name) < self.batch or getattr(self, name) % self.batch:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of batch ({self.batch})")
+        if self.nimg % self.report_nimg:
+            raise ValueError(f"nimg ({self.nimg}) must be a multiple of report_nimg ({self.report_nimg})")
         for count in self.snapshots:
             if count % self.report_nimg or not 0 < count <= self.nimg:
                 raise ValueError(f"snapshots: {count} must be a multiple of report_nimg ({self.report_nimg}) up to nimg")
-        if self.nimg % self.report_nimg:
-            raise ValueError(f"nimg ({self.nimg}) must be a multiple of report_nimg ({self.report_nimg})")
         if not self.lr > 0 or not self.ema_half_life_nimg > 0:
             raise ValueError("lr and ema_half_life_nimg must be > 0")
         if self.decay != "none" and not 0 <= self.decay_start_nimg < self.nimg:
@@ -68,7 +68,7 @@ class Progress:
     """One update done: images seen, and at a report the row of numbers for the log."""
 
     nimg: int
-    report: dict[str, float] | None
+    report: dict[str, int | float] | None
 
 
 def learning_rate(config: Optimisation, nimg: int) -> float:
@@ -190,7 +190,7 @@ def fit(run: Run, batch_of: Batch, loss: Loss) -> Iterator[Progress]:
             yield Progress(run.nimg, _report(run, losses, rate) if run.nimg % config.report_nimg == 0 else None)
 
 
-def _report(run: Run, losses: Tensor, rate: float) -> dict[str, float]:
+def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
     if dist.is_initialized():
         dist.all_reduce(losses.div_(dist.get_world_size()))
     values = losses.tolist()
@@ -271,6 +271,12 @@ def train(
             write(job.out / "log.csv", "\n".join(rows) + "\n")
             found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
             write_json(job.out / "summary.json", {**about, **found})
+
+
+def plan(config: Optimisation, about: dict[str, int]) -> Plan:
+    """Return what training costs: a forward and a backward pass are three times the FLOPs of the forward pass."""
+    kept = 1 + len(config.snapshots)
+    return Plan(about["parameters"], 3.0 * about["flops_image"] * config.nimg, 4 * about["parameters"] * kept)
 
 
 def device_of(job: Job) -> torch.device:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
 from equilab import losses, rng
-from equilab.config import Job, Spec, UserError, results
+from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import load, to_float
 from equilab.metrics.cost import flops, parameters
 from equilab.models.precond import EDM
@@ -34,6 +35,11 @@ class Config:
     def positional(self, image: tuple[int, ...], classes: int) -> tuple:
         """What the data determines of the network's constructor."""
         return image, classes if self.conditional else 0
+
+
+def plan(config: Config, job: Job, read: Callable) -> Plan:
+    """Return what the stage costs."""
+    return loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:

@@ -1,0 +1,129 @@
+"""Params: every mistake is one sentence that names the key and the nearest valid name."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from equilab import __main__, config, graph
+from equilab.config import UserError
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "studies/smoke/params.yaml"
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float
+    mode: Literal["fast", "slow"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: int
+    inner: Inner
+    sizes: tuple[int, ...]
+    limit: float | None
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be >= 1, got {self.count}")
+
+
+GOOD = {"count": 1, "inner": {"rate": 1, "mode": "fast"}, "sizes": [1, 2], "limit": None}
+
+
+def test_a_mapping_becomes_a_frozen_dataclass():
+    found = config.parse(Outer, GOOD, "params: outer")
+    assert found == Outer(1, Inner(1.0, "fast"), (1, 2), None)
+    assert isinstance(found.inner.rate, float)
+    assert config.plain(found) == {**GOOD, "inner": {"rate": 1.0, "mode": "fast"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"cuont": 1}, "params: outer.cuont: unknown key; did you mean 'count'?"),
+        ({"count": 1.5}, "params: outer.count: expected int, got 1.5"),
+        ({"count": True}, "params: outer.count: expected int, got True"),
+        ({"count": 0}, "params: outer: count must be >= 1, got 0"),
+        ({"inner": {"rate": "x", "mode": "fast"}}, "params: outer.inner.rate: expected float, got 'x'"),
+        ({"inner": {"rate": 1.0}}, "params: outer.inner.mode: missing key"),
+        ({"inner": {"rate": 1.0, "mode": "fats"}}, "'fats' is not one of fast, slow; did you mean 'fast'?"),
+        ({"inner": 3}, "params: outer.inner: expected keys with values, got 3"),
+        ({"sizes": 3}, "params: outer.sizes: expected a list, got 3"),
+        ({"sizes": [1, "a"]}, "params: outer.sizes[1]: expected int, got 'a'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_path(change, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config.parse(Outer, {**GOOD, **change}, "params: outer")
+
+
+def test_yaml_numbers_are_those_of_version_1_2_and_keys_are_given_once(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("a: {x: 1e-3, y: -2.5E4, z: 7}\n")
+    assert config.read(path) == {"a": {"x": 1e-3, "y": -2.5e4, "z": 7}}
+    path.write_text("a: {x: 1, x: 2}\n")
+    with pytest.raises(UserError, match="'x' is given twice"):
+        config.read(path)
+    path.write_text("a: [1\n")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        config.read(path)
+    with pytest.raises(UserError, match="is not there; run in the folder of a study"):
+        config.read(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("params", [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))], ids=str)
+def test_every_study_passes_its_check(params, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert __main__.main(["check", "--params", str(params)]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "path", "value", "sentence"),
+    [
+        (["distill", "get"], "distill.get.network.heads", 3, "width"),
+        (["distill", "get"], "distill.get.network.patch", 3, "patch"),
+        (["distill", "get"], "distill.get.network.widht", 3, "unknown key; did you mean 'width'?"),
+        (["distill", "get"], "distill.get.network.kind", "git", "did you mean 'get'?"),
+        (["distill", "get"], "distill.get.equilibrium", None, "equilibrium must be given for get"),
+        (["distill", "gte"], "study.seed", 0, "no run 'gte'; did you mean 'get'?"),
+        (["distill"], "study.seed", 0, "distill needs the name of a run: get, get-noise, vit"),
+        (["teacher", "x"], "study.seed", 0, "teacher has no runs"),
+        (["techer"], "study.seed", 0, "unknown stage 'techer'; did you mean 'teacher'?"),
+        (["teacher"], "teacher.optimisation.batch", 7, "multiple of micro_batch"),
+        (["teacher"], "teacher.network.width", 9, "width"),
+        (["teacher"], "study.threads", 0, "threads >= 1"),
+        (["pairs"], "pairs.sampler.sigma_min", 90.0, "sigma_min"),
+        (["pairs"], "pairs.shard", 70, "shard (70) must be a multiple of batch"),
+        (["evaluate", "get"], "evaluate.get.batch", 0, "batch must be >= 1"),
+        (["data"], "techer", {}, "unknown section 'techer'; did you mean 'teacher'?"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(stage, path, value, sentence, tmp_path, monkeypatch, capsys):
+    params = config.read(SMOKE)
+    place = params
+    *above, last = path.split(".")
+    for key in above:
+        place = place[key]
+    place[last] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main([*stage, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1, error
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_every_key_of_params_reaches_a_config():
+    """No leaf is unread: what `parse` returns holds exactly what params give."""
+    sections = config.read(SMOKE)
+    for name, stage in graph.STAGES.items():
+        for run in sections[name] if stage.each else [None]:
+            settings, _ = __main__._config(sections, name, run, SMOKE)
+            given = sections[name][run] if stage.each else sections[name]
+            assert config.plain(settings).keys() == given.keys()

@@ -1,0 +1,179 @@
+"""The training loop against closed forms: schedule, average, accumulation, resumption; and its refusals."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from equilab.config import UserError
+from equilab.training import loop, state
+from equilab.training.loop import Optimisation, Run, ema_decay, fit, learning_rate
+
+CPU = torch.device("cpu")
+BASE = Optimisation(
+    nimg=320, batch=8, micro_batch=8, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, warmup_nimg=80, decay="cosine",
+    decay_start_nimg=160, ema_half_life_nimg=64.0, ema_warmup=0.0, precision="fp32", compile=False, report_nimg=80,
+    snapshots=(160, 320),
+)  # fmt: skip
+TARGET = torch.linspace(-1, 1, 5)
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5))
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.dropout(x * self.weight)
+
+
+def batch_of(positions):
+    return torch.stack([torch.sin(torch.arange(5.0) + p) for p in positions])
+
+
+def loss(net, x):
+    return (net(x) - x * TARGET).square().mean()
+
+
+def train(folder, config=BASE, stop=None):
+    folder.mkdir(exist_ok=True)
+    run = Run(Line(), config, 0, "identity", folder, CPU)
+    for step in fit(run, batch_of, loss):
+        if step.nimg == stop:
+            break
+    return run
+
+
+def test_the_learning_rate_warms_up_holds_and_decays():
+    assert learning_rate(BASE, 0) == pytest.approx(1e-2 * 8 / 80)
+    assert learning_rate(BASE, 80) == learning_rate(BASE, 152) == 1e-2
+    assert learning_rate(BASE, 240) == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi / 2)))
+    linear = dataclasses.replace(BASE, decay="linear")
+    assert learning_rate(linear, 280) == pytest.approx(1e-2 * 0.25)
+
+
+def test_the_average_has_its_half_life_and_its_warm_up():
+    assert ema_decay(BASE, 0) ** (64 / 8) == pytest.approx(0.5)
+    warm = dataclasses.replace(BASE, ema_warmup=0.05)
+    assert ema_decay(warm, 0) == 0
+    assert ema_decay(warm, 800) == pytest.approx(0.5 ** (8 / 40))
+
+
+def test_the_average_is_the_closed_form_of_the_weights_of_all_updates(tmp_path):
+    run, decay, average = Run(Line(), BASE, 0, "identity", tmp_path, CPU), ema_decay(BASE, 0), torch.zeros(5)
+    for _ in fit(run, batch_of, loss):
+        average = decay * average + (1 - decay) * run.net.weight.detach()
+    torch.testing.assert_close(run.ema["weight"], average, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stop", [8, 80, 88, 160, 312])
+def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, stop):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", stop=stop)
+    resumed = train(tmp_path / "parts")
+    assert resumed.log == whole.log and resumed.nimg == 320
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert len(files) == 3
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_accumulated_micro_batches_are_the_large_batch(tmp_path):
+    for name, micro in (("one", 8), ("four", 2)):
+        (tmp_path / name).mkdir()
+    exact = lambda micro, name: Run(  # noqa: E731
+        nn.Sequential(nn.Linear(5, 5)), dataclasses.replace(BASE, micro_batch=micro), 0, name, tmp_path / name, CPU
+    )
+    one, four = exact(8, "one"), exact(2, "four")
+    four.net.load_state_dict(one.net.state_dict())
+    for run in (one, four):
+        run.ema = {key: value.clone() for key, value in run.net.state_dict().items()}
+        for _ in fit(run, batch_of, loss):
+            pass
+    torch.testing.assert_close(one.ema, four.ema, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_state(tmp_path):
+    def broken(net, x):
+        return loss(net, x) * (math.nan if batches.pop(0) >= 12 else 1.0)
+
+    batches = list(range(40))
+    run = Run(Line(), BASE, 0, "identity", tmp_path, CPU)
+    with pytest.raises(UserError, match=r"the loss became nan at step 13 \(104 images\); .* lower optimisation.lr"):
+        for _ in fit(run, batch_of, broken):
+            pass
+    tensors, metadata = state.load_tensors(tmp_path / "state.safetensors")
+    assert metadata["nimg"] == 80 and tensors["net.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"micro_batch": 3}, "multiple of micro_batch"),
+        ({"nimg": 321}, "nimg .* multiple of batch"),
+        ({"report_nimg": 100}, "report_nimg .* multiple of batch"),
+        ({"report_nimg": 96}, "nimg .* multiple of report_nimg"),
+        ({"snapshots": (100,)}, "snapshots: 100"),
+        ({"lr": 0.0}, "lr"),
+        ({"decay_start_nimg": 320}, "decay_start_nimg"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(BASE, **change)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    train(tmp_path, stop=80)
+    with pytest.raises(UserError, match="another configuration"):
+        Run(Line(), BASE, 0, "another", tmp_path, CPU)
+
+
+def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    state.save_tensors(path, {"a": torch.arange(1000.0)}, {"note": "whole"})
+    content = path.read_bytes()
+    assert state.load_tensors(path)[1]["note"] == "whole"
+    path.write_bytes(content[:-7])
+    with pytest.raises(UserError, match="weights.safetensors is damaged"):
+        state.load_tensors(path)
+    path.write_bytes(content[:-7] + b"1234567")
+    with pytest.raises(UserError, match="does not match its checksum"):
+        state.load_tensors(path)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="was not written by equilab"):
+        state.load_tensors(path)
+    with pytest.raises(UserError, match="is not there; run the stage"):
+        state.load_tensors(tmp_path / "none.safetensors")
+
+
+def test_a_folder_of_unfinished_work_is_held_by_one_process_at_a_time(tmp_path):
+    with state.scratch(tmp_path / "teacher-1234"):
+        with pytest.raises(UserError, match="another process is working on teacher-1234"):
+            with state.scratch(tmp_path / "teacher-1234"):
+                pass
+    assert not (tmp_path / "teacher-1234").exists()
+
+
+def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        state.write(tmp_path / "file" / "log.csv", "text")
+    with pytest.raises(UserError, match="cannot be written"):
+        with state.scratch(tmp_path / "file" / "work"):
+            pass
+    with pytest.raises(UserError, match="GiB needed, .* GiB free"):
+        state.require_disk(tmp_path / "not" / "yet", 2**60)
+
+
+def test_precision_bf16_is_autocast_and_fp32_is_not():
+    a = torch.randn(4, 4)
+    with loop.precision("bf16", CPU)():
+        assert (a @ a).dtype == torch.bfloat16
+    with loop.precision("fp32", CPU)():
+        assert (a @ a).dtype == torch.float32
