@@ -118,13 +118,12 @@ class Run:
             raise UserError(f"{self.folder} holds a run of another configuration; delete the folder to start anew")
         part = lambda key: {name[len(key):]: t for name, t in tensors.items() if name.startswith(key)}  # noqa: E731
         self.net.load_state_dict(part("net."))
-        self.ema = {name: value.to(self.device) for name, value in part("ema.").items()}
-        moments = {key: part(f"optimizer.{key}.") for key in ("step", "exp_avg", "exp_avg_sq")}
-        for name, parameter in self.named.items():
-            self.optimizer.state[parameter] = {
-                key: value[name].to("cpu" if key == "step" and self.device.type == "cpu" else self.device)
-                for key, value in moments.items()
-            }
+        for name, value in part("ema.").items():
+            self.ema[name].copy_(value)
+        for name, parameter in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
+            moments = {key: tensors[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            kept = {key: torch.empty_like(parameter).copy_(value).detach() for key, value in moments.items()}
+            self.optimizer.state[parameter] = {"step": tensors[f"optimizer.step.{name}"].to(self.device), **kept}
         self.nimg, self.log = metadata["nimg"], metadata["log"]
 
     def save(self) -> None:
