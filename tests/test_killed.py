@@ -91,7 +91,7 @@ def test_a_killed_stage_does_not_start_from_nothing(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     folder = tmp_path / "study"
     shutil.rmtree(folder / ".equilab")
-    assert run(folder, ["teacher"], "replace", 1, True) == -signal.SIGKILL  # right after the first state was saved
+    assert run(folder, ["teacher"], "replace", 2, True) == -signal.SIGKILL  # right after the first state was saved
     assert run(folder, ["teacher"], "noise", 20, False) == -signal.SIGKILL  # 20 of 40 micro batches are left
     assert run(folder, ["teacher"], "noise", 22, True) == 0
 

@@ -1,0 +1,137 @@
+"""The repository agrees with itself: lock file, README, environment, graph, layers, sizes."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from equilab import graph
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in (ROOT / "equilab").rglob("*.py")
+)
+
+# who may import whom: a module imports from its own layer's list and the layers below it
+LAYERS = [
+    ["equilab", "equilab.rng", "equilab.config", "equilab.progress"],
+    ["equilab.solvers", "equilab.diffusion.schedules"],
+    ["equilab.models", "equilab.published", "equilab.diffusion.samplers"],
+    ["equilab.losses", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.state", "equilab.training"],
+    ["equilab.data", "equilab.metrics", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
+     "equilab.training.teacher", "equilab.training.distill", "equilab.training.evaluator"],
+    ["equilab.analysis"],
+    ["equilab.notebook", "equilab.claims", "equilab.report"],
+    ["equilab.graph", "equilab.__main__", "equilab.bench"],
+]  # fmt: skip
+HEAVY = {"torchdeq": "equilab.solvers.library", "torch_fidelity": "equilab.metrics.fidelity", "torchvision": "equilab.data"}
+
+
+def layer(module):
+    """Return the layer of a module: that of the longest listed name it begins with."""
+    names = [(len(name), k) for k, layer in enumerate(LAYERS) for name in layer if f"{module}.".startswith(f"{name}.")]
+    return max(names)[1]
+
+
+def imported(module):
+    """Return the top-level names of everything that a module imports, at any place in it."""
+    tree = ast.parse(graph._file(module).read_text())
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return found | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_layer_and_those_below(module):
+    for other in graph.closure(module):
+        assert layer(other) <= layer(module), f"{module} imports {other}"
+    if module.startswith("equilab.solvers"):
+        assert not [m for m in graph.closure(module) if not m.startswith("equilab.solvers") and m != "equilab"]
+    if module.startswith("equilab.models"):
+        assert not {"equilab.config", "equilab.data"} & set(graph.closure(module))
+    if module.startswith("equilab.training.") and module.split(".")[2] not in ("loop", "state"):
+        trainers = {"equilab.training.teacher", "equilab.training.distill", "equilab.training.evaluator"} - {module}
+        assert not {name for name in imported(module) if name in trainers}, "trainers do not import each other"
+
+
+@pytest.mark.parametrize(("library", "place"), HEAVY.items())
+def test_a_heavy_library_enters_at_one_file(library, place):
+    users = [m for m in MODULES if any((name or "").split(".")[0] == library for name in imported(m))]
+    assert users == [place]
+
+
+def test_every_study_has_the_graph_that_the_table_describes(tmp_path):
+    (tmp_path / "studies").mkdir()
+    for params in ROOT.glob("studies/*/params.yaml"):
+        (tmp_path / "studies" / params.parent.name).mkdir()
+        shutil.copy(params, tmp_path / "studies" / params.parent.name)
+    for written in graph.write(tmp_path):
+        committed = ROOT / written.relative_to(tmp_path)
+        assert committed.read_text() == written.read_text(), f"{committed} is stale: run `python -m equilab graph`"
+
+
+def test_a_stage_depends_on_the_modules_that_it_really_imports():
+    """What a stage has loaded after its import is in its closure, packages without content aside."""
+    for name, stage in graph.STAGES.items():
+        script = f"import sys, {stage.module}; print(*[m for m in sys.modules if m.split('.')[0] == 'equilab'])"
+        found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        missing = {m for m in found if graph._file(m).read_text().strip() and m != "equilab"} - set(graph.closure(stage.module))
+        assert not missing, f"{name} loads {missing}, which its closure lacks"
+
+
+def test_the_lock_file_pins_what_the_project_asks_for_and_names_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = re.findall(r'^    "([\w-]+)', project, re.M) + re.findall(r'"([\w-]+)"', re.search(r"dev = \[(.*)\]", project)[1])
+    assert len(wanted) > 20
+    for name in wanted:
+        assert re.search(rf"^{name}==", lock, re.M | re.I), f"{name} is not in requirements.lock: run `make lock`"
+    assert "http" not in lock.replace("httpx", "").replace("httpcore", "").replace("dvc-http", "").replace("aiohttp", "")
+    installed = {line.split("==")[0]: line for line in re.findall(r"^[\w.-]+==[\w.+]+", lock, re.M)}
+    assert len(installed) > 200 and lock.count("--hash=sha256:") > 1000
+
+
+def test_the_conda_environment_installs_the_lock_file():
+    content = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
+    assert pip == ["--require-hashes -r requirements.lock"]
+    supported = re.search(r'requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"python {supported}" in content["dependencies"]
+
+
+def test_the_commands_of_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"\bmake ([a-z]+)", readme):
+        assert target in targets, f"README names `make {target}`, the Makefile does not"
+    assert {"study", "test", "bench", "lab"} <= set(re.findall(r"\bmake ([a-z]+)", readme))
+    for command in re.findall(r"python -m equilab ([a-z]+)", readme):
+        assert command in [*graph.STAGES, "check", "graph"]
+    for path in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / path).exists(), f"README links to {path}, which is not there"
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_importing_the_package_costs_nothing():
+    script = "import sys, time; t = time.perf_counter(); import equilab; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, torch_loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split()
+    assert torch_loaded == "False" and float(seconds) < 0.2
+
+
+def code_lines(module):
+    """Return how many lines of a module hold code: not blank, no comment, no docstring."""
+    text = graph._file(module).read_text()
+    strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    described = {line for string in strings for line in range(string.lineno, string.end_lineno + 1)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(k not in described and line.strip() != "" and not line.strip().startswith("#") for k, line in lines)
+
+
+def test_the_package_stays_small():
+    lines = {module: code_lines(module) for module in MODULES}
+    assert sum(lines.values()) <= 4500
+    assert max(lines.values()) <= 280, max(lines, key=lines.get)
