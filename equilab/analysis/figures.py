@@ -1,0 +1,258 @@
+"""Figures of the study in one style, each saved with the numbers that it draws; the same data give the same bytes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from equilab.analysis import paper, scaling
+from equilab.analysis.scaling import BUDGETS, Rule
+from equilab.analysis.tables import Tables, short
+from equilab.training.state import write
+
+BLUE, ORANGE, GREEN, GREY = "#0173b2", "#de8f05", "#029e73", "#6b6b6b"  # told apart by the colour-blind
+COLOURS = {"GET": BLUE, "GET as published": BLUE, "ViT": ORANGE, "teacher": GREEN}
+MARKERS = {"GET": "o", "GET as published": "s", "ViT": "^", "teacher": "D"}
+LINES = {"GET": "-", "GET as published": (0, (4, 2)), "ViT": "-", "teacher": ":"}
+WIDTH = 7.2  # inches, of all figures
+IMAGES = "training images seen"
+
+
+def style() -> None:
+    """Set the look of every figure, whatever the user's own settings are."""
+    mpl.rcdefaults()
+    sns.set_theme("paper", "ticks", font="DejaVu Sans", rc={
+        "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
+        "legend.fontsize": 7.5, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+        "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.titlelocation": "left", "figure.dpi": 150, "savefig.dpi": 150,
+        "figure.constrained_layout.use": True,
+    })  # fmt: skip
+
+
+def axes(rows: int, columns: int, height: float, **kw) -> tuple[Figure, np.ndarray]:
+    """Return a new figure with a grid of axes (rows, columns) in the study's style."""
+    style()
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kw)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG, free of dates and versions."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, folder: str, name: str, numbers: pd.DataFrame):
+    """Write NAME.png and NAME.csv, exactly the numbers drawn; return the picture for the notebook to show."""
+    from IPython.display import Image
+
+    content = png(figure)
+    write(Path(folder) / f"{name}.png", content)
+    write(Path(folder) / f"{name}.csv", numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return Image(content, width=int(WIDTH * 100))
+
+
+def _log(ax, x: bool = True, y: bool = True) -> None:
+    """Make axes logarithmic, with four to eight plain numbers whatever their range."""
+    for chosen, axis, scale in ((x, ax.xaxis, ax.set_xscale), (y, ax.yaxis, ax.set_yscale)):
+        if chosen:
+            scale("log")
+            low, high = axis.get_view_interval()
+            decades = np.log10(high / low)
+            wide = LogLocator(subs=(1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3 else (1,), numticks=9)
+            axis.set_major_locator(MaxNLocator(4) if decades < 0.8 else wide)
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def _tone(colour: str, share: float) -> tuple[float, ...]:
+    """Return a colour: light for the smallest model (share 0), full for the largest (1)."""
+    return tuple(np.array(mpl.colors.to_rgb(colour)) * (0.45 + 0.55 * share) + 0.55 * (1 - share))
+
+
+def _looks(models: pd.DataFrame) -> dict[str, dict]:
+    """Return for each model how it is drawn: its family's colour and marker, darker with size; its name in legends."""
+    looks = {}
+    order = {name: k for k, name in enumerate(COLOURS)}
+    for row in models.sort_values(["family", "parameters"], key=lambda c: c.map(order) if c.name == "family" else c).itertuples():
+        sizes = np.sort(models.loc[models["family"] == row.family, "parameters"].unique())
+        share = 1.0 if len(sizes) == 1 else np.searchsorted(sizes, row.parameters) / (len(sizes) - 1)
+        hollow = {"markerfacecolor": "white"} if row.family == "GET as published" else {}
+        looks[row.model] = {"color": _tone(COLOURS[row.family], share), "marker": MARKERS[row.family], **hollow,
+                            "linestyle": LINES[row.family], "label": f"{row.family}, {short(row.parameters)}"}  # fmt: skip
+    return looks
+
+
+def _legend(figure: Figure, ax, columns: int = 4) -> None:
+    """Put one legend below the figure, with every name once."""
+    named = {}
+    for one in np.ravel(ax):
+        named |= {label: handle for handle, label in zip(*one.get_legend_handles_labels()) if label not in named}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.4)
+
+
+def _draw(ax, rows: pd.DataFrame, x: str, measure: str, look: dict) -> None:
+    """Draw one line with its interval over seeds where there is one."""
+    half = rows[f"{measure}_half"].to_numpy() if f"{measure}_half" in rows else np.full(len(rows), np.nan)
+    ax.errorbar(rows[x], rows[measure], yerr=None if np.isnan(half).all() else half, capsize=2, elinewidth=0.8, **look)
+
+
+def _lines(ax, tables: Tables, measure: str) -> None:
+    """Draw what cannot be beaten: real images from real ones, and the teacher that is imitated."""
+    if measure != tables.distance:
+        return
+    ax.axhline(tables.floor, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="real against real")
+    if len(tables.teacher):
+        teacher = tables.teacher.iloc[0]
+        ax.axhline(teacher[measure], color=GREEN, linewidth=0.9, linestyle=":", label=f"teacher, {teacher['nfe']} nfe")
+
+
+def _ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
+    """Return the title of a panel of ours: what is measured, on how many images, over how many seeds."""
+    several = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    what = f"{tables.score}, {tables.samples:,} images" if measure == tables.distance else "held-out L1"
+    return f"ours: {what} (seeds: {several})"
+
+
+def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
+    """Draw published runs: a point each, sizes named, runs of one size joined."""
+    for family, group in rows.groupby("family", sort=False):
+        for size, part in group.groupby("size", sort=False):
+            part = part.sort_values(x)
+            ax.plot(part[x], part["fid"], color=COLOURS[family], marker=MARKERS[family], label=family)
+            ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), (4, 3), textcoords="offset points",
+                        fontsize=6.5, color=COLOURS[family])  # fmt: skip
+    ax.set(title="paper: CIFAR-10 (one run each)", xlabel=name, ylabel="FID to the training images")
+    _log(ax)
+
+
+def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against training images, beside the published runs (figure 2a), and its numbers."""
+    found = scaling.points(tables, regime, "train_flops", rule)
+    figure, grid = axes(1, 1 + len(tables.measures), 3.2)
+    published = paper.runs().query("conditioning == 'none' and pairs == 1")
+    _paper_panel(grid[0, 0], "nimg", IMAGES, published)
+    grid[0, 0].axhline(paper.PROGRESSIVE_FID, color=GREY, linewidth=0.9, linestyle="--", label="progressive distillation (paper)")
+    _curves(grid[0, 1:], tables, found, "nimg", IMAGES)
+    _legend(figure, grid)
+    return figure, _numbers(tables, found, ["nimg"])
+
+
+def compute(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against training FLOPs, beside the published runs at compute counted by us (figure 3b), and its
+    numbers."""
+    found = scaling.points(tables, regime, "train_flops", rule)
+    figure, grid = axes(1, 1 + len(tables.measures), 3.2)
+    published = paper.runs().query("conditioning == 'none' and pairs == 1").dropna(subset="flops")
+    _paper_panel(grid[0, 0], "train_flops", "training FLOPs", published)
+    _curves(grid[0, 1:], tables, found, "train_flops", "training FLOPs")
+    _legend(figure, grid)
+    return figure, _numbers(tables, found, ["nimg", "train_flops"])
+
+
+def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str) -> None:
+    """Draw a learning curve of every model, a panel for each measure."""
+    looks = _looks(found.drop_duplicates("model"))
+    for ax, (measure, axis) in zip(row, tables.measures.items()):
+        for model, look in looks.items():
+            _draw(ax, found[found["model"] == model].sort_values(x), x, measure, look)
+        _lines(ax, tables, measure)
+        ax.set(title=_ours(tables, measure, found["n"]), xlabel=name, ylabel=axis)
+        _log(ax)
+
+
+def sizes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against parameters with power laws, beside the published models (figure 2b), and its numbers."""
+    found = scaling.points(tables, regime, "parameters", rule)
+    figure, grid = axes(1, 1 + len(tables.measures), 3.2)
+    published = paper.runs().query("conditioning == 'none' and pairs == 1 and iterations == 800000 and batch == 128")
+    _paper_panel(grid[0, 0], "parameters", "parameters", published)
+    for ax, (measure, axis) in zip(grid[0, 1:], tables.measures.items()):
+        laws = scaling.fits(tables, regime, measure, rule)
+        for family, rows in found.groupby("family", sort=False):
+            look = {"color": COLOURS[family], "marker": MARKERS[family], "linestyle": "none"}
+            hollow = {"markerfacecolor": "white"} if family == "GET as published" else {}
+            _draw(ax, rows, "parameters", measure, {**look, **hollow, "label": family})
+            if family in laws:
+                x = np.geomspace(rows["parameters"].min(), rows["parameters"].max(), 20)
+                ax.plot(x, laws[family].factor * x ** laws[family].exponent, color=COLOURS[family], linewidth=0.9)
+        _lines(ax, tables, measure)
+        ax.set(title=_ours(tables, measure, found["n"]), xlabel="parameters", ylabel=axis)
+        _log(ax)
+    _legend(figure, grid, 5)
+    return figure, _numbers(tables, found, ["parameters"])
+
+
+def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+    """Return GET's value over ViT's at equal parameters, training and sampling FLOPs, and its numbers."""
+    figure, grid = axes(len(tables.measures), len(BUDGETS), 2.1 * len(tables.measures) + 0.5, sharey="row")
+    numbers = []
+    for row, measure in zip(grid, tables.measures):
+        for ax, (budget, name) in zip(row, BUDGETS.items()):
+            found = scaling.equal_budget(tables, regime, budget, measure, rule).dropna(subset=["ratio"])
+            looks = _looks(found.drop_duplicates("model"))
+            for model, look in looks.items():
+                one = found[found["model"] == model]
+                reach = [one["ratio"] - one["low"], one["high"] - one["ratio"]]
+                ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **look)
+            ax.axhline(1, color=GREY, linewidth=0.9)
+            ax.set(xlabel=name if measure == list(tables.measures)[-1] else "", xscale="log")
+            numbers.append(found.assign(budget=budget, measure=measure)[
+                ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
+            ].rename(columns={measure: "get", "other": "vit"}))  # fmt: skip
+            _log(ax)
+        row[0].set_ylabel(f"{tables.score if measure == tables.distance else 'held-out L1'}, GET / ViT\n(below 1: GET is better)")
+    _legend(figure, grid)
+    return figure, pd.concat(numbers)
+
+
+def iterates(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Return norm, residual, direction and drift of the iterates of every GET, and their medians."""
+    found = traces(tables)
+    figure, grid = axes(1, 4, 2.5)
+    names = {"norm": "norm of z, per element", "residual": "relative residual", "direction": "cosine between steps",
+             "drift": "way from iterate 1"}  # fmt: skip
+    looks = _looks(tables.runs[tables.runs["kind"] == "get"])
+    for ax, (name, title) in zip(grid[0], names.items()):
+        for _, rows in found.groupby("run", sort=False):
+            look = looks[rows["model"].iloc[0]] | {"markersize": 2.5}
+            ax.plot(rows["iteration"], rows[name], **look)
+            ax.fill_between(rows["iteration"], rows[f"{name}_10"], rows[f"{name}_90"], color=look["color"], alpha=0.12, linewidth=0)
+        for count in tables.runs["trained_iterations"].dropna().unique():
+            ax.axvline(count, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="iterations in training")
+        ax.set(title=title, xlabel="iteration")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if name == "residual":
+            _log(ax, x=False)
+    _legend(figure, grid)
+    return figure, found.drop(columns="model")
+
+
+def traces(tables: Tables) -> pd.DataFrame:
+    """Return median, 10th and 90th percentile over samples of what the iterates of every GET do."""
+    rows = []
+    for run in tables.runs[tables.runs["kind"] == "get"].itertuples():
+        kept = np.load(run.folder / "iterates.npz")
+        for k in range(kept["norm"].shape[1]):
+            row = {"run": run.run, "model": run.model, "iteration": k + 1}
+            for name in ("norm", "residual", "direction", "drift"):
+                values = kept[name][:, k]
+                found = np.percentile(values, (50, 10, 90)) if np.isfinite(values).all() else (np.nan,) * 3
+                row |= dict(zip((name, f"{name}_10", f"{name}_90"), found))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _numbers(tables: Tables, found: pd.DataFrame, at: list[str]) -> pd.DataFrame:
+    """Return what a figure of points draws."""
+    values = [column for measure in tables.measures for column in (measure, f"{measure}_half")]
+    return found[list(dict.fromkeys(["label", "family", "parameters", *at, *values, "n"]))]

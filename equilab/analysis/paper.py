@@ -1,0 +1,53 @@
+"""What the GET paper publishes, as data: CIFAR-10, FID of 50,000 samples. Numbers that stand only in a plot are left out.
+
+Source: Geng, Pokle, Kolter 2023, tables 1 to 8 and text; the column `where` says which.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+BATCH, ITERATIONS = 128, 800_000  # of training, where nothing else is said (section 4.1)
+
+# Parameters in millions, as printed (table 2; table 7 says 8.9 for GET-Tiny). Multiply-accumulates of an image in
+# 1e9 are counted by us from the published sizes (6 iterations); table 4 prints two of them as FLOPs, and they agree.
+SIZES = {
+    "GET-Tiny": (8.6, 7.0), "GET-Mini": (19.2, 15.1), "GET-Small": (37.2, 31.2), "GET-Base": (62.2, 81.2),
+    "GET-Base+": (83.5, 69.0), "ViT-Base": (85.2, 23.0), "ViT-Base AdaLN-Zero": (128.9, None), "ViT-Large": (302.6, 80.5),
+}  # fmt: skip
+_COLUMNS = ("size", "iterations", "batch", "pairs", "conditioning", "fid", "inception_score", "where")
+_RUNS = [
+    ("GET-Tiny", ITERATIONS, BATCH, 1, "none", 15.19, 8.37, "table 2"),
+    ("GET-Mini", ITERATIONS, BATCH, 1, "none", 10.72, 8.69, "tables 2, 4"),
+    ("GET-Small", ITERATIONS, BATCH, 1, "none", 8.00, 9.03, "table 2"),
+    ("GET-Base", ITERATIONS, BATCH, 1, "none", 7.42, 9.16, "table 2"),
+    ("GET-Base+", ITERATIONS, BATCH, 1, "none", 7.19, 9.09, "table 2"),
+    ("GET-Tiny", 4 * ITERATIONS, BATCH, 1, "none", 11.47, 8.64, "table 2"),
+    ("GET-Base", ITERATIONS, 2 * BATCH, 1, "none", 6.91, 9.16, "table 2"),
+    ("GET-Base", ITERATIONS, 2 * BATCH, 1, "additive", 6.25, 9.40, "table 3"),
+    ("GET-Base", ITERATIONS, 2 * BATCH, 2, "additive", 5.66, 9.63, "text, section 4.2"),
+    ("ViT-Base", ITERATIONS, BATCH, 1, "none", 11.49, 8.61, "table 4"),
+    ("ViT-Base", 200_000, BATCH, 1, "none", 15.20, 8.27, "table 6"),
+    ("ViT-Base", 200_000, BATCH, 1, "additive", 12.43, 8.69, "table 6"),
+    ("ViT-Base AdaLN-Zero", 200_000, BATCH, 1, "adaln", 17.19, 8.38, "table 6"),
+]
+COSTS = pd.DataFrame(  # table 4: four A6000, batch 128
+    [("ViT-Base", 11.49, 85.2, 23.0, 10.1, 4.83), ("GET-Mini", 10.72, 19.2, 15.2, 9.2, 5.79),
+     ("GET-Mini, O(1) memory", None, None, None, 5.0, 4.53)],
+    columns=["model", "FID", "parameters (M)", "FLOPs as printed (G)", "training memory (GB)", "training speed (it/s)"],
+)  # fmt: skip
+SAMPLES = 50_000  # behind every FID
+TEACHER_FID, TEACHER_NFE = 2.04, 35  # EDM, table 1
+PROGRESSIVE_FID = 9.12  # PD, tables 1 and 5, the line of figure 2a
+
+
+def runs() -> pd.DataFrame:
+    """Return every published run: size, parameters, images seen, FLOPs as we count them (twice the
+    multiply-accumulates; in training three forward passes for each image), pairs in millions, FID, where it stands."""
+    table = pd.DataFrame(_RUNS, columns=_COLUMNS)
+    table["parameters"] = [SIZES[size][0] * 1e6 for size in table["size"]]
+    table["flops"] = [2e9 * SIZES[size][1] if SIZES[size][1] else None for size in table["size"]]
+    table["nimg"] = table["iterations"] * table["batch"]
+    table["train_flops"] = 3 * table["flops"] * table["nimg"]
+    table["family"] = table["size"].str.split("-").str[0]
+    return table

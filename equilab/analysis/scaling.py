@@ -1,0 +1,169 @@
+"""Who is better at equal cost, and how quality changes with size and compute: fits, frontiers and their uncertainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from equilab.analysis.tables import Tables, replicated
+
+BUDGETS = {"parameters": "parameters", "train_flops": "training FLOPs", "flops": "sampling FLOPs of an image"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a difference counts: beyond the interval over seeds, or beyond a margin where there is one seed."""
+
+    confidence: float  # of every interval
+    margin_distance: float  # relative; of FD or FID, where there are no seeds
+    margin_l1: float  # relative; of L1 on held-out pairs, likewise
+    equal_budget: float  # budgets that differ by no more than this share count as equal
+
+    def __post_init__(self):
+        if not 0 < self.confidence < 1 or min(self.margin_distance, self.margin_l1, self.equal_budget) < 0:
+            raise ValueError("confidence must lie between 0 and 1, margins and equal_budget must be >= 0")
+
+    def tolerance(self, measure: str, *spreads: float) -> float:
+        """Return how large |log(a / b)| must be to count; `spreads` are the relative half-intervals of a and b."""
+        margin = self.margin_l1 if measure.startswith("l1") else self.margin_distance
+        return float(np.log1p(margin) if np.isnan(spreads).any() else np.linalg.norm(spreads))
+
+
+class Fit(NamedTuple):
+    """y = factor * x^exponent through `points` points; the exponent's interval is nan with fewer than three."""
+
+    factor: float
+    exponent: float
+    low: float
+    high: float
+    points: int
+
+    def __str__(self) -> str:
+        """The exponent with its interval, or why there is none."""
+        if self.points < 3:
+            return f"exponent {self.exponent:.2f} through {self.points} sizes: too few for an interval"
+        return f"exponent {self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}], {self.points} sizes"
+
+
+def power_law(x: np.ndarray, y: np.ndarray, confidence: float) -> Fit:
+    """Return the power law through (x, y) by least squares in logarithms, its exponent with a t-interval."""
+    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    exponent, constant = np.polyfit(x, y, 1)
+    half = np.nan
+    if len(x) > 2:
+        error = np.sum((y - constant - exponent * x) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2)
+        half = stats.t.ppf((1 + confidence) / 2, len(x) - 2) * np.sqrt(error)
+    return Fit(float(np.exp(constant)), float(exponent), float(exponent - half), float(exponent + half), len(x))
+
+
+def fits(tables: Tables, regime: str, measure: str, rule: Rule) -> dict[str, Fit]:
+    """Return for each family the power law of `measure` over parameters, through the largest set of its models that
+    were trained alike and differ in size; families with one size have none."""
+    found = {}
+    models = points(tables, regime, "parameters", rule)
+    for family, rows in models.groupby("family", sort=False):
+        alike = max((group for _, group in rows.groupby("recipe")), key=lambda group: group["parameters"].nunique())
+        if alike["parameters"].nunique() > 1:
+            found[family] = power_law(alike["parameters"], alike[measure], rule.confidence)
+    return found
+
+
+def points(tables: Tables, regime: str, budget: str, rule: Rule) -> pd.DataFrame:
+    """Return what was measured at which cost, replicates averaged, cheapest first, with the cost in `cost`.
+
+    parameters: every model; train_flops: every snapshot of every model; flops: every model at every number of
+    iterations at test time.
+    """
+    explicit = tables.sweeps[tables.sweeps["kind"] == "vit"]
+    frame, key = {
+        "parameters": (tables.runs, "nimg"),
+        "train_flops": (tables.curves, "nimg"),
+        "flops": (pd.concat([tables.iterations(), explicit]), "flops"),
+    }[budget]
+    kept = frame[frame["regime"] == regime]
+    found = replicated(kept, ["model", key], list(tables.measures), rule.confidence)
+    return found.assign(cost=found[budget].astype(float)).sort_values("cost", kind="stable").reset_index(drop=True)
+
+
+class Frontier:
+    """The best value of a measure at each cost among points, interpolated in logarithms; it never rises."""
+
+    def __init__(self, frame: pd.DataFrame, measure: str):
+        self.cheapest, self.dearest = frame["cost"].min(), frame["cost"].max()
+        frame = frame.sort_values(["cost", measure])
+        frame = frame[frame[measure] < frame[measure].cummin().shift(fill_value=np.inf)]
+        self.cost, self.value = frame["cost"].to_numpy(), frame[measure].to_numpy()
+        self.spread = (frame[f"{measure}_half"] / frame[measure]).to_numpy()
+
+    def at(self, cost: float, equal: float) -> tuple[float, float]:
+        """Return the value at `cost` and its relative spread; nan below the cheapest point, and above the dearest
+        one by more than the share `equal`."""
+        if not self.cheapest / (1 + equal) <= cost <= self.dearest * (1 + equal):
+            return np.nan, np.nan
+        value = np.exp(np.interp(np.log(cost), np.log(self.cost), np.log(self.value)))
+        return float(value), float(np.interp(np.log(cost), np.log(self.cost), self.spread))
+
+    def reaches(self, value: float) -> tuple[float, float]:
+        """Return between which costs `value` is reached: the same twice, or (0, cheapest), or (dearest, infinity)."""
+        if value >= self.value[0]:
+            return (0.0 if value > self.value[0] else self.cost[0]), self.cost[0]
+        if value < self.value[-1]:
+            return self.cost[-1], np.inf
+        cost = float(np.exp(np.interp(-np.log(value), -np.log(self.value), np.log(self.cost))))
+        return cost, cost
+
+
+def equal_budget(tables: Tables, regime: str, budget: str, measure: str, rule: Rule) -> pd.DataFrame:
+    """Return for every GET the `ratio` of its value to the best of a ViT at the same cost (below 1: GET is better),
+    with its interval `low`, `high`; nan where no ViT is that small or large."""
+    found = points(tables, regime, budget, rule).dropna(subset=[measure])
+    explicit, implicit = found[found["kind"] == "vit"], found[found["kind"] == "get"].copy()
+    if explicit.empty or implicit.empty:
+        return pd.DataFrame(columns=[*found, "other", "ratio", "low", "high"])
+    front = Frontier(explicit, measure)
+    other = np.array([front.at(cost, rule.equal_budget) for cost in implicit["cost"]])
+    implicit["other"], implicit["ratio"] = other[:, 0], implicit[measure] / other[:, 0]
+    spreads = zip(implicit[f"{measure}_half"] / implicit[measure], other[:, 1])
+    tolerance = np.array([rule.tolerance(measure, *pair) for pair in spreads])
+    return implicit.assign(low=implicit["ratio"] * np.exp(-tolerance), high=implicit["ratio"] * np.exp(tolerance))
+
+
+def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, rule: Rule) -> pd.DataFrame:
+    """Return for each row of `implicit` how many times its `cost` a ViT of the same quality needs, between `low` and
+    `high`; 0 and infinity stand where the ViTs leave it open."""
+    front, bounds = Frontier(explicit, measure), []
+    for _, row in implicit.iterrows():
+        spread = row[f"{measure}_half"] / row[measure]
+        tolerance = rule.tolerance(measure, spread, np.nan if np.isnan(spread) else np.nanmax([0, *front.spread]))
+        worse, better = row[measure] * np.exp(tolerance), row[measure] * np.exp(-tolerance)
+        bounds.append((front.reaches(worse)[0] / row["cost"], front.reaches(better)[1] / row["cost"]))
+    low, high = zip(*bounds)
+    return implicit.assign(low=low, high=high)
+
+
+def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataFrame:
+    """Return the best size of each kind for training budgets 2^k GFLOP, read off the learning curves.
+
+    `ahead` is the value of the second best size over that of the best; `clear` tells whether that counts.
+    """
+    curves = points(tables, regime, "train_flops", rule).dropna(subset=[measure])
+    rows = []
+    for kind, group in curves.groupby("kind", sort=False):
+        fronts = {model: (Frontier(part, measure), part.iloc[0]) for model, part in group.groupby("model", sort=False)}
+        if group["parameters"].nunique() < 2:
+            continue
+        starts = sorted(front.cheapest for front, _ in fronts.values())
+        ends = sorted(front.dearest for front, _ in fronts.values())
+        for power in range(int(np.ceil(np.log2(starts[1] / 1e9))), int(np.floor(np.log2(ends[-2] / 1e9))) + 1):
+            values = [(*front.at(2.0**power * 1e9, 0.0), about) for front, about in fronts.values()]
+            values = sorted((v for v in values if not np.isnan(v[0])), key=lambda v: v[0])
+            if len(values) > 1:
+                (best, spread, about), (second, other, _) = values[:2]
+                clear = np.log(second / best) > rule.tolerance(measure, spread, other)
+                rows.append({"kind": kind, "budget_gflop": f"2^{power}", "label": about["label"], "family": about["family"],
+                             "parameters": about["parameters"], measure: best, "ahead": second / best, "clear": clear})  # fmt: skip
+    return pd.DataFrame(rows)

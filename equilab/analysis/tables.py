@@ -1,0 +1,193 @@
+"""Results of a study as tidy tables; runs that differ only in their seed are replicates of one model."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from equilab.config import UserError, digest
+
+SIZES = ("width", "depth", "heads", "expansion", "equilibrium_depth", "equilibrium_expansion")  # of a network
+TUNED = ("lr", "report_nimg", "snapshots")  # may differ between runs that are compared
+SOLVER = ("method", "tolerance", "pick", "memory", "mixing", "init")  # columns of a setting beside its iterations
+SCHEDULE = ("nimg", "warmup_nimg", "decay_start_nimg", "ema_half_life_nimg")  # what a longer training changes as well
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a study found about its one-step generators, a row each.
+
+    `runs`: trained runs at their headline setting; `curves`: their snapshots; `sweeps`: their settings at test time;
+    `teacher`: settings of the teacher; `costs`: measured seconds and memory, empty if not measured.
+    `distance` is the column of the distance to the training images, `floor` that of real images from real ones.
+    """
+
+    folder: Path
+    distance: str
+    floor: float
+    samples: int
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    sweeps: pd.DataFrame
+    teacher: pd.DataFrame
+    costs: pd.DataFrame
+
+    @property
+    def score(self) -> str:
+        """The distance's name as people write it: FD, or FID where Inception's features are used."""
+        return self.distance.split("_")[0].upper()
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """The columns of quality, lower is better, with the names of their axes."""
+        named = {self.distance: f"{self.score} to the training images", "l1_held_out": "L1 on held-out pairs"}
+        return {column: name for column, name in named.items() if self.runs[column].notna().any()}
+
+    def iterations(self) -> pd.DataFrame:
+        """Return the settings of implicit generators that differ from the headline in the number of iterations only."""
+        rows = self.sweeps[(self.sweeps["kind"] == "get") & self.sweeps["as_headline"]]
+        return rows.sort_values(["parameters", "run", "most_iterations"], kind="stable")
+
+    def measured(self, what: str) -> pd.DataFrame:
+        """Return what was measured ("sample": at every number of iterations `at`, 0 for explicit generators; "train")
+        beside what the runs are and how good."""
+        if self.costs.empty:
+            return self.costs
+        chosen = self.sweeps["as_headline"] if what == "sample" else self.sweeps["headline"]
+        about = self.sweeps[chosen].rename(columns={"most_iterations": "at"}).fillna({"at": 0})
+        rows = self.costs[self.costs["what"] == what].rename(columns={"iterations": "at"}).fillna({"at": 0})
+        keys = ["run", "at"] if what == "sample" else ["run"]
+        about = about.drop(columns=[c for c in about if c in rows and c not in keys])
+        return rows.merge(about, on=keys)
+
+
+def read(folder: Path | str) -> Tables:
+    """Return the tables of a study's results folder.
+
+    Raises: UserError if it holds no evaluated one-step generator.
+    """
+    folder = Path(folder)
+    rows, curves, sweeps, teacher = [], [], [], pd.DataFrame()
+    for path in sorted(folder.glob("evaluate/*/metrics.json")):
+        found = json.loads(path.read_text())
+        sweep = _csv(path.with_name("sweep.csv"))
+        if found["of"] == "teacher":
+            teacher = sweep.assign(run="teacher", kind=found["kind"], parameters=found["parameters"])
+        if not found["of"].startswith("distill/"):
+            continue
+        about = _about(json.loads((folder / found["of"] / "summary.json").read_text()))
+        rows.append({**found, **about, "folder": path.parent})
+        sweeps.append(sweep.assign(**about, headline=sweep.index == 0, as_headline=_as_first(sweep)))
+        curves.append(_csv(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
+    if not rows:
+        raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give the folder of a study's results")
+    runs = pd.DataFrame(rows)
+    first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
+    about = json.loads((folder / "evaluator" / "summary.json").read_text())
+    distance = next(column for column in ("fid_train", "fd_train") if column in runs)
+    costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
+    named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
+    runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
+    curves["train_flops"] = 3.0 * curves["flops_image"] * curves["nimg"]
+    floor = about["floor"]["bootstrap"][distance]
+    return Tables(folder, distance, floor, about["samples"], runs, curves, sweeps, teacher, costs)
+
+
+def _about(summary: dict) -> dict:
+    """Return what a run is: sizes, cost and what it may be compared with.
+
+    `model`: all of its config but the seed; `recipe`: but the sizes as well; `regime`: what runs of all families that
+    are compared must share. Training is counted as three forward passes for each image seen.
+    """
+    config = summary["config"]
+    network, optimisation, solve = config["network"], config["optimisation"], config["equilibrium"] or {}
+    kind, seedless = network["kind"], {**config, "seed": None}
+    recipe = {**seedless, "network": {k: v for k, v in network.items() if k not in SIZES}}
+    recipe["optimisation"] = {k: v for k, v in optimisation.items() if k not in TUNED}
+    classes = "with classes" if config["conditional"] else "without classes"
+    return {
+        "run": summary["run"], "model": digest(seedless), "recipe": digest(recipe), "seed": config["seed"], "kind": kind,
+        "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
+        "regime": f"{config['pairs']:,} pairs, {summary['nimg']:,} images seen, batch {optimisation['batch']}, {classes}",
+        "width": network["width"], "depth": network["depth"], "patch": network["patch"],
+        "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
+        "train_flops": 3.0 * summary["flops_image"] * summary["nimg"], "pairs": config["pairs"],
+        "trained_iterations": solve.get("iterations"), **_ablations(config),
+    }  # fmt: skip
+
+
+def _ablations(config: dict) -> dict[str, str]:
+    """Return for each ablation of the paper the config without what the ablation changes: runs that share it differ
+    in nothing else (and their seeds)."""
+    network, optimisation = config["network"], config["optimisation"]
+    rest = {**config, "seed": None}
+    unscheduled = {k: v for k, v in optimisation.items() if k not in (*TUNED, *SCHEDULE)}
+    scaled = {k: v for k, v in unscheduled.items() if k not in ("batch", "micro_batch")} | {
+        "updates": optimisation["nimg"] / optimisation["batch"]}  # fmt: skip
+    return {
+        "but_nimg": digest({**rest, "optimisation": unscheduled}),
+        "but_batch": digest({**rest, "optimisation": scaled}),
+        "but_pairs": digest({**rest, "pairs": None}),
+        "but_conditioning": digest({**rest, "conditional": None, "network": {**network, "conditioning": None}}),
+        "conditioning": network.get("conditioning", "additive") if config["conditional"] else "none",
+    }
+
+
+def _as_first(sweep: pd.DataFrame) -> np.ndarray:
+    """Return which settings differ from the first in nothing but the number of iterations."""
+    shown = sweep[[column for column in SOLVER if column in sweep]].astype(object)
+    return ((shown == shown.iloc[0]) | (shown.isna() & shown.iloc[0].isna())).all(axis=1).to_numpy()
+
+
+def _csv(path: Path) -> pd.DataFrame:
+    text = path.read_text()
+    return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
+
+
+def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float) -> pd.DataFrame:
+    """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half the
+    t-interval at `confidence` of the mean; nan with one seed. Other columns are those of the first seed.
+    """
+    kept = frame.sort_values("seed", kind="stable").groupby(list(keys), sort=False)
+    table = kept.first()
+    table["n"] = kept.size()
+    for value in values:
+        table[value] = kept[value].mean()
+        spread = kept[value].std(ddof=1) / np.sqrt(table["n"])
+        table[f"{value}_half"] = spread * stats.t.ppf((1 + confidence) / 2, (table["n"] - 1).clip(lower=1))
+    return table.reset_index()
+
+
+def main_regime(tables: Tables) -> str:
+    """Return the regime in which GET and ViT can be compared at the most sizes; the longest training of those."""
+    models = tables.runs.drop_duplicates("model")
+    found = models.groupby("regime").agg(kinds=("kind", "nunique"), models=("model", "size"), nimg=("nimg", "first"))
+    return found.sort_values(["kinds", "models", "nimg"]).index[-1]
+
+
+def short(count: float) -> str:
+    """Return a count as people write it: 131k, 1.2M, 15G."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table; numbers in four digits, missing ones as a dash."""
+    def cell(value) -> str:
+        if isinstance(value, float | np.floating):
+            digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            return "–" if np.isnan(value) else digits
+        return "–" if value is None or value is pd.NA else f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+
+    rows = [[cell(value).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
+    lines = [[str(column) for column in frame], ["---"] * len(frame.columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
