@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from equilab.pairs import PairSet, Sampler
 from equilab.progress import bar
 from equilab.sample import Generator, Solve, batches, inputs
 from equilab.training import distill, teacher
-from equilab.training.loop import device_of, environment, precision, to_device
-from equilab.training.state import write, write_array, write_json
+from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
+from equilab.training.state import scratch, write, write_json
 
 MAKERS = {"teacher": teacher, "distill": distill}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
@@ -85,41 +86,52 @@ def run(config: Config, job: Job) -> None:
         generator.check(setting)
     pairs = PairSet(results("pairs")) if generator.kind != "unet" else None
     curve = sorted((folder / "snapshots").glob("*.safetensors"))
-    with precision(config.precision, device)(), bar(job.name, (len(config.settings) + len(curve)) * samples) as progress:
-        rows = []
+    work = (len(config.settings) + len(curve)) * samples
+    with scratch(job.scratch("samples")) as place, precision(config.precision, device)(), bar(job.name, work) as progress:
+        rows, along = [], []
         for setting in config.settings:
-            images, traced = _samples(config, job, generator, setting, samples, progress)
-            row = {**_settings(setting), **generator.cost(setting, traced.get("iterations"))}
-            row |= {**scorer.scores(images), **traced, **_errors(config, job, generator, setting, pairs)}
-            rows.append(row)
-            if setting is config.settings[0]:
-                write_array(job.out / "samples.npy", images)
-        along = []
+            images, solved = _samples(config, job, generator, setting, place / f"{len(rows)}.npy", samples, progress)
+            row = {**_settings(setting), **generator.cost(setting, solved.get("iterations"))}
+            rows.append({**row, **scorer.scores(images), **solved, **_errors(config, job, generator, setting, pairs)})
         for path in curve:
-            snapshot = Generator(path, device)
-            images, _ = _samples(config, job, snapshot, config.settings[0], samples, progress)
-            errors = _errors(config, job, snapshot, config.settings[0], pairs)
+            snapshot, setting = Generator(path, device), config.settings[0]
+            images, _ = _samples(config, job, snapshot, setting, place / path.with_suffix(".npy").name, samples, progress)
+            errors = _errors(config, job, snapshot, setting, pairs)
             along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})
-        write(job.out / "iterates.npz", _iterates(config, job, generator, pairs))
-    write_table(job.out / "sweep.csv", rows)
-    write_table(job.out / "curve.csv", along)
-    kept = {key: generator.about[key] for key in ("parameters", "nimg")}
-    about = {"run": job.run, "of": config.of, "kind": generator.kind, **kept, "environment": environment(job)}
-    write_json(job.out / "metrics.json", {**about, **rows[0]})
+        if rank() == 0:
+            job.out.mkdir(parents=True, exist_ok=True)
+            os.replace(place / "0.npy", job.out / "samples.npy")
+            write(job.out / "iterates.npz", _iterates(config, job, generator))
+            write_table(job.out / "sweep.csv", rows)
+            write_table(job.out / "curve.csv", along)
+            kept = {key: generator.about[key] for key in ("parameters", "nimg")}
+            about = {"run": job.run, "of": config.of, "kind": generator.kind, **kept, "environment": environment(job)}
+            write_json(job.out / "metrics.json", {**about, **rows[0]})
 
 
-def _samples(config: Config, job: Job, generator: Generator, setting, samples: int, progress) -> tuple[np.ndarray, dict]:
-    """Return the evaluation's images (N, C, H, W) uint8, and what the solver did on average."""
-    images, solved = np.empty((samples, *generator.shape), np.uint8), []
-    for indices in batches(samples, config.batch):
+def _samples(
+    config: Config, job: Job, generator: Generator, setting, path: Path, samples: int, progress
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Return the evaluation's images (N, C, H, W) uint8, mapped from `path`, and what the solver did.
+
+    Each process makes its share of the blocks: any number of them writes the same bytes.
+    """
+    if rank() == 0:
+        np.lib.format.open_memmap(path, "w+", np.uint8, (samples, *generator.shape))
+    barrier()
+    images, solved = np.load(path, mmap_mode="r+"), torch.zeros(samples, 3, dtype=torch.float64)
+    for indices in list(batches(samples, config.batch))[rank() :: world()]:
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
         images[indices] = data.to_uint8(made.image).cpu().numpy()
         if made.solution is not None:
-            solved.append([s.float().cpu() for s in (made.solution.iterations, _final(made.solution), made.solution.diverged)])
+            told = made.solution.iterations, _final(made.solution), made.solution.diverged
+            solved[indices] = torch.stack([t.double().cpu() for t in told], 1)
         progress.update(len(indices))
-    if not solved:
+    images.flush()
+    solved = total(solved)
+    if generator.kind != "get":
         return images, {}
-    iterations, residual, diverged = (torch.cat(parts) for parts in zip(*solved))
+    iterations, residual, diverged = solved.unbind(1)
     return images, {"iterations": iterations.mean().item(), "residual": residual.median().item(),
                     "diverged": int(diverged.sum())}  # fmt: skip
 
@@ -145,7 +157,7 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
     return {"l1_held_out": totals[0], "l1_train": totals[1]}
 
 
-def _iterates(config: Config, job: Job, generator: Generator, pairs: PairSet | None) -> bytes:
+def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
     shown, traced = np.arange(SHOWN), np.arange(TRACED)
     setting = config.settings[0]

@@ -22,7 +22,7 @@ from equilab.diffusion.samplers import Step, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
 from equilab.models.precond import EDM
 from equilab.progress import bar
-from equilab.training.loop import device_of, environment, precision
+from equilab.training.loop import barrier, device_of, environment, precision, rank, world
 from equilab.training.state import load_network, require_disk, scratch, sha256_of, write, write_array, write_json
 from equilab.training.teacher import UNETS, counted
 
@@ -168,15 +168,14 @@ def run(config: Config, job: Job) -> None:
         missing = [k for k, path in enumerate(shards) if not _whole(path)]
         require_disk(folder, len(missing) * config.shard * size)
         with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
-            for k in missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]:
+            for k in missing[rank() :: world()]:
                 blocks = []
                 for start in range(k * config.shard, (k + 1) * config.shard, config.batch):
                     blocks.append(_block(config, denoise, job.study.seed, start, shape, classes, device))
                     progress.update(config.batch)
                 write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if os.environ.get("RANK", "0") == "0":
+        barrier()
+        if rank() == 0:
             _publish(config, job, shards, shape, classes, about)
 
 

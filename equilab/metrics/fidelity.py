@@ -278,8 +278,17 @@ class Scorer:
 
         Raises: ValueError for fewer than 10 images.
         """
-        features, logits = (torch.cat(parts) for parts in zip(*extract(images, self.extractor)))  # (N, D), (N, K)
-        return self._scores(features, logits, self.references)
+        compared, logits = [], []
+
+        def blocks() -> Iterator[Tensor]:
+            for features, logit in extract(images, self.extractor):
+                if sum(map(len, compared)) < COMPARED:
+                    compared.append(features)
+                logits.append(logit)
+                yield features
+
+        found = statistics(blocks())
+        return self._scores(found, torch.cat(compared)[:COMPARED], torch.cat(logits), self.references)
 
     def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
         """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.
@@ -293,16 +302,19 @@ class Scorer:
         train, test = self.references["train"], self.references["test"]
         drawn = torch.from_numpy(rng.generator(seed, "floor").integers(len(train.features), size=n_samples))
         return {
-            "test": self._scores(test.features, test.logits, {"train": train}),
-            "bootstrap": self._scores(train.features[drawn], train.logits[drawn], self.references),
+            "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
+            "bootstrap": self._scores(
+                statistics(train.features[drawn].split(BATCH)), train.features[drawn], train.logits[drawn], self.references
+            ),
         }
 
-    def _scores(self, features: Tensor, logits: Tensor, references: Mapping[str, Reference]) -> dict[str, float]:
-        count = len(features)
+    def _scores(
+        self, found: Statistics, compared: Tensor, logits: Tensor, references: Mapping[str, Reference]
+    ) -> dict[str, float]:
+        count = len(logits)
         if count < SPLITS:
             raise ValueError(f"scores need at least {SPLITS} images, got {count}; sample more")
-        values = self._distances(statistics(features.split(BATCH)), references)
-        compared = features[:COMPARED]
+        values = self._distances(found, references)
         for split, real in references.items():
             sizes = len(compared), len(real.features)
             subset = min(KID_SUBSET, *sizes)

@@ -148,13 +148,13 @@ def fit(run: Run, batch_of: Batch, loss: Loss) -> Iterator[Progress]:
 
     Raises: UserError with the step and the loss, if the loss is not finite; the last good state is kept.
     """
-    config, rank, world = run.config, *_place()
-    if config.micro_batch % world:
-        raise UserError(f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world})")
-    share = config.micro_batch // world
+    config = run.config
+    if config.micro_batch % world():
+        raise UserError(f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})")
+    share = config.micro_batch // world()
     passes = config.batch // config.micro_batch
     net = torch.compile(run.net) if config.compile else run.net
-    net = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    net = nn.parallel.DistributedDataParallel(net) if world() > 1 else net
     context = precision(config.precision, run.device)
     updates = config.report_nimg // config.batch
     losses = torch.zeros(updates, device=run.device)
@@ -162,37 +162,35 @@ def fit(run: Run, batch_of: Batch, loss: Loss) -> Iterator[Progress]:
     run.net.train()
 
     def positions(nimg: int) -> range:  # of the micro batch that starts there, this process's share
-        return range(nimg + rank * share, nimg + (rank + 1) * share)
+        return range(nimg + rank() * share, nimg + (rank() + 1) * share)
 
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(batch_of, positions(run.nimg)) if run.nimg < config.nimg else None
         while run.nimg < config.nimg:
-            rate, total = learning_rate(config, run.nimg), 0.0
-            torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank))
+            rate, seen = learning_rate(config, run.nimg), 0.0
+            torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             for k in range(passes):
                 batch = to_device(upcoming.result(), run.device)
                 upcoming = reader.submit(batch_of, positions(run.nimg + (k + 1) * config.micro_batch))
                 last = k == passes - 1
-                with contextlib.nullcontext() if last or world == 1 else net.no_sync(), context():
+                with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), context():
                     value = loss(net, batch) / passes
                     value.backward()
-                total = total + value.detach()
+                seen = seen + value.detach()
             if config.clip is not None:
                 nn.utils.clip_grad_norm_(run.named.values(), config.clip)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             torch._foreach_lerp_(decay_targets, list(run.named.values()), 1 - ema_decay(config, run.nimg))
-            losses[run.nimg // config.batch % updates] = total
+            losses[run.nimg // config.batch % updates] = seen
             run.nimg += config.batch
             yield Progress(run.nimg, _report(run, losses, rate) if run.nimg % config.report_nimg == 0 else None)
 
 
 def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
-    if dist.is_initialized():
-        dist.all_reduce(losses.div_(dist.get_world_size()))
-    values = losses.tolist()
+    values = (total(losses) / world()).tolist()
     for k, value in enumerate(values):
         if not math.isfinite(value):
             step = run.nimg // run.config.batch - len(values) + k + 1
@@ -204,15 +202,35 @@ def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
     run.log.append(row)
     for name, value in run.net.named_buffers():
         run.ema[name].copy_(value) if name in run.ema else None
-    if _place()[0] == 0:
+    if rank() == 0:
         if run.nimg in run.config.snapshots:
             save_tensors(run.snapshot(run.nimg), run.ema, {"nimg": run.nimg})
         run.save()
     return row
 
 
-def _place() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank() -> int:
+    """Return this process's number among those that torchrun started; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of `values` over all processes."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values.cpu()
 
 
 def precision(name: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
@@ -257,7 +275,7 @@ def train(
                 progress.update(step.nimg - progress.n)
                 if step.report:
                     progress.set_postfix(loss=f"{step.report['loss']:.4g}")
-        if _place()[0] == 0:
+        if rank() == 0:
             about = {**about, "stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
             (job.out / "snapshots").mkdir(parents=True, exist_ok=True)
             for path in (job.out / "snapshots").iterdir():
@@ -297,5 +315,5 @@ def environment(job: Job) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__, "numpy": np.__version__, "device": f"{device.type} {name}",
-        "threads": torch.get_num_threads(), "processes": _place()[1],
+        "threads": torch.get_num_threads(), "processes": world(),
     }  # fmt: skip
