@@ -89,7 +89,7 @@ def test_every_study_passes_its_check(params, monkeypatch, capsys):
         (["distill", "get"], "distill.get.network.heads", 3, "width"),
         (["distill", "get"], "distill.get.network.patch", 3, "patch"),
         (["distill", "get"], "distill.get.network.widht", 3, "unknown key; did you mean 'width'?"),
-        (["distill", "get"], "distill.get.network.kind", "git", "did you mean 'get'?"),
+        (["distill", "get"], "distill.get.network.kind", "gett", "did you mean 'get'?"),
         (["distill", "get"], "distill.get.equilibrium", None, "equilibrium must be given for get"),
         (["distill", "gte"], "study.seed", 0, "no run 'gte'; did you mean 'get'?"),
         (["distill"], "study.seed", 0, "distill needs the name of a run: get, get-noise, vit"),
