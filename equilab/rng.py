@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Indices = Sequence[int] | np.ndarray
+
 
 def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     """Return the generator of one random event: the stream of `purpose` under `seed` at position `index`.
@@ -20,7 +22,7 @@ def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def noise(seed: int, purpose: str, indices: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+def noise(seed: int, purpose: str, indices: Indices, shape: tuple[int, ...]) -> np.ndarray:
     """Return unit normals (len(indices), *shape), float32; row i depends on (seed, purpose, indices[i]) alone."""
     rows = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in zip(rows, indices):
@@ -28,7 +30,7 @@ def noise(seed: int, purpose: str, indices: Sequence[int], shape: tuple[int, ...
     return rows
 
 
-def integers(seed: int, purpose: str, indices: Sequence[int], high: int) -> np.ndarray:
+def integers(seed: int, purpose: str, indices: Indices, high: int) -> np.ndarray:
     """Return int64 (len(indices),) uniform in 0..high-1, one per index."""
     return np.array([generator(seed, purpose, int(i)).integers(high) for i in indices], dtype=np.int64)
 

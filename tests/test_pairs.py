@@ -1,0 +1,137 @@
+"""Pairs and the runs made from them: by index, checked, the same bytes from any number of processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from equilab import __main__, config, pairs, rng
+from equilab.config import UserError
+from equilab.data import to_uint8
+from equilab.diffusion.samplers import finish
+from equilab.models.precond import EDM
+from equilab.pairs import PairSet
+from equilab.training.state import load_network, load_tensors
+from equilab.training.teacher import UNETS
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "studies/smoke/params.yaml"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study with its teacher and pairs, made in this process."""
+    folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
+    shutil.copy(SMOKE, folder)
+    try:
+        for stage in ("data", "teacher", "pairs"):
+            assert __main__.main([stage, "--params", str(folder / "params.yaml")]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def copy(study, tmp_path):
+    """The results of the pairs, to be damaged."""
+    shutil.copytree(study / "results/pairs", tmp_path / "pairs")
+    return tmp_path / "pairs"
+
+
+def test_a_pair_is_a_function_of_its_index(study):
+    found = PairSet(study / "results/pairs")
+    assert (found.count, found.held_out, found.classes, found.shape) == (200, 40, 10, (1, 8, 8))
+    some = found.read(np.array([7, 239, 0]))
+    for k, index in enumerate((7, 239, 0)):
+        alone = found.read(np.array([index]))
+        torch.testing.assert_close(some.noise[k], alone.noise[0], rtol=0, atol=0)
+        torch.testing.assert_close(some.image[k], alone.image[0], rtol=0, atol=0)
+        assert some.label[k] == alone.label[0]
+        expected = rng.noise(found.seed, pairs.NOISE, [index], found.shape)
+        np.testing.assert_array_equal(alone.noise.numpy(), expected)
+
+
+def test_a_pair_is_what_the_teacher_makes_of_its_noise(study):
+    found = PairSet(study / "results/pairs")
+    net, about = load_network(study / "results/teacher/weights.safetensors", UNETS)
+    sections = config.read(SMOKE)
+    settings, _ = __main__._config(sections, "pairs", None, SMOKE)
+    noise, image, label = found.read(np.arange(30))
+    made, nfe = finish(settings.sampler.run(EDM(net, sigma_data=about["config"]["sigma_data"]), noise, label))
+    difference = (to_uint8(made).int() - to_uint8(image).int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.01
+    assert nfe == found.meta["nfe_image"] == settings.sampler.nfe == 5 and found.meta["nfe"] == 5 * 240
+
+
+def test_the_set_is_memory_mapped(study):
+    assert all(isinstance(array, np.memmap) for array in PairSet(study / "results/pairs").images)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing or damaged; run the stage `pairs` again"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "meta.json is missing or damaged"),
+        (lambda folder: (folder / "images-0000000060.npy").unlink(), "images-0000000060.npy is missing"),
+        (lambda folder: shorten(folder / "images-0000000060.npy"), "images-0000000060.npy is missing, cut short or damaged"),
+        (lambda folder: change(folder / "images-0000000120.npy"), "images-0000000120.npy is damaged"),
+        (lambda folder: np.save(folder / "images-0000000000.npy", np.zeros((60, 3, 8, 8), np.uint8)), "says otherwise"),
+        (lambda folder: forge(folder / "meta.json"), "noise regenerated from its index differs"),
+    ],
+)
+def test_damaged_pairs_are_refused_with_the_file_and_the_remedy(copy, damage, sentence):
+    damage(copy)
+    with pytest.raises(UserError, match=sentence):
+        PairSet(copy).verify()
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def forge(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "noise_checksum": "0"}))
+
+
+def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(study, tmp_path):
+    shutil.copytree(study, tmp_path / "study")
+    folder = tmp_path / "study"
+    shutil.rmtree(folder / "results/pairs")
+    shutil.rmtree(folder / ".equilab")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "equilab"]
+    for stage in (["pairs"], ["distill", "vit"]):
+        done = subprocess.run([*torchrun, *stage], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for path in sorted((study / "results/pairs").glob("*.npy")):
+        assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
+    subprocess.run(
+        [sys.executable, "-m", "equilab", "distill", "vit"], cwd=study, env=environment, capture_output=True, check=True
+    )
+    two, one = (load_tensors(f / "results/distill/vit/weights.safetensors")[0] for f in (folder, study))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)  # Adam divides by gradients near 0: rounding grows
+    losses = [np.genfromtxt(f / "results/distill/vit/log.csv", delimiter=",", names=True)["loss"] for f in (folder, study)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(study, tmp_path, capsys, monkeypatch):
+    params = config.read(SMOKE)
+    params["distill"]["vit"]["pairs"] = 201
+    shutil.copytree(study / "results", tmp_path / "results")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["distill", "vit"]) == 2
+    assert "distill.vit.pairs is 201, the set has 200" in capsys.readouterr().err
