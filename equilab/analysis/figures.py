@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from equilab.analysis import paper, scaling
 from equilab.analysis.scaling import BUDGETS, Rule
 from equilab.analysis.tables import Tables, short
-from equilab.training.state import write
 
 BLUE, ORANGE, GREEN, GREY = "#0173b2", "#de8f05", "#029e73", "#6b6b6b"  # told apart by the colour-blind
 COLOURS = {"GET": BLUE, "GET as published": BLUE, "ViT": ORANGE, "teacher": GREEN}
@@ -51,17 +50,18 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save(figure: Figure, folder: str, name: str, numbers: pd.DataFrame):
+def save(folder: str, name: str, figure: Figure, numbers: pd.DataFrame):
     """Write NAME.png and NAME.csv, exactly the numbers drawn; return the picture for the notebook to show."""
     from IPython.display import Image
 
-    content = png(figure)
-    write(Path(folder) / f"{name}.png", content)
-    write(Path(folder) / f"{name}.csv", numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    content, path = png(figure), Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f"{name}.png").write_bytes(content)
+    (path / f"{name}.csv").write_text(numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return Image(content, width=int(WIDTH * 100))
 
 
-def _log(ax, x: bool = True, y: bool = True) -> None:
+def logarithmic(ax, x: bool = True, y: bool = True) -> None:
     """Make axes logarithmic, with four to eight plain numbers whatever their range."""
     for chosen, axis, scale in ((x, ax.xaxis, ax.set_xscale), (y, ax.yaxis, ax.set_yscale)):
         if chosen:
@@ -79,20 +79,21 @@ def _tone(colour: str, share: float) -> tuple[float, ...]:
     return tuple(np.array(mpl.colors.to_rgb(colour)) * (0.45 + 0.55 * share) + 0.55 * (1 - share))
 
 
-def _looks(models: pd.DataFrame) -> dict[str, dict]:
+def looks(models: pd.DataFrame) -> dict[str, dict]:
     """Return for each model how it is drawn: its family's colour and marker, darker with size; its name in legends."""
-    looks = {}
+    found, patches = {}, models["patch"].nunique() > 1
     order = {name: k for k, name in enumerate(COLOURS)}
     for row in models.sort_values(["family", "parameters"], key=lambda c: c.map(order) if c.name == "family" else c).itertuples():
         sizes = np.sort(models.loc[models["family"] == row.family, "parameters"].unique())
         share = 1.0 if len(sizes) == 1 else np.searchsorted(sizes, row.parameters) / (len(sizes) - 1)
         hollow = {"markerfacecolor": "white"} if row.family == "GET as published" else {}
-        looks[row.model] = {"color": _tone(COLOURS[row.family], share), "marker": MARKERS[row.family], **hollow,
-                            "linestyle": LINES[row.family], "label": f"{row.family}, {short(row.parameters)}"}  # fmt: skip
-    return looks
+        name = f"{row.family}, {short(row.parameters)}" + (f", patch {row.patch}" if patches else "")
+        found[row.model] = {"color": _tone(COLOURS[row.family], share), "marker": MARKERS[row.family], **hollow,
+                            "linestyle": LINES[row.family], "label": name}  # fmt: skip
+    return found
 
 
-def _legend(figure: Figure, ax, columns: int = 4) -> None:
+def legend(figure: Figure, ax, columns: int = 4) -> None:
     """Put one legend below the figure, with every name once."""
     named = {}
     for one in np.ravel(ax):
@@ -100,23 +101,23 @@ def _legend(figure: Figure, ax, columns: int = 4) -> None:
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.4)
 
 
-def _draw(ax, rows: pd.DataFrame, x: str, measure: str, look: dict) -> None:
+def curve(ax, rows: pd.DataFrame, x: str, measure: str, look: dict) -> None:
     """Draw one line with its interval over seeds where there is one."""
     half = rows[f"{measure}_half"].to_numpy() if f"{measure}_half" in rows else np.full(len(rows), np.nan)
     ax.errorbar(rows[x], rows[measure], yerr=None if np.isnan(half).all() else half, capsize=2, elinewidth=0.8, **look)
 
 
-def _lines(ax, tables: Tables, measure: str) -> None:
+def references(ax, tables: Tables, measure: str) -> None:
     """Draw what cannot be beaten: real images from real ones, and the teacher that is imitated."""
     if measure != tables.distance:
         return
     ax.axhline(tables.floor, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="real against real")
     if len(tables.teacher):
         teacher = tables.teacher.iloc[0]
-        ax.axhline(teacher[measure], color=GREEN, linewidth=0.9, linestyle=":", label=f"teacher, {teacher['nfe']} nfe")
+        ax.axhline(teacher[measure], color=GREEN, linewidth=0.9, linestyle="-.", label=f"teacher, {teacher['nfe']} nfe")
 
 
-def _ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
+def ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
     """Return the title of a panel of ours: what is measured, on how many images, over how many seeds."""
     several = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     what = f"{tables.score}, {tables.samples:,} images" if measure == tables.distance else "held-out L1"
@@ -132,7 +133,7 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
             ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), (4, 3), textcoords="offset points",
                         fontsize=6.5, color=COLOURS[family])  # fmt: skip
     ax.set(title="paper: CIFAR-10 (one run each)", xlabel=name, ylabel="FID to the training images")
-    _log(ax)
+    logarithmic(ax)
 
 
 def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
@@ -143,7 +144,7 @@ def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFr
     _paper_panel(grid[0, 0], "nimg", IMAGES, published)
     grid[0, 0].axhline(paper.PROGRESSIVE_FID, color=GREY, linewidth=0.9, linestyle="--", label="progressive distillation (paper)")
     _curves(grid[0, 1:], tables, found, "nimg", IMAGES)
-    _legend(figure, grid)
+    legend(figure, grid)
     return figure, _numbers(tables, found, ["nimg"])
 
 
@@ -155,19 +156,19 @@ def compute(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
     published = paper.runs().query("conditioning == 'none' and pairs == 1").dropna(subset="flops")
     _paper_panel(grid[0, 0], "train_flops", "training FLOPs", published)
     _curves(grid[0, 1:], tables, found, "train_flops", "training FLOPs")
-    _legend(figure, grid)
+    legend(figure, grid)
     return figure, _numbers(tables, found, ["nimg", "train_flops"])
 
 
 def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str) -> None:
     """Draw a learning curve of every model, a panel for each measure."""
-    looks = _looks(found.drop_duplicates("model"))
+    named = looks(found.drop_duplicates("model"))
     for ax, (measure, axis) in zip(row, tables.measures.items()):
-        for model, look in looks.items():
-            _draw(ax, found[found["model"] == model].sort_values(x), x, measure, look)
-        _lines(ax, tables, measure)
-        ax.set(title=_ours(tables, measure, found["n"]), xlabel=name, ylabel=axis)
-        _log(ax)
+        for model, look in named.items():
+            curve(ax, found[found["model"] == model].sort_values(x), x, measure, look)
+        references(ax, tables, measure)
+        ax.set(title=ours(tables, measure, found["n"]), xlabel=name, ylabel=axis)
+        logarithmic(ax)
 
 
 def sizes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
@@ -181,14 +182,14 @@ def sizes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame
         for family, rows in found.groupby("family", sort=False):
             look = {"color": COLOURS[family], "marker": MARKERS[family], "linestyle": "none"}
             hollow = {"markerfacecolor": "white"} if family == "GET as published" else {}
-            _draw(ax, rows, "parameters", measure, {**look, **hollow, "label": family})
+            curve(ax, rows, "parameters", measure, {**look, **hollow, "label": family})
             if family in laws:
                 x = np.geomspace(rows["parameters"].min(), rows["parameters"].max(), 20)
                 ax.plot(x, laws[family].factor * x ** laws[family].exponent, color=COLOURS[family], linewidth=0.9)
-        _lines(ax, tables, measure)
-        ax.set(title=_ours(tables, measure, found["n"]), xlabel="parameters", ylabel=axis)
-        _log(ax)
-    _legend(figure, grid, 5)
+        references(ax, tables, measure)
+        ax.set(title=ours(tables, measure, found["n"]), xlabel="parameters", ylabel=axis)
+        logarithmic(ax)
+    legend(figure, grid, 5)
     return figure, _numbers(tables, found, ["parameters"])
 
 
@@ -199,8 +200,8 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
     for row, measure in zip(grid, tables.measures):
         for ax, (budget, name) in zip(row, BUDGETS.items()):
             found = scaling.equal_budget(tables, regime, budget, measure, rule).dropna(subset=["ratio"])
-            looks = _looks(found.drop_duplicates("model"))
-            for model, look in looks.items():
+            named = looks(found.drop_duplicates("model"))
+            for model, look in named.items():
                 one = found[found["model"] == model]
                 reach = [one["ratio"] - one["low"], one["high"] - one["ratio"]]
                 ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **look)
@@ -209,22 +210,22 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
             numbers.append(found.assign(budget=budget, measure=measure)[
                 ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
             ].rename(columns={measure: "get", "other": "vit"}))  # fmt: skip
-            _log(ax)
+            logarithmic(ax)
         row[0].set_ylabel(f"{tables.score if measure == tables.distance else 'held-out L1'}, GET / ViT\n(below 1: GET is better)")
-    _legend(figure, grid)
+    legend(figure, grid)
     return figure, pd.concat(numbers)
 
 
-def iterates(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
     """Return norm, residual, direction and drift of the iterates of every GET, and their medians."""
-    found = traces(tables)
+    found = traces(tables, regime)
     figure, grid = axes(1, 4, 2.5)
     names = {"norm": "norm of z, per element", "residual": "relative residual", "direction": "cosine between steps",
              "drift": "way from iterate 1"}  # fmt: skip
-    looks = _looks(tables.runs[tables.runs["kind"] == "get"])
+    named = looks(_implicit(tables, regime))
     for ax, (name, title) in zip(grid[0], names.items()):
         for _, rows in found.groupby("run", sort=False):
-            look = looks[rows["model"].iloc[0]] | {"markersize": 2.5}
+            look = named[rows["model"].iloc[0]] | {"markersize": 2.5}
             ax.plot(rows["iteration"], rows[name], **look)
             ax.fill_between(rows["iteration"], rows[f"{name}_10"], rows[f"{name}_90"], color=look["color"], alpha=0.12, linewidth=0)
         for count in tables.runs["trained_iterations"].dropna().unique():
@@ -232,15 +233,15 @@ def iterates(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         ax.set(title=title, xlabel="iteration")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name == "residual":
-            _log(ax, x=False)
-    _legend(figure, grid)
+            logarithmic(ax, x=False)
+    legend(figure, grid)
     return figure, found.drop(columns="model")
 
 
-def traces(tables: Tables) -> pd.DataFrame:
+def traces(tables: Tables, regime: str) -> pd.DataFrame:
     """Return median, 10th and 90th percentile over samples of what the iterates of every GET do."""
     rows = []
-    for run in tables.runs[tables.runs["kind"] == "get"].itertuples():
+    for run in _implicit(tables, regime).itertuples():
         kept = np.load(run.folder / "iterates.npz")
         for k in range(kept["norm"].shape[1]):
             row = {"run": run.run, "model": run.model, "iteration": k + 1}
@@ -250,6 +251,59 @@ def traces(tables: Tables) -> pd.DataFrame:
                 row |= dict(zip((name, f"{name}_10", f"{name}_90"), found))
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _implicit(tables: Tables, regime: str) -> pd.DataFrame:
+    """Return the first seed of every GET of a regime."""
+    found = tables.runs[(tables.runs["kind"] == "get") & (tables.runs["regime"] == regime)]
+    return found.sort_values(["parameters", "family", "seed"], kind="stable").drop_duplicates("model")
+
+
+def decoded(tables: Tables, regime: str, samples: int = 2) -> tuple[Figure, pd.DataFrame]:
+    """Return the decoded iterates of every GET, a row for each model and sample, and the residuals beside them."""
+    shown = (1, 2, 3, 4, 5, 6, 8, 12, 24)
+    rows = [(run, np.load(run.folder / "iterates.npz")) for run in _implicit(tables, regime).itertuples()]
+    figure, grid = axes(samples * len(rows), len(shown), WIDTH / len(shown) * samples * len(rows))
+    numbers = []
+    for k, (run, kept) in enumerate(rows):
+        for sample in range(samples):
+            for ax, count in zip(grid[samples * k + sample], shown):
+                _picture(ax, kept["images"][count - 1, sample])
+                ax.set_title(f"{count} iteration{'s' * (count > 1)}" if not k + sample else "", fontsize=6.5, loc="center")
+        grid[samples * k, 0].set_ylabel(run.label, fontsize=6.5)
+        numbers += [{"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])} for c in shown]
+    return figure, pd.DataFrame(numbers)
+
+
+def _picture(ax, image: np.ndarray) -> None:
+    """Show one uint8 image (C, H, W)."""
+    ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def gallery(images: np.ndarray) -> Figure:
+    """Return up to 16 uint8 images (N, C, H, W) side by side."""
+    figure, grid = axes(2, 8, 2)
+    for ax, image in zip(grid.flat, images):
+        _picture(ax, image)
+    return figure
+
+
+def iterate(kept, count: int) -> Figure:
+    """Return the images of one iterate, and where it stands in residual and norm; `kept` is an open iterates.npz."""
+    figure, _ = axes(1, 1, 2.6)
+    figure.clear()
+    grid = figure.add_gridspec(2, 8)
+    for k, image in enumerate(kept["images"][count - 1, :8]):
+        _picture(figure.add_subplot(grid[k // 4, k % 4]), image)
+    for column, (name, scale) in zip((slice(4, 6), slice(6, 8)), (("residual", "log"), ("norm", "linear"))):
+        ax, median = figure.add_subplot(grid[:, column]), np.median(kept[name], 0)
+        ax.plot(np.arange(1, len(median) + 1), median, color=BLUE, linewidth=1)
+        ax.plot(count, median[count - 1], "o", color=ORANGE, markersize=7)
+        ax.set(title=f"{name} {median[count - 1]:.3g}", xlabel="iteration", yscale=scale)
+    return figure
 
 
 def _numbers(tables: Tables, found: pd.DataFrame, at: list[str]) -> pd.DataFrame:

@@ -51,3 +51,13 @@ def runs() -> pd.DataFrame:
     table["train_flops"] = 3 * table["flops"] * table["nimg"]
     table["family"] = table["size"].str.split("-").str[0]
     return table
+
+
+def sizes_table() -> pd.DataFrame:
+    """Return the paper's table 2, with the ViT of table 4 and the conditional runs."""
+    found = runs().sort_values(["family", "parameters", "nimg"])
+    found["FLOPs of an image, counted by us"] = found["flops"] / 1e9
+    kept = {"size": "model", "parameters": "parameters", "FLOPs of an image, counted by us": "GFLOP of an image, counted by us",
+            "iterations": "iterations", "batch": "batch", "pairs": "pairs (M)", "conditioning": "classes", "fid": "FID",
+            "inception_score": "inception score", "where": "where"}  # fmt: skip
+    return found[list(kept)].rename(columns=kept)

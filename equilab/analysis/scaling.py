@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from equilab.analysis.tables import Tables, replicated
+from equilab.analysis.tables import Tables, replicated, short
 
 BUDGETS = {"parameters": "parameters", "train_flops": "training FLOPs", "flops": "sampling FLOPs of an image"}
 
@@ -167,3 +167,37 @@ def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataF
                 rows.append({"kind": kind, "budget_gflop": f"2^{power}", "label": about["label"], "family": about["family"],
                              "parameters": about["parameters"], measure: best, "ahead": second / best, "clear": clear})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
+    """Return the paper's table 2 of this study: a row for each model, all regimes, half-intervals over seeds beside."""
+    found = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence).sort_values(["kind", "parameters", "nimg"])
+    quality = {}
+    for measure in tables.measures:
+        quality[tables.score if measure == tables.distance else "held-out L1"] = [
+            f"{row[measure]:.4g}" + ("" if np.isnan(row[f"{measure}_half"]) else f" ± {row[f'{measure}_half']:.2g}")
+            for _, row in found.iterrows()
+        ]
+    return pd.DataFrame({
+        "run": found["label"], "family": found["family"], "width": found["width"], "parameters": found["parameters"].map(short),
+        "FLOPs of an image": found["flops_image"].map(short), "pairs": found["pairs"], "images seen": found["nimg"], **quality,
+        "inception score": found["inception_score"], "precision": found["precision"], "recall": found["recall"], "seeds": found["n"],
+    })  # fmt: skip
+
+
+def fits_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
+    """Return the exponents of quality over parameters, a row for each family and measure."""
+    rows = [{"measure": name, "family": family, "power law over parameters": str(law)}
+            for measure, name in tables.measures.items() for family, law in fits(tables, regime, measure, rule).items()]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def best_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
+    """Return the best size of each kind for training budgets, a row for each budget and measure."""
+    found = []
+    for measure, name in tables.measures.items():
+        rows = best_size(tables, regime, measure, rule)
+        found += [{"measure": name, "kind": r["kind"], "budget (GFLOP)": r["budget_gflop"], "best": r["label"], "parameters": r["parameters"],
+                   "value": r[measure], "second best / best": r["ahead"], "counts": "yes" if r["clear"] else "no"}
+                  for _, r in rows.iterrows()]  # fmt: skip
+    return pd.DataFrame(found)

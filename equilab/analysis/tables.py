@@ -57,9 +57,12 @@ class Tables:
 
     def measured(self, what: str) -> pd.DataFrame:
         """Return what was measured ("sample": at every number of iterations `at`, 0 for explicit generators; "train")
-        beside what the runs are and how good."""
+        beside what the runs are and how good.
+
+        Raises: UserError if nothing was measured.
+        """
         if self.costs.empty:
-            return self.costs
+            raise UserError(f"{self.folder} holds no measured costs; run the stage cost first")
         chosen = self.sweeps["as_headline"] if what == "sample" else self.sweeps["headline"]
         about = self.sweeps[chosen].rename(columns={"most_iterations": "at"}).fillna({"at": 0})
         rows = self.costs[self.costs["what"] == what].rename(columns={"iterations": "at"}).fillna({"at": 0})
@@ -79,12 +82,12 @@ def read(folder: Path | str) -> Tables:
         found = json.loads(path.read_text())
         sweep = _csv(path.with_name("sweep.csv"))
         if found["of"] == "teacher":
-            teacher = sweep.assign(run="teacher", kind=found["kind"], parameters=found["parameters"])
+            teacher = sweep.assign(run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0)
         if not found["of"].startswith("distill/"):
             continue
         about = _about(json.loads((folder / found["of"] / "summary.json").read_text()))
         rows.append({**found, **about, "folder": path.parent})
-        sweeps.append(sweep.assign(**about, headline=sweep.index == 0, as_headline=_as_first(sweep)))
+        sweeps.append(sweep.assign(**about, folder=path.parent, headline=sweep.index == 0, as_headline=_as_first(sweep)))
         curves.append(_csv(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
     if not rows:
         raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give the folder of a study's results")
@@ -117,6 +120,7 @@ def _about(summary: dict) -> dict:
         "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
         "regime": f"{config['pairs']:,} pairs, {summary['nimg']:,} images seen, batch {optimisation['batch']}, {classes}",
         "width": network["width"], "depth": network["depth"], "patch": network["patch"],
+        "image": " x ".join(map(str, summary["image"])),
         "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
         "train_flops": 3.0 * summary["flops_image"] * summary["nimg"], "pairs": config["pairs"],
         "trained_iterations": solve.get("iterations"), **_ablations(config),
@@ -170,6 +174,52 @@ def main_regime(tables: Tables) -> str:
     models = tables.runs.drop_duplicates("model")
     found = models.groupby("regime").agg(kinds=("kind", "nunique"), models=("model", "size"), nimg=("nimg", "first"))
     return found.sort_values(["kinds", "models", "nimg"]).index[-1]
+
+
+def about(tables: Tables) -> str:
+    """Return in Markdown what the study trained and how its quality is measured."""
+    first, regime = tables.runs.iloc[0], main_regime(tables)
+    teacher = tables.teacher.iloc[0] if len(tables.teacher) else None
+    reach = f"; its teacher reaches {teacher[tables.distance]:.3g} in {teacher['nfe']} evaluations" if teacher is not None else ""
+    return (
+        f"This study: images of {first['image']} (channels, height, width), {tables.runs['model'].nunique()} models in {len(tables.runs)} runs, "
+        f"{short(tables.runs['parameters'].min())} to {short(tables.runs['parameters'].max())} parameters. Figures compare the "
+        f"{tables.runs.query('regime == @regime')['model'].nunique()} models trained at {regime}. {tables.score} is measured on "
+        f"{tables.samples:,} images against the training images; real images reach {tables.floor:.3g}{reach}. "
+        "Training FLOPs are three forward passes for each image seen."
+    )
+
+
+def machine(tables: Tables) -> str:
+    """Return in Markdown on what the seconds were measured."""
+    kept = json.loads((tables.folder / "cost" / "cost.json").read_text())
+    found, peak = kept["environment"], kept["matmul_fp32_flops_s"]
+    return (f"Measured on {found['device']}, {found['threads']} threads, torch {found['torch']}, batches of {kept['settings']['batch']}; "
+            f"a large matrix product reaches {short(peak)}FLOP/s there.")  # fmt: skip
+
+
+def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.DataFrame:
+    """Return the rows of the claims that a notebook checks; those on measured seconds and memory if `timed`.
+
+    Raises: UserError if the stage `claims` has not run.
+    """
+    names = ("claims.csv", "measured.csv") if timed else ("claims.csv",)
+    if missing := [name for name in names if not (Path(folder) / name).exists()]:
+        raise UserError(f"{Path(folder) / missing[0]} is not there; run the stage claims first")
+    found = pd.concat([pd.read_csv(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
+    return found[found["id"].isin(ids)]
+
+
+def findings(found: pd.DataFrame) -> str:
+    """Return in Markdown what became of claims, verdict by verdict, with the likely reason."""
+    parts = []
+    for verdict, rows in found.groupby("verdict", sort=False):
+        parts.append(f"**{verdict.capitalize()}**\n")
+        for row in rows.itertuples():
+            name = f"{row.id} ({row.part})" if row.part else row.id
+            parts.append(f"- {name}, {row.claim}: here {row.ours}. Likely because {row.reason}.".replace("here –. Likely because ", ""))
+        parts.append("")
+    return "\n".join(parts)
 
 
 def short(count: float) -> str:

@@ -1,0 +1,85 @@
+"""Widgets that the notebooks end with: they read the same results as the figures and train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+
+from equilab.analysis import figures
+from equilab.analysis.tables import Tables
+
+
+def iterates(tables: Tables) -> widgets.Widget:
+    """Return a slider over the iterations of a run: the decoded images, the residual and the norm."""
+    found = tables.runs[tables.runs["kind"] == "get"]
+    run = widgets.Dropdown(options=dict(zip(found["run"], found["folder"])), description="run")
+    count = widgets.IntSlider(value=1, min=1, max=_kept(found["folder"].iloc[0]), description="iteration", continuous_update=False)
+    picture = widgets.Image(format="png")
+
+    def show(_: Any) -> None:
+        with np.load(run.value / "iterates.npz") as kept:
+            picture.value = figures.png(figures.iterate(kept, count.value))
+
+    return _board([run, count], [picture], show)
+
+
+def settings(tables: Tables) -> widgets.Widget:
+    """Return a choice of a run and of how it is sampled: its quality, its cost, its measured speed, its images."""
+    sweeps = pd.concat([tables.sweeps, tables.teacher]).reset_index(drop=True)
+
+    def options(name: str) -> list[tuple[str, int]]:
+        return [(_name(row), k) for k, row in sweeps[sweeps["run"] == name].iterrows()]
+
+    run = widgets.Dropdown(options=list(dict.fromkeys(sweeps["run"])), description="run")
+    setting = widgets.Dropdown(options=options(run.value), description="sampled by")
+    about, picture = widgets.HTML(), widgets.Image(format="png")
+
+    def show(_: Any) -> None:
+        row = sweeps.loc[setting.value]
+        with np.load(row["folder"] / "iterates.npz") as kept:
+            images = kept["images"]  # (K, N, C, H, W), along the headline setting
+        shown = min(int(np.nan_to_num(row["iterations"], nan=len(images))), len(images))
+        picture.value = figures.png(figures.gallery(images[shown - 1]))
+        found = row[[*tables.measures, "nfe", "iterations", "flops"]].dropna()
+        found["images per second, measured"] = _speed(tables, row)
+        found["images shown"] = f"of the first setting, after {shown} of {len(images)}"
+        about.value = found.to_frame().to_html(header=False, border=0)
+
+    run.observe(lambda change: setattr(setting, "options", options(change["new"])), "value")
+    return _board([run, setting], [about, picture], show)
+
+
+def _name(row: pd.Series) -> str:
+    """Return how a setting is called in a list: the columns of a solver or a sampler that are given."""
+    columns = ("method", "steps", "most_iterations", "tolerance", "pick", "init")
+    return ", ".join(f"{c.replace('most_', '')} {row[c]:g}" if isinstance(row[c], float) else str(row[c])
+                     for c in columns if c in row and not pd.isna(row[c])) or "one forward pass"  # fmt: skip
+
+
+def _speed(tables: Tables, row: pd.Series) -> str:
+    """Return the images per second measured for a run at this number of iterations."""
+    if tables.costs.empty:
+        return "not measured"
+    rows = tables.costs[(tables.costs["run"] == row["run"]) & (tables.costs["what"] == "sample")]
+    rows = rows[(rows["iterations"] == row["iterations"]) | rows["iterations"].isna() & bool(row["headline"])]
+    known = len(rows) and row["method"] not in ("anderson", "broyden")
+    return f"{rows['images_s'].iloc[0]:,.0f}" if known else "not measured"
+
+
+def _kept(folder: Path) -> int:
+    """Return how many iterates of a run are kept."""
+    with np.load(folder / "iterates.npz") as kept:
+        return len(kept["images"])
+
+
+def _board(controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]) -> widgets.Widget:
+    """Return controls above what `show` writes anew whenever one of them changes."""
+    for control in controls:
+        control.observe(show, "value")
+    show(None)
+    return widgets.VBox([widgets.HBox(controls), *shown])
