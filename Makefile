@@ -5,10 +5,11 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STUDY ?= .
 
-.PHONY: study test bench lab lock clean
+.PHONY: study test bench lab lock
 
 study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
-	cd $(STUDY) && dvc repro
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+	cd $(STUDY) && python -m equilab check && dvc repro
 
 test: .venv/installed  ## run the tests
 	python -m pytest
