@@ -51,7 +51,8 @@ def run(config: Config, job: Job) -> None:
     head = (
         f"Runs are compared at {study.regime}, unless a row says otherwise. Intervals are {rule.confidence:.0%} t-intervals over "
         f"seeds; with one seed a difference counts from {rule.margin_distance:.0%} of {study.tables.score} and "
-        f"{rule.margin_l1:.0%} of L1, and the interval is that margin. Published numbers: CIFAR-10, FID."
+        f"{rule.margin_l1:.0%} of L1, and the interval is that margin; distances above {rule.ranked:g} are not compared. "
+        "Published numbers: CIFAR-10, FID."
     )
     counted, timed = rows(study, COUNTED), rows(study, MEASURED if len(study.tables.costs) else [])
     for name, title, table in (("claims", "Claims", counted), ("measured", "Claims that rest on seconds and memory", timed)):
@@ -74,7 +75,7 @@ class Study:
 
     def points(self, budget: str, kind: str | None = None) -> pd.DataFrame:
         """Return the points of the regime at a budget, of one kind or of both."""
-        found = scaling.points(self.tables, self.regime, budget, self.config.rule)
+        found = scaling.points(self.tables, self.regime, budget, self.config.rule).assign(fastest=1.0, slowest=1.0)
         return found if kind is None else found[found["kind"] == kind]
 
     def averaged(self, frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
@@ -96,6 +97,7 @@ class Found(NamedTuple):
     interval: str
     seeds: str
     verdict: str
+    note: str = ""  # what else the study shows about the reason
 
 
 class Claim(NamedTuple):
@@ -110,6 +112,7 @@ class Claim(NamedTuple):
     holds: str  # the likely reason, by verdict
     fails: str
     open: str = "the compared models are closer than seeds or the margin can tell, or the sizes trained leave it open"
+    missing: str = "this study trains nothing that could tell"
 
 
 def rows(study: Study, claims: list[Claim]) -> pd.DataFrame:
@@ -117,10 +120,10 @@ def rows(study: Study, claims: list[Claim]) -> pd.DataFrame:
     table = []
     for claim in claims:
         found = claim.test(study)
-        reason = "this study trains nothing that could tell"
+        reason = claim.missing
         if found:
-            reason = {HOLDS: claim.holds, FAILS: claim.fails, OPEN: claim.open}[found.verdict]
-        table.append((*claim[:5], *(found or Found("–", "–", "0", OPEN)), reason))
+            reason = {HOLDS: claim.holds, FAILS: claim.fails, OPEN: claim.open}[found.verdict] + found.note
+        table.append((*claim[:5], *(found or Found("–", "–", "0", OPEN))[:4], reason))
     return pd.DataFrame(table, columns=COLUMNS)
 
 
@@ -130,33 +133,51 @@ def verdict(low: float, high: float, target: float = 1.0) -> str:
 
 
 def _span(low: float, high: float) -> str:
-    low, high = (f"{value:.3g}" if np.isfinite(value) else "more" for value in (low, high))
-    return f"{low} to {high}"
+    if not np.isfinite(high):
+        return f"more than {low:.3g}" if low else "not bounded"
+    return f"{low:.3g} to {high:.3g}" if low else f"less than {high:.3g}"
 
 
 def _seeds(frame: pd.DataFrame) -> str:
-    return _number(frame["n"].min(), frame["n"].max())
-
-
-def _number(low: float, high: float) -> str:
+    low, high = frame["n"].min(), frame["n"].max()
     return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
+def _pace(study: Study) -> str:
+    """Return how much the distance of both kinds still fell over the last part of their training."""
+    curves, measure, told = study.tables.curves, study.tables.distance, []
+    for kind in ("get", "vit"):
+        falls = [rows[measure].iloc[-2] / rows[measure].iloc[-1] for _, rows in
+                 curves[(curves["regime"] == study.regime) & (curves["kind"] == kind)].groupby("run") if len(rows) > 1]  # fmt: skip
+        if not falls:
+            return ""
+        told.append(f"{np.median(falls):.2f}")
+    start, end = sorted(curves.loc[curves["regime"] == study.regime, "nimg"].unique())[-2:]
+    return f"; from {short(start)} to {short(end)} images GETs still improve {told[0]} times, ViTs {told[1]} times (median)"
+
+
 def _times(study: Study, frame: pd.DataFrame, what: str, target: float = 1.0) -> Found | None:
-    """Test that a ViT as good as some GET costs at least `target` times as much; the cost of each is in `cost`."""
+    """Test that a ViT as good as some GET costs at least `target` times as much.
+
+    The cost is in `cost`; `fastest` and `slowest` are the shares of it within which it was measured.
+    """
     told = []
     for measure in study.tables.measures:
-        implicit, explicit = (frame[frame["kind"] == kind].dropna(subset=[measure]) for kind in ("get", "vit"))
-        if implicit.empty or explicit.empty:
+        get, vit = (scaling.ranked(frame, kind, measure, study.config.rule) for kind in ("get", "vit"))
+        if get.empty or vit.empty:
             return None
-        found = scaling.equal_quality(implicit, explicit, measure, study.config.rule)
-        best = found.sort_values(["low", "high"]).iloc[-1]
-        told.append((found["low"].max(), found["high"].max(), best["label"]))
-    names = [study.tables.score if measure == study.tables.distance else "held-out L1" for measure in study.tables.measures]
-    ours = "; ".join(f"as good as {label} by {name}: a ViT of {_span(low, high)} times its {what}"
-                     for (low, high, label), name in zip(told, names))  # fmt: skip
-    low, high, _ = told[0]
-    return Found(ours, _span(low, high), _seeds(frame), verdict(low, high, target))
+        low, high = (
+            scaling.equal_quality(get.assign(cost=get["cost"] * get[a]), vit.assign(cost=vit["cost"] * vit[b]), measure, study.config.rule)
+            for a, b in (("slowest", "fastest"), ("fastest", "slowest"))
+        )
+        told.append((low["low"].max(), high["high"].max()))
+    best = get.assign(low=low["low"], high=high["high"]).sort_values(["low", "high"]).iloc[-1]
+    distance = study.tables.distance
+    gets = get if len(get) <= 8 else best.to_frame().T
+    shown = [", ".join(f"{row[distance]:.2f} at {short(row['cost'])}" for _, row in rows.sort_values("cost").iterrows()) for rows in (gets, vit)]
+    ours = f"{study.tables.score} against {what}: GET {shown[0]}; ViT {shown[1]}; a ViT as good as some GET takes {_span(*told[0])} times as much"
+    ours += f" (by held-out L1: {_span(*told[1])})" if len(told) > 1 else ""
+    return Found(ours, _span(*told[0]), _seeds(frame), verdict(*told[0], target), _pace(study))
 
 
 def _ordered(study: Study, alike: pd.DataFrame, by: str) -> Found | None:
@@ -224,14 +245,14 @@ def conditioning(worse: str) -> Callable[[Study], Found | None]:
 def iterations(study: Study) -> Found | None:
     """GET-5: every GET at the fewest and at the most iterations that the claim names."""
     few, most = study.config.iterations
-    found = study.averaged(study.tables.iterations(), "model", "most_iterations")
+    found = study.averaged(study.tables.iterations(), "model", "most_iterations").sort_values("most_iterations", kind="stable")
     bounds, told = [], []
     for _, one in found.groupby("model", sort=False):
-        within = one[one["most_iterations"].between(few, most)].sort_values("most_iterations")
+        within = one[one["most_iterations"].between(few, most)]
         if len(within) > 1:
             bounds.append(study.change(within.iloc[0], within.iloc[-1]))
-            shown = [within.iloc[0], within.iloc[-1], one.sort_values("most_iterations").iloc[-1]]
-            told.append(f"{one['label'].iloc[0]} " + ", ".join(f"{r['most_iterations']:.0f}: {r[study.tables.distance]:.2f}" for r in shown))
+            shown = one[one["most_iterations"].isin((1, *within["most_iterations"].iloc[[0, -1]], one["most_iterations"].max()))]
+            told.append(f"{one['label'].iloc[0]} " + ", ".join(f"{r['most_iterations']:.0f}: {r[study.tables.distance]:.2f}" for _, r in shown.iterrows()))
     if not bounds:
         return None
     low, high = np.min(bounds, axis=0)
@@ -239,15 +260,13 @@ def iterations(study: Study) -> Found | None:
 
 
 def best_size(study: Study) -> Found | None:
-    """GET-7: the best size of GET at the largest training budget is larger than at the smallest, clearly."""
-    found = scaling.best_size(study.tables, study.regime, study.tables.distance, study.config.rule)
-    found = found[found["kind"] == "get"] if len(found) else found
+    """GET-7: the best size of GET at the largest training budget is larger than at the smallest, and counts."""
+    found = scaling.best_size(study.tables, study.regime, study.tables.distance, study.config.rule).query("kind == 'GET'")
     if found.empty:
         return None
     first, last = found.iloc[0], found.iloc[-1]
-    grows = last["parameters"] > first["parameters"]
-    told = OPEN if not last["clear"] else HOLDS if grows else FAILS
-    ours = "; ".join(f"{r['budget_gflop']} GFLOP: {r['label']}, {r['ahead']:.2f} times ahead" for _, r in found.iterrows())
+    told = OPEN if not last["counts"] else HOLDS if last["parameters"] > first["parameters"] else FAILS
+    ours = "; ".join(f"{row['budget (GFLOP)']} GFLOP: {short(row['parameters'])}, {row['ahead']:.2f} times ahead" for _, row in found.iterrows())
     return Found(ours, "–", _seeds(study.points("train_flops", "get")), told)
 
 
@@ -269,7 +288,7 @@ def equal(budget: str, by_distance: bool) -> Callable[[Study], Found | None]:
     def test(study: Study) -> Found | None:
         measures, rule = list(study.tables.measures), study.config.rule
         measure = measures[0] if by_distance else measures[-1]
-        kinds = [study.points(budget, kind).dropna(subset=[measure]) for kind in ("get", "vit")]
+        kinds = [scaling.ranked(study.points(budget), kind, measure, rule) for kind in ("get", "vit")]
         if any(part.empty for part in kinds):
             return None
         fronts = [Frontier(part, measure) for part in kinds]
@@ -281,16 +300,17 @@ def equal(budget: str, by_distance: bool) -> Callable[[Study], Found | None]:
         tolerance = rule.tolerance(measure, spread, other)
         low, high = vit / get * np.exp(-tolerance), vit / get * np.exp(tolerance)
         ours = "; ".join(f"at {short(end)}: GET {one[0][0]:.3g}, ViT {one[1][0]:.3g}" for end, one in zip(ends, (first, last)))
-        return Found(ours, f"{_span(low, high)} times, ViT / GET at the larger", _seeds(pd.concat(kinds)), verdict(low, high))
+        return Found(ours, f"{_span(low, high)} times, ViT / GET at the larger", _seeds(pd.concat(kinds)), verdict(low, high), _pace(study))
 
     return test
 
 
 def _timed(study: Study, what: str, column: str) -> pd.DataFrame:
-    """Return measured points of the regime, replicates averaged, with `column` as their cost."""
+    """Return measured points of the regime, replicates averaged, with `column` as their cost and its spread over calls."""
     found = study.tables.measured(what)
     found = found[(found["regime"] == study.regime) & (found["gradient"] != "o1")]
-    return study.averaged(found.assign(cost=found[column]), "model", "at")
+    spread = [found[f"seconds_{end}"] / found["seconds"] if column == "seconds" else 1.0 for end in ("min", "max")]
+    return study.averaged(found.assign(cost=found[column], fastest=spread[0], slowest=spread[1]), "model", "at")
 
 
 def constant_memory(study: Study) -> Found | None:
@@ -303,12 +323,12 @@ def constant_memory(study: Study) -> Found | None:
     speed, memory = usual["seconds"] / o1["seconds"], o1["memory_mib"] / usual["memory_mib"]
     low, high = (usual["seconds_min"] / o1["seconds_max"]).min(), (usual["seconds_max"] / o1["seconds_min"]).min()
     ours = f"keeps {_span(speed.min(), speed.max())} of the speed and {_span(memory.min(), memory.max())} of the memory"
-    told = FAILS if memory.max() >= 1 else verdict(speed.min(), speed.min(), study.config.keeps)
-    return Found(ours, f"{_span(low, high)} of the speed, fastest and slowest calls", str(len(o1)), told)
+    told = FAILS if memory.max() >= 1 else verdict(low, high, study.config.keeps)
+    return Found(ours, f"{_span(low, high)} of the speed at least, over all calls", "1", told)
 
 
 TYING = "tying spends the same parameters several times, and parameters are what limits quality at this size"
-DEPTH = "parameters are not what limits quality here: a ViT of the same size has the depth that these few tokens need"
+DEPTH = "parameters are not what limits quality here, and GET learns more slowly from the same images"
 BLOCKS = "each iteration costs as much as a block, and blocks of their own turn the same compute into more quality here"
 HELPS, HURTS = "the model is not at its limit at the smaller setting", "more of it needs another learning rate, or overfits"
 EQUAL = "GET turns the same budget into better images", "a ViT turns the same budget into better images: blocks of their own beat one block repeated"
@@ -318,7 +338,7 @@ COUNTED = [
     Claim("GET-2", "", "matches a ViT of five times its size", "figure 2a", "GET-Base 62.2M, ViT-L 302.6M",
           lambda study: _times(study, study.points("parameters"), "parameters", study.config.larger), TYING, DEPTH),
     Claim("GET-3", "sampling FLOPs", "less compute than ViT at better FID", "table 4", "GET-Mini 15.2G, ViT-B 23.0G",
-          lambda study: _times(study, study.points("flops"), "FLOPs"), "GET reaches the quality of costlier ViTs", BLOCKS),
+          lambda study: _times(study, study.points("flops"), "FLOPs of an image"), "GET reaches the quality of costlier ViTs", BLOCKS),
     Claim("GET-5", "", "more test-time iterations, lower FID (2 to 6)", "figure 3a", "curves, drawn only", iterations,
           "every application brings z nearer to its fixed point, up to about the iterations of training",
           "iterations beyond those of training move z away from what the decoder has seen",
@@ -328,7 +348,8 @@ COUNTED = [
     Claim("GET-7", "", "larger models use training compute better; a best size for a given budget", "figure 3b",
           "GET-Small best at 2^31 GFLOP", best_size, "small models learn faster and saturate earlier",
           "one size is best at the smallest and at the largest budget that two sizes share",
-          "at the largest budget that two sizes share, the best two are closer than seeds or the margin can tell"),
+          "at the largest budget that two sizes share, the best two are closer than seeds or the margin can tell",
+          "no two sizes share a training budget: learning rates fall to 0, so that only the end of a training stands for its budget"),
     Claim("GET-8", "training", "longer training helps", "table 2, figure 2a", "T 15.19 -> 11.47 (4 times the iterations)",
           ablation("but_nimg", "nimg"), HELPS, HURTS),
     Claim("GET-8", "batch", "a larger batch helps", "table 2", "B 7.42 -> 6.91 (twice the batch)", ablation("but_batch", "nimg"), HELPS, HURTS),
@@ -347,12 +368,13 @@ COUNTED = [
 ]  # fmt: skip
 MEASURED = [
     Claim("GET-3", "training memory", "less training memory than ViT at better FID", "table 4", "GET-Mini 9.2 GB, ViT-B 10.1 GB",
-          lambda study: _times(study, _timed(study, "train", "memory_mib"), "memory"), "a GET has fewer activations than the ViT as good",
+          lambda study: _times(study, _timed(study, "train", "memory_mib"), "MiB of a training step"), "a GET has fewer activations than the ViT as good",
           "unrolling keeps the activations of every iteration, as many as a ViT of that depth has"),
     Claim("GET-3", "training speed", "trains faster than ViT at better FID", "table 4", "GET-Mini 5.79 it/s, ViT-B 4.83 it/s",
-          lambda study: _times(study, _timed(study, "train", "seconds"), "seconds"), "GET reaches the quality of costlier ViTs", BLOCKS),
+          lambda study: _times(study, _timed(study, "train", "seconds"), "seconds of a training step"), "GET reaches the quality of costlier ViTs", BLOCKS),
     Claim("GET-4", "", "samples faster than a larger ViT at lower FID", "figure 3a", "GET-Small 37.2M against ViT-L 302.6M, drawn only",
-          lambda study: _times(study, _timed(study, "sample", "seconds"), "seconds"), "GET reaches the quality of costlier ViTs", BLOCKS),
+          lambda study: _times(study, _timed(study, "sample", "seconds"), "seconds of a batch"), "GET reaches the quality of costlier ViTs", BLOCKS),
     Claim("GET-9", "", "O(1) memory costs little speed", "table 4", "9.2 -> 5.0 GB, 5.79 -> 4.53 it/s (0.78)", constant_memory,
-          "one more forward pass in three is the whole price", "the second forward pass and its overhead weigh more on models this small"),
+          "one more forward pass in three is the whole price", "the second forward pass and its overhead weigh more on models this small",
+          "the calls of one model differ by more than the claim: measured beside other work, or too short"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,18 +54,23 @@ STAGES = {
         params=("evaluator",),
     ),
     "cost": Stage("equilab.cost", reads=("results/teacher", "results/distill"), committed=("cost.csv", "cost.json")),
+    "claims": Stage(
+        "equilab.claims",
+        reads=("results/pairs/meta.json", "results/evaluator/summary.json", "results/distill", "results/evaluate", "results/cost"),
+        committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
+    ),
     "notebook": Stage(
         "equilab.notebook",
-        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluate", "results/distill", "results/cost"),
+        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill", "results/evaluate",
+               "results/cost", "results/claims.csv", "results/measured.csv"),
         committed=("",),
         each=True,
     ),
-    "claims": Stage(
-        "equilab.claims",
-        reads=("results/evaluate", "results/distill", "results/cost"),
-        committed=("claims.csv", "claims.md", "measured.csv", "measured.md"),
+    "report": Stage(
+        "equilab.report",
+        reads=("results/notebook", "results/claims.md", "results/measured.md"),
+        committed=("index.html",),
     ),
-    "report": Stage("equilab.report", reads=("results/notebook", "results/claims"), committed=("index.html",)),
 }
 
 
@@ -106,6 +112,7 @@ def dvc() -> dict[str, Any]:
     for name, stage in STAGES.items():
         run = "${key}" if stage.each else ""
         out = f"results/{name}/{run}".rstrip("/")
+        place = lambda file: os.path.normpath(f"{out}/{file}")  # noqa: B023, E731
         modules = [f"${{study.root}}/{_file(m).relative_to(PACKAGE.parent)}" for m in closure(stage.module)]
         section = f"{name}.{run}" if stage.each else name
         entry = {
@@ -114,9 +121,9 @@ def dvc() -> dict[str, Any]:
             "params": ["study.device", "study.seed", "study.threads", section, *stage.params],
         }
         if stage.cached:
-            entry["outs"] = [f"{out}/{file}".rstrip("/") for file in stage.cached]
+            entry["outs"] = [place(file) for file in stage.cached]
         if stage.committed:
-            files = [f"{out}/{file}".rstrip("/") for file in stage.committed]
+            files = [place(file) for file in stage.committed]
             entry["plots"] = [{file: {"cache": False}} for file in files if not file.endswith(".json")]
             entry["metrics"] = [{file: {"cache": False}} for file in files if file.endswith(".json")]
             entry = {key: value for key, value in entry.items() if value}

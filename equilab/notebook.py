@@ -15,6 +15,7 @@ import nbformat
 from equilab.config import Job, Plan, UserError, nearest
 from equilab.training.state import write
 
+ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates")  # what notebooks import, so that the stage depends on it
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
 

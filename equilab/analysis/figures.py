@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from equilab.analysis import paper, scaling
 from equilab.analysis.scaling import BUDGETS, Rule
-from equilab.analysis.tables import Tables, short
+from equilab.analysis.tables import Tables, replicated, short
 
 BLUE, ORANGE, GREEN, GREY = "#0173b2", "#de8f05", "#029e73", "#6b6b6b"  # told apart by the colour-blind
 COLOURS = {"GET": BLUE, "GET as published": BLUE, "ViT": ORANGE, "teacher": GREEN}
@@ -130,15 +130,22 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
         for size, part in group.groupby("size", sort=False):
             part = part.sort_values(x)
             ax.plot(part[x], part["fid"], color=COLOURS[family], marker=MARKERS[family], label=family)
-            ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), (4, 3), textcoords="offset points",
-                        fontsize=6.5, color=COLOURS[family])  # fmt: skip
+            at, side = {"ViT-Base": ((0, -10), "center"), "GET-Base+": ((-4, -9), "right")}.get(size, ((4, 3), "left"))
+            ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), at, textcoords="offset points",
+                        fontsize=6.5, color=COLOURS[family], ha=side)  # fmt: skip
     ax.set(title="paper: CIFAR-10 (one run each)", xlabel=name, ylabel="FID to the training images")
     logarithmic(ax)
 
 
+def _learning(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
+    """Return the learning curves of a regime, replicates averaged."""
+    kept = tables.curves[tables.curves["regime"] == regime]
+    return replicated(kept, ["model", "nimg"], list(tables.measures), rule.confidence)
+
+
 def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return quality against training images, beside the published runs (figure 2a), and its numbers."""
-    found = scaling.points(tables, regime, "train_flops", rule)
+    found = _learning(tables, regime, rule)
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
     published = paper.runs().query("conditioning == 'none' and pairs == 1")
     _paper_panel(grid[0, 0], "nimg", IMAGES, published)
@@ -151,7 +158,7 @@ def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFr
 def compute(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return quality against training FLOPs, beside the published runs at compute counted by us (figure 3b), and its
     numbers."""
-    found = scaling.points(tables, regime, "train_flops", rule)
+    found = _learning(tables, regime, rule)
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
     published = paper.runs().query("conditioning == 'none' and pairs == 1").dropna(subset="flops")
     _paper_panel(grid[0, 0], "train_flops", "training FLOPs", published)
@@ -201,12 +208,17 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
         for ax, (budget, name) in zip(row, BUDGETS.items()):
             found = scaling.equal_budget(tables, regime, budget, measure, rule).dropna(subset=["ratio"])
             named = looks(found.drop_duplicates("model"))
+            for family, rows in found.groupby("family"):
+                joined = rows.sort_values("cost") if budget != "flops" else rows.iloc[:0]
+                ax.plot(joined["cost"], joined["ratio"], color=COLOURS[family], linewidth=0.7, linestyle=LINES[family])
             for model, look in named.items():
                 one = found[found["model"] == model]
                 reach = [one["ratio"] - one["low"], one["high"] - one["ratio"]]
                 ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **look)
+            if len(found):
+                ax.set_xlim(found["cost"].min() / 1.5, found["cost"].max() * 1.5)
             ax.axhline(1, color=GREY, linewidth=0.9)
-            ax.set(xlabel=name if measure == list(tables.measures)[-1] else "", xscale="log")
+            ax.set_xlabel(name if measure == list(tables.measures)[-1] else "")
             numbers.append(found.assign(budget=budget, measure=measure)[
                 ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
             ].rename(columns={measure: "get", "other": "vit"}))  # fmt: skip
@@ -229,7 +241,7 @@ def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
             ax.plot(rows["iteration"], rows[name], **look)
             ax.fill_between(rows["iteration"], rows[f"{name}_10"], rows[f"{name}_90"], color=look["color"], alpha=0.12, linewidth=0)
         for count in tables.runs["trained_iterations"].dropna().unique():
-            ax.axvline(count, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="iterations in training")
+            ax.axvline(count, color="#c8c8c8", linewidth=0.9, label="iterations in training", zorder=0)
         ax.set(title=title, xlabel="iteration")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name == "residual":
@@ -259,20 +271,20 @@ def _implicit(tables: Tables, regime: str) -> pd.DataFrame:
     return found.sort_values(["parameters", "family", "seed"], kind="stable").drop_duplicates("model")
 
 
-def decoded(tables: Tables, regime: str, samples: int = 2) -> tuple[Figure, pd.DataFrame]:
-    """Return the decoded iterates of every GET, a row for each model and sample, and the residuals beside them."""
-    shown = (1, 2, 3, 4, 5, 6, 8, 12, 24)
-    rows = [(run, np.load(run.folder / "iterates.npz")) for run in _implicit(tables, regime).itertuples()]
-    figure, grid = axes(samples * len(rows), len(shown), WIDTH / len(shown) * samples * len(rows))
-    numbers = []
-    for k, (run, kept) in enumerate(rows):
-        for sample in range(samples):
-            for ax, count in zip(grid[samples * k + sample], shown):
-                _picture(ax, kept["images"][count - 1, sample])
-                ax.set_title(f"{count} iteration{'s' * (count > 1)}" if not k + sample else "", fontsize=6.5, loc="center")
-        grid[samples * k, 0].set_ylabel(run.label, fontsize=6.5)
-        numbers += [{"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])} for c in shown]
-    return figure, pd.DataFrame(numbers)
+def decoded(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
+    """Return the decoded iterates of every GET for two noises, a row for each model, and the median residuals."""
+    shown, rows = (1, 2, 3, 4, 6, 12, 24), []
+    models = _implicit(tables, regime)
+    figure, grid = axes(len(models), 2 * len(shown), 0.2 + WIDTH / 2 / len(shown) * len(models))
+    for first, line, run in zip([True, *[False] * len(grid)], grid, models.itertuples()):
+        kept = np.load(run.folder / "iterates.npz")
+        for k, ax in enumerate(line):
+            count, sample = shown[k % len(shown)], k // len(shown)
+            _picture(ax, kept["images"][count - 1, sample])
+            ax.set_title(f"{count}" if first else "", fontsize=7, loc="center")
+        line[0].set_ylabel(run.label, fontsize=6.5, rotation=0, ha="right", va="center")
+        rows += [{"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])} for c in shown]
+    return figure, pd.DataFrame(rows)
 
 
 def _picture(ax, image: np.ndarray) -> None:

@@ -22,6 +22,7 @@ class Rule:
     margin_distance: float  # relative; of FD or FID, where there are no seeds
     margin_l1: float  # relative; of L1 on held-out pairs, likewise
     equal_budget: float  # budgets that differ by no more than this share count as equal
+    ranked: float  # distances above this are not compared: that far off, they do not order models
 
     def __post_init__(self):
         if not 0 < self.confidence < 1 or min(self.margin_distance, self.margin_l1, self.equal_budget) < 0:
@@ -75,18 +76,25 @@ def fits(tables: Tables, regime: str, measure: str, rule: Rule) -> dict[str, Fit
 def points(tables: Tables, regime: str, budget: str, rule: Rule) -> pd.DataFrame:
     """Return what was measured at which cost, replicates averaged, cheapest first, with the cost in `cost`.
 
-    parameters: every model; train_flops: every snapshot of every model; flops: every model at every number of
-    iterations at test time.
+    parameters: every model; flops: every model at every number of iterations at test time; train_flops: every model
+    trained on the same material for any length, at its end, and on the way if its learning rate does not fall.
     """
     explicit = tables.sweeps[tables.sweeps["kind"] == "vit"]
     frame, key = {
         "parameters": (tables.runs, "nimg"),
-        "train_flops": (tables.curves, "nimg"),
+        "train_flops": (tables.curves[~tables.curves["decays"] | tables.curves["last"]], "nimg"),
         "flops": (pd.concat([tables.iterations(), explicit]), "flops"),
     }[budget]
-    kept = frame[frame["regime"] == regime]
+    alike = "material" if budget == "train_flops" else "regime"
+    kept = frame[frame[alike] == tables.runs.loc[tables.runs["regime"] == regime, alike].iloc[0]]
     found = replicated(kept, ["model", key], list(tables.measures), rule.confidence)
     return found.assign(cost=found[budget].astype(float)).sort_values("cost", kind="stable").reset_index(drop=True)
+
+
+def ranked(frame: pd.DataFrame, kind: str, measure: str, rule: Rule) -> pd.DataFrame:
+    """Return the points of a kind ("get" or "vit") that `measure` can order."""
+    limit = np.inf if measure.startswith("l1") else rule.ranked
+    return frame[(frame["kind"] == kind) & (frame[measure] <= limit)]
 
 
 class Frontier:
@@ -120,13 +128,13 @@ class Frontier:
 def equal_budget(tables: Tables, regime: str, budget: str, measure: str, rule: Rule) -> pd.DataFrame:
     """Return for every GET the `ratio` of its value to the best of a ViT at the same cost (below 1: GET is better),
     with its interval `low`, `high`; nan where no ViT is that small or large."""
-    found = points(tables, regime, budget, rule).dropna(subset=[measure])
-    explicit, implicit = found[found["kind"] == "vit"], found[found["kind"] == "get"].copy()
+    found = points(tables, regime, budget, rule)
+    explicit, implicit = (ranked(found, kind, measure, rule) for kind in ("vit", "get"))
     if explicit.empty or implicit.empty:
         return pd.DataFrame(columns=[*found, "other", "ratio", "low", "high"])
     front = Frontier(explicit, measure)
     other = np.array([front.at(cost, rule.equal_budget) for cost in implicit["cost"]])
-    implicit["other"], implicit["ratio"] = other[:, 0], implicit[measure] / other[:, 0]
+    implicit = implicit.assign(other=other[:, 0], ratio=implicit[measure] / other[:, 0])
     spreads = zip(implicit[f"{measure}_half"] / implicit[measure], other[:, 1])
     tolerance = np.array([rule.tolerance(measure, *pair) for pair in spreads])
     return implicit.assign(low=implicit["ratio"] * np.exp(-tolerance), high=implicit["ratio"] * np.exp(tolerance))
@@ -146,27 +154,26 @@ def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, 
 
 
 def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataFrame:
-    """Return the best size of each kind for training budgets 2^k GFLOP, read off the learning curves.
+    """Return the best size of each kind for training budgets 2^k GFLOP at which two sizes can be compared.
 
-    `ahead` is the value of the second best size over that of the best; `clear` tells whether that counts.
+    `ahead` is the value of the second best size over that of the best; `counts` tells whether that is a difference.
+    Where the learning rate falls to 0, a snapshot on the way is no training of that budget and is not used.
     """
-    curves = points(tables, regime, "train_flops", rule).dropna(subset=[measure])
-    rows = []
-    for kind, group in curves.groupby("kind", sort=False):
-        fronts = {model: (Frontier(part, measure), part.iloc[0]) for model, part in group.groupby("model", sort=False)}
-        if group["parameters"].nunique() < 2:
+    found, rows = points(tables, regime, "train_flops", rule), []
+    for kind, name in (("get", "GET"), ("vit", "ViT")):
+        fronts = [(size, Frontier(part, measure)) for size, part in ranked(found, kind, measure, rule).groupby("parameters")]
+        starts, ends = (sorted(getattr(front, end) for _, front in fronts) for end in ("cheapest", "dearest"))
+        if len(fronts) < 2 or starts[1] > ends[-2]:
             continue
-        starts = sorted(front.cheapest for front, _ in fronts.values())
-        ends = sorted(front.dearest for front, _ in fronts.values())
-        for power in range(int(np.ceil(np.log2(starts[1] / 1e9))), int(np.floor(np.log2(ends[-2] / 1e9))) + 1):
-            values = [(*front.at(2.0**power * 1e9, 0.0), about) for front, about in fronts.values()]
+        for power in range(int(np.ceil(np.log2(starts[1] / 1e9))), int(np.log2(ends[-2] / 1e9)) + 1):
+            values = [(*front.at(2.0**power * 1e9, 0.0), size) for size, front in fronts]
             values = sorted((v for v in values if not np.isnan(v[0])), key=lambda v: v[0])
             if len(values) > 1:
-                (best, spread, about), (second, other, _) = values[:2]
-                clear = np.log(second / best) > rule.tolerance(measure, spread, other)
-                rows.append({"kind": kind, "budget_gflop": f"2^{power}", "label": about["label"], "family": about["family"],
-                             "parameters": about["parameters"], measure: best, "ahead": second / best, "clear": clear})  # fmt: skip
-    return pd.DataFrame(rows)
+                (best, spread, size), (second, other, _) = values[:2]
+                rows.append({"measure": tables.measures[measure], "kind": name, "budget (GFLOP)": f"2^{power}", "parameters": size,
+                             "value": best, "ahead": second / best,
+                             "counts": bool(np.log(second / best) > rule.tolerance(measure, spread, other))})  # fmt: skip
+    return pd.DataFrame(rows, columns=["measure", "kind", "budget (GFLOP)", "parameters", "value", "ahead", "counts"])
 
 
 def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
@@ -190,14 +197,3 @@ def fits_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
     rows = [{"measure": name, "family": family, "power law over parameters": str(law)}
             for measure, name in tables.measures.items() for family, law in fits(tables, regime, measure, rule).items()]  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def best_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
-    """Return the best size of each kind for training budgets, a row for each budget and measure."""
-    found = []
-    for measure, name in tables.measures.items():
-        rows = best_size(tables, regime, measure, rule)
-        found += [{"measure": name, "kind": r["kind"], "budget (GFLOP)": r["budget_gflop"], "best": r["label"], "parameters": r["parameters"],
-                   "value": r[measure], "second best / best": r["ahead"], "counts": "yes" if r["clear"] else "no"}
-                  for _, r in rows.iterrows()]  # fmt: skip
-    return pd.DataFrame(found)

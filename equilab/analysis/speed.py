@@ -29,10 +29,12 @@ def speed(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame
         for model, look in looks(found.drop_duplicates("model")).items():
             one = found[found["model"] == model].sort_values("at")
             reach = [one["images_s"] * (1 - one["seconds"] / one["seconds_max"]), one["images_s"] * (one["seconds"] / one["seconds_min"] - 1)]
-            size = 3 + 9 * np.sqrt(one["parameters"].iloc[0] / found["parameters"].max())
-            ax.errorbar(one["images_s"], one[measure], xerr=reach, **{**look, "markersize": size, "elinewidth": 0.7, "capsize": 1.5})
-            for row in one[one["at"].isin((1, 2, 6, 12))].itertuples():
-                ax.annotate(f"{row.at:.0f}", (row.images_s, getattr(row, measure)), (0, 6), textcoords="offset points", ha="center", fontsize=6)
+            ax.errorbar(one["images_s"], one[measure], xerr=reach, elinewidth=0.7, capsize=1.5, **look)
+            ax.scatter(one["images_s"], one[measure], 300 * one["parameters"] / found["parameters"].max(), color=look["color"], alpha=0.25, linewidth=0)
+            above = one["family"].iloc[0] == "GET as published"
+            for row in one[one["at"].isin((1, 6, 12))].itertuples():
+                ax.annotate(f"{row.at:.0f}", (row.images_s, getattr(row, measure)), (0, 5 if above else -11), textcoords="offset points",
+                            ha="center", fontsize=6, color=look["color"])  # fmt: skip
         references(ax, tables, measure)
         ax.set(title=ours(tables, measure, found["n"]), xlabel="images per second, measured", ylabel=name)
         logarithmic(ax)
@@ -51,7 +53,7 @@ def iterations(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.Data
         for model, look in looks(found.drop_duplicates("model")).items():
             curve(ax, found[found["model"] == model], "most_iterations", measure, look)
         for count in found["trained_iterations"].unique():
-            ax.axvline(count, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="iterations in training")
+            ax.axvline(count, color="#c8c8c8", linewidth=0.9, label="iterations in training", zorder=0)
         references(ax, tables, measure)
         ax.set(title="ours: residual" if measure == "residual" else ours(tables, measure, found["n"]), xlabel="iterations at test time", ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -70,14 +72,14 @@ def solvers(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
     several = found.groupby("model")["solver"].nunique()
     found = found[found["model"].map(several) == several.max()].sort_values(["family", "parameters", "iterations"], kind="stable")
     named = looks(found.drop_duplicates("model"))
-    figure, grid = axes(1, len(named), 3.2, sharey=True)
+    figure, grid = axes(1, len(named), 3.2)
     names = list(dict.fromkeys(sorted(found["solver"], key=lambda name: (name != SOLVERS["iterate"], name))))
     marks = dict(zip(names, zip("osDv^P*X", [COLOURS["GET"], *("#d55e00", "#029e73", "#cc78bc", "#ca9161", "#949494", "#56b4e9", "#ece133")])))
     for ax, (model, look) in zip(grid[0], named.items()):
         one = found[found["model"] == model]
         for name, part in one.groupby("solver", sort=False):
             marker, colour = marks[name]
-            curve(ax, part, "iterations", tables.distance, {"color": colour, "marker": marker, "label": name})
+            curve(ax, part, "iterations", tables.distance, {"color": colour, "marker": marker, "label": name, "markerfacecolor": "white" if marker != "o" else colour})
         ax.set(title=look["label"], xlabel="applications of f, mean")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         logarithmic(ax, x=False)
@@ -97,21 +99,21 @@ def _solver(row) -> str:
 def costs(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return the distance against sampling FLOPs, parameters, training memory and training speed, and its numbers."""
     trained = tables.measured("train")
-    trained = trained[trained["regime"] == regime]
+    trained = replicated(trained[trained["regime"] == regime], ["model", "gradient"], [*tables.measures, "memory_mib", "images_s"], rule.confidence)
     steps = points(tables, regime, "flops", rule)
     figure, grid = axes(1, 4, 3.0, sharey=True)
     panels = [("flops", "sampling FLOPs", steps), ("parameters", "parameters", points(tables, regime, "parameters", rule)),
-              ("memory_mib", "training memory, MiB", trained), ("images_s", "training images per second", trained)]  # fmt: skip
+              ("memory_mib", "training memory, MiB", trained), ("images_s", "training images/s", trained)]  # fmt: skip
     for ax, (column, name, rows) in zip(grid[0], panels):
         for model, look in looks(tables.runs[tables.runs["regime"] == regime]).items():
             one = rows[rows["model"] == model].sort_values(column)
             curve(ax, one, column, tables.distance, look)
             if rows is trained:
-                for row in one[one["gradient"] == "o1"].itertuples():
-                    ax.annotate("O(1)", (getattr(row, column), getattr(row, tables.distance)), (0, 5), textcoords="offset points", ha="center", fontsize=6)
+                o1 = one[one["gradient"] == "o1"]
+                ax.scatter(o1[column], o1[tables.distance], 45, facecolors="none", edgecolors=GREY, linewidths=0.9, label="O(1) memory", zorder=3)
         ax.set_xlabel(name)
         logarithmic(ax)
-    grid[0, 0].set_ylabel(tables.measures[tables.distance])
+    grid[0, 0].set(ylabel=tables.measures[tables.distance], title=ours(tables, tables.distance, steps["n"]))
     legend(figure, grid)
     numbers = [rows.assign(cost=column, value=rows[column]) for column, _, rows in panels]
     return figure, pd.concat(numbers)[["cost", "label", "family", "parameters", "gradient", "most_iterations", "value", tables.distance]]

@@ -98,6 +98,7 @@ def read(folder: Path | str) -> Tables:
     costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
+    curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = 3.0 * curves["flops_image"] * curves["nimg"]
     floor = about["floor"]["bootstrap"][distance]
     return Tables(folder, distance, floor, about["samples"], runs, curves, sweeps, teacher, costs)
@@ -107,7 +108,7 @@ def _about(summary: dict) -> dict:
     """Return what a run is: sizes, cost and what it may be compared with.
 
     `model`: all of its config but the seed; `recipe`: but the sizes as well; `regime`: what runs of all families that
-    are compared must share. Training is counted as three forward passes for each image seen.
+    are compared must share, `material` but the images seen. Training is counted as three forward passes for each image seen.
     """
     config = summary["config"]
     network, optimisation, solve = config["network"], config["optimisation"], config["equilibrium"] or {}
@@ -115,10 +116,11 @@ def _about(summary: dict) -> dict:
     recipe = {**seedless, "network": {k: v for k, v in network.items() if k not in SIZES}}
     recipe["optimisation"] = {k: v for k, v in optimisation.items() if k not in TUNED}
     classes = "with classes" if config["conditional"] else "without classes"
+    material = f"{config['pairs']:,} pairs {classes}, batch {optimisation['batch']}"
     return {
         "run": summary["run"], "model": digest(seedless), "recipe": digest(recipe), "seed": config["seed"], "kind": kind,
         "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
-        "regime": f"{config['pairs']:,} pairs, {summary['nimg']:,} images seen, batch {optimisation['batch']}, {classes}",
+        "regime": f"{material}, {summary['nimg']:,} images seen", "material": material, "decays": optimisation["decay"] != "none",
         "width": network["width"], "depth": network["depth"], "patch": network["patch"],
         "image": " x ".join(map(str, summary["image"])),
         "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
@@ -224,14 +226,17 @@ def findings(found: pd.DataFrame) -> str:
 
 def short(count: float) -> str:
     """Return a count as people write it: 131k, 1.2M, 15G."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Return a frame as a Markdown table; numbers in four digits, missing ones as a dash."""
+    """Return a frame as a Markdown table; numbers in four digits, missing ones as a dash; a word if it is empty."""
+    if frame.empty:
+        return "*Nothing in this study allows the comparison.*\n"
+
     def cell(value) -> str:
         if isinstance(value, float | np.floating):
             digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
