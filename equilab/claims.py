@@ -272,7 +272,10 @@ def best_size(study: Study) -> Found | None:
 
 def teacher_calls(study: Study) -> Found | None:
     """GET-11: what the pairs cost beside what the students reach; no online distillation is trained here."""
-    best = study.points("parameters", "get").sort_values(study.tables.distance).iloc[0]
+    found = study.points("parameters", "get").sort_values(study.tables.distance)
+    if found.empty:
+        return None
+    best = found.iloc[0]
     teacher = study.tables.teacher.iloc[0][study.tables.distance] if len(study.tables.teacher) else np.nan
     ours = (
         f"{short(study.pairs['nfe'])} teacher evaluations for {study.pairs['count']:,} pairs and {study.pairs['held_out']:,} held out; "

@@ -50,7 +50,7 @@ class Fit(NamedTuple):
         return f"exponent {self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}], {self.points} sizes"
 
 
-def power_law(x: np.ndarray, y: np.ndarray, confidence: float) -> Fit:
+def power_law(x: pd.Series | np.ndarray, y: pd.Series | np.ndarray, confidence: float) -> Fit:
     """Return the power law through (x, y) by least squares in logarithms, its exponent with a t-interval."""
     x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
     exponent, constant = np.polyfit(x, y, 1)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -98,6 +99,7 @@ def read(folder: Path | str) -> Tables:
     costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
+    sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # a study may have no GET
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = 3.0 * curves["flops_image"] * curves["nimg"]
     floor = about["floor"]["bootstrap"][distance]
@@ -224,8 +226,9 @@ def findings(found: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def short(count: float) -> str:
+def short(count: SupportsFloat) -> str:
     """Return a count as people write it: 131k, 1.2M, 15G."""
+    count = float(count)
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
