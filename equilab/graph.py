@@ -56,13 +56,14 @@ STAGES = {
     "cost": Stage("equilab.cost", reads=("results/teacher", "results/distill"), committed=("cost.csv", "cost.json")),
     "claims": Stage(
         "equilab.claims",
-        reads=("results/pairs/meta.json", "results/evaluator/summary.json", "results/distill", "results/evaluate", "results/cost"),
+        reads=("${study.root}/equilab/claims.yaml", "results/pairs/meta.json", "results/evaluator/summary.json",
+               "results/distill", "results/evaluate", "results/cost"),
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
     ),
     "notebook": Stage(
         "equilab.notebook",
-        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill", "results/evaluate",
-               "results/cost", "results/claims.csv", "results/measured.csv"),
+        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill",
+               "results/evaluate", "results/cost", "results/claims.csv", "results/measured.csv"),
         committed=("",),
         each=True,
     ),

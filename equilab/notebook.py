@@ -15,7 +15,7 @@ import nbformat
 from equilab.config import Job, Plan, UserError, nearest
 from equilab.training.state import write
 
-ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates")  # what notebooks import, so that the stage depends on it
+ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates")  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
 
@@ -75,7 +75,8 @@ def _checked(config: Config, job: Job) -> Path:
     """Return the path of the notebook, which has every parameter that params give."""
     source = Path(job.study.root) / "notebooks" / f"{job.run}.ipynb"
     if not source.exists():
-        raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, [p.stem for p in source.parent.glob('*.ipynb')])}")
+        known = [path.stem for path in source.parent.glob("*.ipynb")]
+        raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
     known = parameters(nbformat.read(source, 4))
     for name in config.parameters:
         if name not in known:

@@ -15,12 +15,12 @@ from equilab.training.state import write
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-nav { background: #f5f6f8; padding: .8rem 1.2rem; border-radius: 6px; } nav ul { margin: .2rem 0; padding-left: 1.2rem; }
+nav, pre, th { background: #f5f6f8; } nav { padding: .8rem 1.2rem; } nav ul { margin: .2rem 0; padding-left: 1.2rem; }
 h1 { margin-top: 3.5rem; border-bottom: 2px solid #0173b2; } h2 { margin-top: 2.2rem; } a { color: #0173b2; }
-img { max-width: 100%; height: auto; } table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; } th { background: #f5f6f8; }
+img { max-width: 100%; height: auto; } pre { padding: .7rem; overflow-x: auto; font-size: 13px; }
+table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 details { margin: .4rem 0; } summary { color: #888; font-size: 12px; cursor: pointer; }
-pre { background: #f5f6f8; padding: .7rem; overflow-x: auto; font-size: 13px; border-radius: 4px; }
 """
 
 
@@ -45,11 +45,10 @@ def run(config: Config, job: Job) -> None:
         chapter, headings = _anchored(chapter, len(contents))
         body.append(f"<section>{chapter}</section>")
         contents += headings
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.title)}</title><style>{STYLE}</style>'
-        f"<body><h1>{html.escape(config.title)}</h1><nav><ul>{''.join(contents)}</ul></nav>{''.join(body)}</body></html>\n"
-    )
-    write(job.out / "index.html", page)
+    title = html.escape(config.title)
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    page = f"<h1>{title}</h1><nav><ul>{''.join(contents)}</ul></nav>{''.join(body)}"
+    write(job.out / "index.html", f"{head}<body>{page}</body></html>\n")
 
 
 def _anchored(chapter: str, start: int) -> tuple[str, list[str]]:
@@ -57,9 +56,9 @@ def _anchored(chapter: str, start: int) -> tuple[str, list[str]]:
     entries = []
 
     def name(match: re.Match) -> str:
-        level, text = match[1], re.sub("<.*?>", "", match[2]).replace("¶", "")
-        entries.append(f'<li style="margin-left:{2 * int(level) - 2}em"><a href="#h{start + len(entries)}">{text}</a></li>')
-        return f'<h{level} id="h{start + len(entries) - 1}">{text}</h{level}>'
+        level, text, key = match[1], re.sub("<.*?>", "", match[2]).replace("¶", ""), f"h{start + len(entries)}"
+        entries.append(f'<li style="margin-left:{2 * int(level) - 2}em"><a href="#{key}">{text}</a></li>')
+        return f'<h{level} id="{key}">{text}</h{level}>'
 
     return re.sub(r"<h([12])[^>]*>(.*?)</h\1>", name, chapter, flags=re.S), entries
 

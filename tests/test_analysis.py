@@ -178,7 +178,7 @@ def test_figures_have_the_same_bytes_whatever_the_users_settings(tmp_path):
 
     found = read(tmp_path, *VITS, model("get", "get", 2000, 2.0), model("get-published", "get", 2000, 3.0, normalise=False))
     regime = tables.main_regime(found)
-    for name, draw in (("sizes", figures.sizes), ("budgets", figures.budgets), ("speed", speed.speed), ("solvers", speed.solvers)):
+    for name, draw in (("parameters", figures.parameters), ("budgets", figures.budgets), ("speed", speed.speed), ("solvers", speed.solvers)):
         figures.save(str(tmp_path / "a"), name, *draw(found, regime, RULE))
         mpl.rcParams.update({"font.size": 20, "savefig.dpi": 30})
         figures.save(str(tmp_path / "b"), name, *draw(found, regime, RULE))

@@ -18,7 +18,8 @@ def iterates(tables: Tables) -> widgets.Widget:
     """Return a slider over the iterations of a run: the decoded images, the residual and the norm."""
     found = tables.runs[tables.runs["kind"] == "get"]
     run = widgets.Dropdown(options=dict(zip(found["run"], found["folder"])), description="run")
-    count = widgets.IntSlider(value=1, min=1, max=_kept(found["folder"].iloc[0]), description="iteration", continuous_update=False)
+    most = _kept(found["folder"].iloc[0])
+    count = widgets.IntSlider(value=1, min=1, max=most, description="iteration", continuous_update=False)
     picture = widgets.Image(format="png")
 
     def show(_: Any) -> None:

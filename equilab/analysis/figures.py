@@ -82,8 +82,8 @@ def _tone(colour: str, share: float) -> tuple[float, ...]:
 def looks(models: pd.DataFrame) -> dict[str, dict]:
     """Return for each model how it is drawn: its family's colour and marker, darker with size; its name in legends."""
     found, patches = {}, models["patch"].nunique() > 1
-    order = {name: k for k, name in enumerate(COLOURS)}
-    for row in models.sort_values(["family", "parameters"], key=lambda c: c.map(order) if c.name == "family" else c).itertuples():
+    families = models["family"].map({name: k for k, name in enumerate(COLOURS)})
+    for row in models.assign(order=families).sort_values(["order", "parameters"], kind="stable").itertuples():
         sizes = np.sort(models.loc[models["family"] == row.family, "parameters"].unique())
         share = 1.0 if len(sizes) == 1 else np.searchsorted(sizes, row.parameters) / (len(sizes) - 1)
         hollow = {"markerfacecolor": "white"} if row.family == "GET as published" else {}
@@ -98,7 +98,7 @@ def legend(figure: Figure, ax, columns: int = 4) -> None:
     named = {}
     for one in np.ravel(ax):
         named |= {label: handle for handle, label in zip(*one.get_legend_handles_labels()) if label not in named}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.4)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 def curve(ax, rows: pd.DataFrame, x: str, measure: str, look: dict) -> None:
@@ -117,11 +117,18 @@ def references(ax, tables: Tables, measure: str) -> None:
         ax.axhline(teacher[measure], color=GREEN, linewidth=0.9, linestyle="-.", label=f"teacher, {teacher['nfe']} nfe")
 
 
+def trained_at(ax, models: pd.DataFrame) -> None:
+    """Mark on an axis of iterations how many the models were trained with."""
+    for count in models["trained_iterations"].dropna().unique():
+        ax.axvline(count, color="#c8c8c8", linewidth=0.9, label="iterations in training", zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
 def ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
     """Return the title of a panel of ours: what is measured, on how many images, over how many seeds."""
     several = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    what = f"{tables.score}, {tables.samples:,} images" if measure == tables.distance else "held-out L1"
-    return f"ours: {what} (seeds: {several})"
+    named = {tables.distance: f"{tables.score}, {tables.samples:,} images", "l1_held_out": "held-out L1"}
+    return f"ours: {named.get(measure, measure)} (seeds: {several})"
 
 
 def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
@@ -133,6 +140,7 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
             at, side = {"ViT-Base": ((0, -10), "center"), "GET-Base+": ((-4, -9), "right")}.get(size, ((4, 3), "left"))
             ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), at, textcoords="offset points",
                         fontsize=6.5, color=COLOURS[family], ha=side)  # fmt: skip
+    ax.margins(0.12)
     ax.set(title="paper: CIFAR-10 (one run each)", xlabel=name, ylabel="FID to the training images")
     logarithmic(ax)
 
@@ -149,7 +157,8 @@ def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFr
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
     published = paper.runs().query("conditioning == 'none' and pairs == 1")
     _paper_panel(grid[0, 0], "nimg", IMAGES, published)
-    grid[0, 0].axhline(paper.PROGRESSIVE_FID, color=GREY, linewidth=0.9, linestyle="--", label="progressive distillation (paper)")
+    look = {"color": GREY, "linewidth": 0.9, "linestyle": "--", "label": "progressive distillation (paper)"}
+    grid[0, 0].axhline(paper.PROGRESSIVE_FID, **look)
     _curves(grid[0, 1:], tables, found, "nimg", IMAGES)
     legend(figure, grid)
     return figure, _numbers(tables, found, ["nimg"])
@@ -178,7 +187,7 @@ def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: 
         logarithmic(ax)
 
 
-def sizes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+def parameters(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return quality against parameters with power laws, beside the published models (figure 2b), and its numbers."""
     found = scaling.points(tables, regime, "parameters", rule)
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
@@ -223,7 +232,8 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
                 ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
             ].rename(columns={measure: "get", "other": "vit"}))  # fmt: skip
             logarithmic(ax)
-        row[0].set_ylabel(f"{tables.score if measure == tables.distance else 'held-out L1'}, GET / ViT\n(below 1: GET is better)")
+        name = tables.score if measure == tables.distance else "held-out L1"
+        row[0].set_ylabel(f"{name}, GET / ViT\n(below 1: GET is better)")
     legend(figure, grid)
     return figure, pd.concat(numbers)
 
@@ -239,11 +249,10 @@ def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
         for _, rows in found.groupby("run", sort=False):
             look = named[rows["model"].iloc[0]] | {"markersize": 2.5}
             ax.plot(rows["iteration"], rows[name], **look)
-            ax.fill_between(rows["iteration"], rows[f"{name}_10"], rows[f"{name}_90"], color=look["color"], alpha=0.12, linewidth=0)
-        for count in tables.runs["trained_iterations"].dropna().unique():
-            ax.axvline(count, color="#c8c8c8", linewidth=0.9, label="iterations in training", zorder=0)
+            band = rows[f"{name}_10"], rows[f"{name}_90"]
+            ax.fill_between(rows["iteration"], *band, color=look["color"], alpha=0.12, linewidth=0)
+        trained_at(ax, _implicit(tables, regime))
         ax.set(title=title, xlabel="iteration")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name == "residual":
             logarithmic(ax, x=False)
     legend(figure, grid)

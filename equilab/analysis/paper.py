@@ -1,4 +1,4 @@
-"""What the GET paper publishes, as data: CIFAR-10, FID of 50,000 samples. Numbers that stand only in a plot are left out.
+"""What the GET paper publishes, as data: CIFAR-10, FID of 50,000 samples; what stands only in a plot is left out.
 
 Source: Geng, Pokle, Kolter 2023, tables 1 to 8 and text; the column `where` says which.
 """
@@ -13,7 +13,7 @@ BATCH, ITERATIONS = 128, 800_000  # of training, where nothing else is said (sec
 # 1e9 are counted by us from the published sizes (6 iterations); table 4 prints two of them as FLOPs, and they agree.
 SIZES = {
     "GET-Tiny": (8.6, 7.0), "GET-Mini": (19.2, 15.1), "GET-Small": (37.2, 31.2), "GET-Base": (62.2, 81.2),
-    "GET-Base+": (83.5, 69.0), "ViT-Base": (85.2, 23.0), "ViT-Base AdaLN-Zero": (128.9, None), "ViT-Large": (302.6, 80.5),
+    "GET-Base+": (83.5, 69.0), "ViT-Base": (85.2, 23.0), "ViT-Base AdaLN-Zero": (128.9, None),
 }  # fmt: skip
 _COLUMNS = ("size", "iterations", "batch", "pairs", "conditioning", "fid", "inception_score", "where")
 _RUNS = [
@@ -36,8 +36,6 @@ COSTS = pd.DataFrame(  # table 4: four A6000, batch 128
      ("GET-Mini, O(1) memory", None, None, None, 5.0, 4.53)],
     columns=["model", "FID", "parameters (M)", "FLOPs as printed (G)", "training memory (GB)", "training speed (it/s)"],
 )  # fmt: skip
-SAMPLES = 50_000  # behind every FID
-TEACHER_FID, TEACHER_NFE = 2.04, 35  # EDM, table 1
 PROGRESSIVE_FID = 9.12  # PD, tables 1 and 5, the line of figure 2a
 
 
@@ -56,8 +54,8 @@ def runs() -> pd.DataFrame:
 def sizes_table() -> pd.DataFrame:
     """Return the paper's table 2, with the ViT of table 4 and the conditional runs."""
     found = runs().sort_values(["family", "parameters", "nimg"])
-    found["FLOPs of an image, counted by us"] = found["flops"] / 1e9
-    kept = {"size": "model", "parameters": "parameters", "FLOPs of an image, counted by us": "GFLOP of an image, counted by us",
+    found["flops"] /= 1e9
+    kept = {"size": "model", "parameters": "parameters", "flops": "GFLOP of an image, counted by us",
             "iterations": "iterations", "batch": "batch", "pairs": "pairs (M)", "conditioning": "classes", "fid": "FID",
             "inception_score": "inception score", "where": "where"}  # fmt: skip
     return found[list(kept)].rename(columns=kept)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from equilab.analysis.tables import Tables, replicated, short
 
-BUDGETS = {"parameters": "parameters", "train_flops": "training FLOPs", "flops": "sampling FLOPs of an image"}
+BUDGETS = {"parameters": "parameters", "train_flops": "training FLOPs", "flops": "sampling FLOPs"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, 
     front, bounds = Frontier(explicit, measure), []
     for _, row in implicit.iterrows():
         spread = row[f"{measure}_half"] / row[measure]
-        tolerance = rule.tolerance(measure, spread, np.nan if np.isnan(spread) else np.nanmax([0, *front.spread]))
+        other = np.interp(-np.log(row[measure]), -np.log(front.value), front.spread)  # of the ViTs nearest in quality
+        tolerance = rule.tolerance(measure, spread, float(other))
         worse, better = row[measure] * np.exp(tolerance), row[measure] * np.exp(-tolerance)
         bounds.append((front.reaches(worse)[0] / row["cost"], front.reaches(better)[1] / row["cost"]))
     low, high = zip(*bounds)
@@ -161,7 +162,8 @@ def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataF
     """
     found, rows = points(tables, regime, "train_flops", rule), []
     for kind, name in (("get", "GET"), ("vit", "ViT")):
-        fronts = [(size, Frontier(part, measure)) for size, part in ranked(found, kind, measure, rule).groupby("parameters")]
+        of_kind = ranked(found, kind, measure, rule)
+        fronts = [(size, Frontier(part, measure)) for size, part in of_kind.groupby("parameters")]
         starts, ends = (sorted(getattr(front, end) for _, front in fronts) for end in ("cheapest", "dearest"))
         if len(fronts) < 2 or starts[1] > ends[-2]:
             continue
@@ -170,30 +172,28 @@ def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataF
             values = sorted((v for v in values if not np.isnan(v[0])), key=lambda v: v[0])
             if len(values) > 1:
                 (best, spread, size), (second, other, _) = values[:2]
-                rows.append({"measure": tables.measures[measure], "kind": name, "budget (GFLOP)": f"2^{power}", "parameters": size,
-                             "value": best, "ahead": second / best,
-                             "counts": bool(np.log(second / best) > rule.tolerance(measure, spread, other))})  # fmt: skip
-    return pd.DataFrame(rows, columns=["measure", "kind", "budget (GFLOP)", "parameters", "value", "ahead", "counts"])
+                counts = bool(np.log(second / best) > rule.tolerance(measure, spread, other))
+                rows.append((name, f"2^{power}", size, best, second / best, counts))
+    return pd.DataFrame(rows, columns=["kind", "budget (GFLOP)", "parameters", measure, "ahead", "counts"])
 
 
 def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
-    """Return the paper's table 2 of this study: a row for each model, all regimes, half-intervals over seeds beside."""
-    found = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence).sort_values(["kind", "parameters", "nimg"])
-    quality = {}
+    """Return the paper's table 2 of this study: a row for each model of all regimes, with half-intervals over seeds."""
+    found = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence)
+    found = found.sort_values(["kind", "parameters", "nimg"])
     for measure in tables.measures:
-        quality[tables.score if measure == tables.distance else "held-out L1"] = [
-            f"{row[measure]:.4g}" + ("" if np.isnan(row[f"{measure}_half"]) else f" ± {row[f'{measure}_half']:.2g}")
-            for _, row in found.iterrows()
-        ]
-    return pd.DataFrame({
-        "run": found["label"], "family": found["family"], "width": found["width"], "parameters": found["parameters"].map(short),
-        "FLOPs of an image": found["flops_image"].map(short), "pairs": found["pairs"], "images seen": found["nimg"], **quality,
-        "inception score": found["inception_score"], "precision": found["precision"], "recall": found["recall"], "seeds": found["n"],
-    })  # fmt: skip
+        half = found[f"{measure}_half"].map(lambda value: "" if np.isnan(value) else f" ± {value:.2g}")
+        found[measure] = found[measure].map("{:.4g}".format) + half
+    found[["parameters", "flops_image"]] = found[["parameters", "flops_image"]].map(short)
+    shown = {"label": "run", "family": "family", "width": "width", "parameters": "parameters", "pairs": "pairs",
+             "flops_image": "FLOPs of an image", "nimg": "images seen", tables.distance: tables.score,
+             "l1_held_out": "held-out L1", "inception_score": "inception score", "precision": "precision",
+             "recall": "recall", "n": "seeds"}  # fmt: skip
+    return found[list(shown)].rename(columns=shown)
 
 
 def fits_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
     """Return the exponents of quality over parameters, a row for each family and measure."""
-    rows = [{"measure": name, "family": family, "power law over parameters": str(law)}
-            for measure, name in tables.measures.items() for family, law in fits(tables, regime, measure, rule).items()]  # fmt: skip
-    return pd.DataFrame(rows)
+    rows = [(name, family, str(law)) for measure, name in tables.measures.items()
+            for family, law in fits(tables, regime, measure, rule).items()]  # fmt: skip
+    return pd.DataFrame(rows, columns=["measure", "family", "power law over parameters"])

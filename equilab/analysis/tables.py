@@ -88,10 +88,11 @@ def read(folder: Path | str) -> Tables:
             continue
         about = _about(json.loads((folder / found["of"] / "summary.json").read_text()))
         rows.append({**found, **about, "folder": path.parent})
-        sweeps.append(sweep.assign(**about, folder=path.parent, headline=sweep.index == 0, as_headline=_as_first(sweep)))
+        about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
+        sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
         curves.append(_csv(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
     if not rows:
-        raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give the folder of a study's results")
+        raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
     runs = pd.DataFrame(rows)
     first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
     about = json.loads((folder / "evaluator" / "summary.json").read_text())
@@ -99,7 +100,7 @@ def read(folder: Path | str) -> Tables:
     costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
-    sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # a study may have no GET
+    sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # there may be no GET
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = 3.0 * curves["flops_image"] * curves["nimg"]
     floor = about["floor"]["bootstrap"][distance]
@@ -110,7 +111,7 @@ def _about(summary: dict) -> dict:
     """Return what a run is: sizes, cost and what it may be compared with.
 
     `model`: all of its config but the seed; `recipe`: but the sizes as well; `regime`: what runs of all families that
-    are compared must share, `material` but the images seen. Training is counted as three forward passes for each image seen.
+    are compared must share, `material`: but the images seen. Training counts as three forward passes for each image.
     """
     config = summary["config"]
     network, optimisation, solve = config["network"], config["optimisation"], config["equilibrium"] or {}
@@ -120,9 +121,10 @@ def _about(summary: dict) -> dict:
     classes = "with classes" if config["conditional"] else "without classes"
     material = f"{config['pairs']:,} pairs {classes}, batch {optimisation['batch']}"
     return {
-        "run": summary["run"], "model": digest(seedless), "recipe": digest(recipe), "seed": config["seed"], "kind": kind,
-        "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
-        "regime": f"{material}, {summary['nimg']:,} images seen", "material": material, "decays": optimisation["decay"] != "none",
+        "run": summary["run"], "model": digest(seedless), "recipe": digest(recipe), "seed": config["seed"],
+        "kind": kind, "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
+        "regime": f"{material}, {summary['nimg']:,} images seen", "material": material,
+        "decays": optimisation["decay"] != "none",
         "width": network["width"], "depth": network["depth"], "patch": network["patch"],
         "image": " x ".join(map(str, summary["image"])),
         "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
@@ -160,8 +162,8 @@ def _csv(path: Path) -> pd.DataFrame:
 
 
 def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float) -> pd.DataFrame:
-    """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half the
-    t-interval at `confidence` of the mean; nan with one seed. Other columns are those of the first seed.
+    """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half
+    the t-interval at `confidence` of the mean; nan with one seed. Other columns are those of the first seed.
     """
     kept = frame.sort_values("seed", kind="stable").groupby(list(keys), sort=False)
     table = kept.first()
@@ -182,13 +184,14 @@ def main_regime(tables: Tables) -> str:
 
 def about(tables: Tables) -> str:
     """Return in Markdown what the study trained and how its quality is measured."""
-    first, regime = tables.runs.iloc[0], main_regime(tables)
-    teacher = tables.teacher.iloc[0] if len(tables.teacher) else None
-    reach = f"; its teacher reaches {teacher[tables.distance]:.3g} in {teacher['nfe']} evaluations" if teacher is not None else ""
+    runs, regime = tables.runs, main_regime(tables)
+    compared, reach = runs[runs["regime"] == regime], ""
+    for teacher in tables.teacher.iloc[:1].itertuples():
+        reach = f", its teacher {getattr(teacher, tables.distance):.3g} in {teacher.nfe} evaluations"
     return (
-        f"This study: images of {first['image']} (channels, height, width), {tables.runs['model'].nunique()} models in {len(tables.runs)} runs, "
-        f"{short(tables.runs['parameters'].min())} to {short(tables.runs['parameters'].max())} parameters. Figures compare the "
-        f"{tables.runs.query('regime == @regime')['model'].nunique()} models trained at {regime}. {tables.score} is measured on "
+        f"This study: images of {runs['image'].iloc[0]} (channels, height, width); {runs['model'].nunique()} models in "
+        f"{len(runs)} runs, {short(runs['parameters'].min())} to {short(runs['parameters'].max())} parameters. Figures "
+        f"compare the {compared['model'].nunique()} models trained at {regime}. {tables.score} is measured on "
         f"{tables.samples:,} images against the training images; real images reach {tables.floor:.3g}{reach}. "
         "Training FLOPs are three forward passes for each image seen."
     )
@@ -198,8 +201,10 @@ def machine(tables: Tables) -> str:
     """Return in Markdown on what the seconds were measured."""
     kept = json.loads((tables.folder / "cost" / "cost.json").read_text())
     found, peak = kept["environment"], kept["matmul_fp32_flops_s"]
-    return (f"Measured on {found['device']}, {found['threads']} threads, torch {found['torch']}, batches of {kept['settings']['batch']}; "
-            f"a large matrix product reaches {short(peak)}FLOP/s there.")  # fmt: skip
+    return (
+        f"Measured on {found['device']}, {found['threads']} threads, torch {found['torch']}, batches of "
+        f"{kept['settings']['batch']}; a large matrix product reaches {short(peak)}FLOP/s there."
+    )
 
 
 def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.DataFrame:
@@ -221,7 +226,7 @@ def findings(found: pd.DataFrame) -> str:
         parts.append(f"**{verdict.capitalize()}**\n")
         for row in rows.itertuples():
             name = f"{row.id} ({row.part})" if row.part else row.id
-            parts.append(f"- {name}, {row.claim}: here {row.ours}. Likely because {row.reason}.".replace("here –. Likely because ", ""))
+            parts.append(f"- {name}, {row.claim}: {row.reason}.")
         parts.append("")
     return "\n".join(parts)
 
@@ -242,9 +247,8 @@ def markdown(frame: pd.DataFrame) -> str:
 
     def cell(value) -> str:
         if isinstance(value, float | np.floating):
-            digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-            return "–" if np.isnan(value) else digits
-        return "–" if value is None or value is pd.NA else f"{value:,}" if isinstance(value, int | np.integer) else str(value)
+            return "–" if np.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return "–" if value is None else f"{value:,}" if isinstance(value, int | np.integer) else str(value)
 
     rows = [[cell(value).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
     lines = [[str(column) for column in frame], ["---"] * len(frame.columns), *rows]
