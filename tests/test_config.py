@@ -127,3 +127,23 @@ def test_every_key_of_params_reaches_a_config():
             settings, _ = __main__._config(sections, name, run, SMOKE)
             given = sections[name][run] if stage.each else sections[name]
             assert config.plain(settings).keys() == given.keys()
+
+
+@pytest.mark.parametrize("stage", ["data", "evaluator", "teacher", "pairs", "distill get", "evaluate get", "cost", "claims"])
+def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage, tmp_path, monkeypatch, capsys):
+    from equilab.metrics import cost
+
+    monkeypatch.setattr(cost, "matmul_peak", lambda device, dtype: 1e12)
+    (tmp_path / "params.yaml").write_text(SMOKE.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main([*stage.split(), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    resolved = yaml.safe_load(printed)[stage.replace(" ", "@")]
+    name, _, run = stage.partition(" ")
+    given = config.read(SMOKE)[name][run] if run else config.read(SMOKE)[name]
+    assert resolved.keys() == given.keys()
+    for word in ("# parameters: ", "# networks: ", "# results on disk: ", "# time: about "):
+        assert word in printed
+    if stage == "distill get":
+        assert "# parameters: 5,876" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
