@@ -1,13 +1,15 @@
 """Shapes and types of every public signature are checked while the tests run."""
 
 import json
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; before torch is imported
 
 import pytest
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("equilab", "beartype.beartype")
-hook.install() if hasattr(hook, "install") else None
+install_import_hook("equilab", "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 

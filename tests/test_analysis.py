@@ -18,9 +18,26 @@ ITERATIONS = (6, 1, 2, 4, 12)  # the first is the headline
 
 def model(name, kind, parameters, fd, **changes):
     """Return what `write_study` needs of a run; cost in FLOPs goes with its parameters."""
-    return {"name": name, "kind": kind, "parameters": parameters, "fd": fd, "flops": 100 * parameters, "seed": 0, "pairs": 1000,
-            "nimg": 9600, "batch": 32, "conditional": True, "normalise": True, "conditioning": "additive", "decay": "cosine",
-            "curve": {0.25: 4.0, 0.5: 2.0, 1: 1.0}, "falls": {1: 2.0, 2: 1.5, 4: 1.1, 6: 1.0, 12: 1.0}, "seconds": parameters / 1e5, "memory": parameters / 1e3, **changes}  # fmt: skip
+    return {
+        "name": name,
+        "kind": kind,
+        "parameters": parameters,
+        "fd": fd,
+        "flops": 100 * parameters,
+        "seed": 0,
+        "pairs": 1000,
+        "nimg": 9600,
+        "batch": 32,
+        "conditional": True,
+        "normalise": True,
+        "conditioning": "additive",
+        "decay": "cosine",
+        "curve": {0.25: 4.0, 0.5: 2.0, 1: 1.0},
+        "falls": {1: 2.0, 2: 1.5, 4: 1.1, 6: 1.0, 12: 1.0},
+        "seconds": parameters / 1e5,
+        "memory": parameters / 1e3,
+        **changes,
+    }
 
 
 def write_study(folder, runs, distance="fd_train"):
@@ -28,7 +45,9 @@ def write_study(folder, runs, distance="fd_train"):
     keep(folder / "evaluator/summary.json", {"floor": {"bootstrap": {distance: 0.3}}, "samples": 500})
     keep(folder / "pairs/meta.json", {"count": 1000, "held_out": 100, "nfe": 38500})
     keep(folder / "evaluate/teacher/metrics.json", {"of": "teacher", "kind": "unet", "run": "teacher"})
-    table(folder / "evaluate/teacher/sweep.csv", [{"method": "heun", "steps": 18, "nfe": 35, "flops": 1e9, distance: 1.0}])
+    table(
+        folder / "evaluate/teacher/sweep.csv", [{"method": "heun", "steps": 18, "nfe": 35, "flops": 1e9, distance: 1.0}]
+    )
     save_iterates(folder / "evaluate/teacher", 3, "unet")
     costs = [{"run": "teacher", "what": "sample", "nfe": 35, **timing(5.0, 9.0)}]
     for run in runs:
@@ -37,16 +56,39 @@ def write_study(folder, runs, distance="fd_train"):
         rows = [setting(run, distance, count) for count in (ITERATIONS if run["kind"] == "get" else [None])]
         keep(at / "metrics.json", {"of": f"distill/{run['name']}", "run": run["name"], **rows[0], "nimg": run["nimg"]})
         table(at / "sweep.csv", rows)
-        table(at / "curve.csv", [{"nimg": int(run["nimg"] * part), distance: run["fd"] * rise, "l1_held_out": run["fd"] * rise / 20}
-                                 for part, rise in run["curve"].items()])  # fmt: skip
+        table(
+            at / "curve.csv",
+            [
+                {"nimg": int(run["nimg"] * part), distance: run["fd"] * rise, "l1_held_out": run["fd"] * rise / 20}
+                for part, rise in run["curve"].items()
+            ],
+        )
         save_iterates(at, 24 if run["kind"] == "get" else 1, run["kind"])
-        costs += [{"run": run["name"], "what": "sample", "iterations": row["iterations"], **timing(run["seconds"] * row["flops"] / run["flops"], 5.0)}
-                  for row in rows]  # fmt: skip
-        for gradient, slower, share in (("unrolled", 1.0, 1.0), ("o1", 1.25, 0.5)) if run["kind"] == "get" else (("as trained", 1.0, 1.0),):
-            costs.append({"run": run["name"], "what": "train", "gradient": gradient, **timing(3 * run["seconds"] * slower, run["memory"] * share)})
+        costs += [
+            {
+                "run": run["name"],
+                "what": "sample",
+                "iterations": row["iterations"],
+                **timing(run["seconds"] * row["flops"] / run["flops"], 5.0),
+            }
+            for row in rows
+        ]
+        for gradient, slower, share in (
+            (("unrolled", 1.0, 1.0), ("o1", 1.25, 0.5)) if run["kind"] == "get" else (("as trained", 1.0, 1.0),)
+        ):
+            costs.append(
+                {
+                    "run": run["name"],
+                    "what": "train",
+                    "gradient": gradient,
+                    **timing(3 * run["seconds"] * slower, run["memory"] * share),
+                }
+            )
     table(folder / "cost/cost.csv", costs)
     environment = {"device": "cpu AVX512", "threads": 2, "torch": "2"}
-    keep(folder / "cost/cost.json", {"environment": environment, "matmul_fp32_flops_s": 1e11, "settings": {"batch": 16}})
+    keep(
+        folder / "cost/cost.json", {"environment": environment, "matmul_fp32_flops_s": 1e11, "settings": {"batch": 16}}
+    )
     return folder
 
 
@@ -61,24 +103,60 @@ def table(path, rows):
 
 
 def timing(seconds, memory):
-    return {"batch": 16, "seconds": seconds, "seconds_min": 0.98 * seconds, "seconds_max": 1.02 * seconds, "images_s": 16 / seconds,
-            "memory_mib": memory}  # fmt: skip
+    return {
+        "batch": 16,
+        "seconds": seconds,
+        "seconds_min": 0.98 * seconds,
+        "seconds_max": 1.02 * seconds,
+        "images_s": 16 / seconds,
+        "memory_mib": memory,
+    }
 
 
 def summary(run):
     network = {"kind": run["kind"], "width": run["parameters"], "depth": 1, "patch": 2}
     network |= {"normalise": run["normalise"]} if run["kind"] == "get" else {"conditioning": run["conditioning"]}
-    optimisation = {"batch": run["batch"], "micro_batch": run["batch"], "nimg": run["nimg"], "lr": 0.1, "decay": run["decay"]}
-    config = {"network": network, "conditional": run["conditional"], "pairs": run["pairs"], "seed": run["seed"], "loss": "l1",
-              "equilibrium": {"init": "zeros", "iterations": 6} if run["kind"] == "get" else None, "optimisation": optimisation}  # fmt: skip
-    return {"run": run["name"], "config": config, "parameters": run["parameters"], "flops_image": run["flops"], "nimg": run["nimg"],
-            "image": [1, 8, 8], "classes": 10}  # fmt: skip
+    optimisation = {
+        "batch": run["batch"],
+        "micro_batch": run["batch"],
+        "nimg": run["nimg"],
+        "lr": 0.1,
+        "decay": run["decay"],
+    }
+    config = {
+        "network": network,
+        "conditional": run["conditional"],
+        "pairs": run["pairs"],
+        "seed": run["seed"],
+        "loss": "l1",
+        "equilibrium": {"init": "zeros", "iterations": 6} if run["kind"] == "get" else None,
+        "optimisation": optimisation,
+    }
+    return {
+        "run": run["name"],
+        "config": config,
+        "parameters": run["parameters"],
+        "flops_image": run["flops"],
+        "nimg": run["nimg"],
+        "image": [1, 8, 8],
+        "classes": 10,
+    }
 
 
 def setting(run, distance, count):
     fall = run["falls"][count] if count else 1.0
-    row = {"kind": run["kind"], "parameters": run["parameters"], "nfe": 1, "iterations": count, "flops": run["flops"] * ((count or 6) + 1) // 7,
-           distance: run["fd"] * fall, "l1_held_out": run["fd"] * fall / 20, "inception_score": 9.0, "precision": 0.8, "recall": 0.8}  # fmt: skip
+    row = {
+        "kind": run["kind"],
+        "parameters": run["parameters"],
+        "nfe": 1,
+        "iterations": count,
+        "flops": run["flops"] * ((count or 6) + 1) // 7,
+        distance: run["fd"] * fall,
+        "l1_held_out": run["fd"] * fall / 20,
+        "inception_score": 9.0,
+        "precision": 0.8,
+        "recall": 0.8,
+    }
     solver = {"method": "iterate", "tolerance": 0.0, "pick": "last", "memory": None, "mixing": None, "init": "zeros"}
     return row | ({**solver, "most_iterations": count, "residual": 0.1 / count, "diverged": 0} if count else {})
 
@@ -134,15 +212,25 @@ def test_iterations_are_the_settings_that_differ_from_the_headline_in_nothing_el
     write_study(tmp_path, [model("get", "get", 1000, 2.0)])
     path = tmp_path / "evaluate/get/sweep.csv"
     rows = pd.read_csv(path)
-    pd.concat([rows, rows.iloc[:1].assign(method="anderson"), rows.iloc[:1].assign(init="noise")]).to_csv(path, index=False)
+    pd.concat([rows, rows.iloc[:1].assign(method="anderson"), rows.iloc[:1].assign(init="noise")]).to_csv(
+        path, index=False
+    )
     assert list(tables.read(tmp_path).iterations()["most_iterations"]) == sorted(ITERATIONS)
 
 
 def test_at_equal_parameters_a_get_is_compared_with_the_frontier_of_vits(tmp_path):
     """The ViTs follow fd = 4 sqrt(1000 / parameters); a fourth, larger and worse, is not on their frontier."""
-    found = read(tmp_path, *VITS, model("worse", "vit", 8000, 3.0), model("get", "get", 2000, 2.0), model("large", "get", 64000, 0.5))
+    found = read(
+        tmp_path,
+        *VITS,
+        model("worse", "vit", 8000, 3.0),
+        model("get", "get", 2000, 2.0),
+        model("large", "get", 64000, 0.5),
+    )
     rows = scaling.equal_budget(found, tables.main_regime(found), "parameters", "fd_train", RULE).set_index("label")
-    assert rows.loc["get", "other"] == pytest.approx(4 / np.sqrt(2)) and rows.loc["get", "ratio"] == pytest.approx(np.sqrt(0.5))
+    assert rows.loc["get", "other"] == pytest.approx(4 / np.sqrt(2)) and rows.loc["get", "ratio"] == pytest.approx(
+        np.sqrt(0.5)
+    )
     assert rows.loc["get", "high"] / rows.loc["get", "ratio"] == pytest.approx(1.15)
     assert np.isnan(rows.loc["large", "ratio"]), "no ViT is that large"
 
@@ -155,7 +243,13 @@ def test_a_vit_of_equal_quality_is_bounded_where_no_vit_is_as_good_or_as_bad(tmp
 
 def test_snapshots_count_as_trainings_only_where_the_learning_rate_does_not_fall(tmp_path):
     for decay, count in (("cosine", 2), ("none", 6)):
-        found = read(tmp_path / decay, *[{**run, "decay": decay} for run in (VITS[1], {**VITS[1], "name": "twice", "parameters": 2000, "flops": 200000})])
+        found = read(
+            tmp_path / decay,
+            *[
+                {**run, "decay": decay}
+                for run in (VITS[1], {**VITS[1], "name": "twice", "parameters": 2000, "flops": 200000})
+            ],
+        )
         assert len(scaling.points(found, tables.main_regime(found), "train_flops", RULE)) == count
     best = scaling.best_size(found, tables.main_regime(found), "fd_train", RULE)
     assert set(best["kind"]) == {"ViT"} and best["ahead"].min() >= 1
@@ -168,7 +262,15 @@ def test_distances_too_large_to_order_models_are_not_compared(tmp_path):
 
 def test_the_published_tables_are_complete():
     runs = paper.runs().set_index("size")
-    assert runs.query("where == 'table 2' or where == 'tables 2, 4'")["fid"].tolist() == [15.19, 10.72, 8.00, 7.42, 7.19, 11.47, 6.91]
+    assert runs.query("where == 'table 2' or where == 'tables 2, 4'")["fid"].tolist() == [
+        15.19,
+        10.72,
+        8.00,
+        7.42,
+        7.19,
+        11.47,
+        6.91,
+    ]
     assert runs.loc["GET-Mini", "parameters"] == 19.2e6 and runs.loc["GET-Mini", "nimg"] == 102_400_000
     assert 2 * paper.SIZES["ViT-Base"][1] * 1e9 == runs.loc["ViT-Base", "flops"].iloc[0]
 
@@ -176,9 +278,16 @@ def test_the_published_tables_are_complete():
 def test_figures_have_the_same_bytes_whatever_the_users_settings(tmp_path):
     import matplotlib as mpl
 
-    found = read(tmp_path, *VITS, model("get", "get", 2000, 2.0), model("get-published", "get", 2000, 3.0, normalise=False))
+    found = read(
+        tmp_path, *VITS, model("get", "get", 2000, 2.0), model("get-published", "get", 2000, 3.0, normalise=False)
+    )
     regime = tables.main_regime(found)
-    for name, draw in (("parameters", figures.parameters), ("budgets", figures.budgets), ("speed", speed.speed), ("solvers", speed.solvers)):
+    for name, draw in (
+        ("parameters", figures.parameters),
+        ("budgets", figures.budgets),
+        ("speed", speed.speed),
+        ("solvers", speed.solvers),
+    ):
         figures.save(str(tmp_path / "a"), name, *draw(found, regime, RULE))
         mpl.rcParams.update({"font.size": 20, "savefig.dpi": 30})
         figures.save(str(tmp_path / "b"), name, *draw(found, regime, RULE))
@@ -211,12 +320,21 @@ SAME = 4 / np.sqrt(2)  # the fd of a ViT of 2000 parameters
 @pytest.mark.parametrize(("fd", "expected"), [(SAME / 4, HOLDS), (SAME, OPEN), (SAME * 4, FAILS)])
 def test_claims_against_vit_follow_the_quality_of_get(tmp_path, fd, expected):
     found = judged(tmp_path, *VITS, get(fd))
-    for claim in (("GET-1", ""), ("GET-3", "sampling FLOPs"), ("GET-3", "training memory"), ("GET-3", "training speed"),
-                  ("X-1", "parameters, distance"), ("X-1", "parameters, held-out L1"), ("X-1", "training FLOPs, distance")):  # fmt: skip
+    for claim in (
+        ("GET-1", ""),
+        ("GET-3", "sampling FLOPs"),
+        ("GET-3", "training memory"),
+        ("GET-3", "training speed"),
+        ("X-1", "parameters, distance"),
+        ("X-1", "parameters, held-out L1"),
+        ("X-1", "training FLOPs, distance"),
+    ):
         assert found[claim] == expected, claim
     assert found["GET-2", ""] == (HOLDS if expected == HOLDS else FAILS)
     slower = judged(tmp_path / "slow", *VITS, get(fd, seconds=1e3))["GET-4", ""]
-    assert slower == (OPEN if expected == HOLDS else FAILS), "no ViT is as good, and the GET is not faster than those that are there"
+    assert slower == (OPEN if expected == HOLDS else FAILS), (
+        "no ViT is as good, and the GET is not faster than those that are there"
+    )
 
 
 def test_a_claim_against_vit_cannot_be_told_without_vits(tmp_path):
@@ -233,7 +351,11 @@ def test_iterations_help_hurt_or_make_no_difference(tmp_path, at_two, expected):
 @pytest.mark.parametrize(("fd", "expected"), [(1.0, HOLDS), (2.1, OPEN), (4.0, FAILS)])
 def test_a_larger_a_longer_trained_and_a_richer_model_is_compared_with_its_like(tmp_path, fd, expected):
     assert judged(tmp_path / "size", get(2.0), get(fd, 4000))["GET-6", ""] == expected
-    for part, change in (("training", {"nimg": 38400}), ("pairs", {"pairs": 3000}), ("batch", {"nimg": 19200, "batch": 64})):
+    for part, change in (
+        ("training", {"nimg": 38400}),
+        ("pairs", {"pairs": 3000}),
+        ("batch", {"nimg": 19200, "batch": 64}),
+    ):
         found = judged(tmp_path / part, get(2.0), {**get(fd), "name": "other", **change})
         assert found["GET-8", part] == expected
         assert set(found[[key for key in found.index if key[0] == "GET-8" and key[1] != part]]) == {OPEN}
@@ -242,11 +364,19 @@ def test_a_larger_a_longer_trained_and_a_richer_model_is_compared_with_its_like(
 @pytest.mark.parametrize(("fd", "expected"), [(4.0, HOLDS), (2.1, OPEN), (1.0, FAILS)])
 def test_class_injection_is_compared_in_models_alike_in_all_else(tmp_path, fd, expected):
     vit = model("vit", "vit", 1000, 2.0)
-    found = judged(tmp_path, vit, {**vit, "name": "none", "conditional": False, "fd": fd}, {**vit, "name": "adaln", "conditioning": "adaln_zero", "fd": fd})
+    found = judged(
+        tmp_path,
+        vit,
+        {**vit, "name": "none", "conditional": False, "fd": fd},
+        {**vit, "name": "adaln", "conditioning": "adaln_zero", "fd": fd},
+    )
     assert found["GET-10", "none"] == found["GET-10", "AdaLN-Zero"] == expected
 
 
-@pytest.mark.parametrize(("fd", "decay", "expected"), [(0.4, "none", HOLDS), (0.55, "none", OPEN), (4.0, "none", FAILS), (0.4, "cosine", OPEN)])
+@pytest.mark.parametrize(
+    ("fd", "decay", "expected"),
+    [(0.4, "none", HOLDS), (0.55, "none", OPEN), (4.0, "none", FAILS), (0.4, "cosine", OPEN)],
+)
 def test_the_best_size_for_a_budget_grows_or_not(tmp_path, fd, decay, expected):
     """The small model is as good from the start, the large one improves in proportion to its training."""
     small = get(2.0, nimg=96000, decay=decay, curve={1 / 16: 1.0, 1: 1.0})
@@ -268,7 +398,9 @@ def test_constant_memory_may_cost_little_or_much_speed(tmp_path):
 def test_with_seeds_their_interval_decides_and_not_the_margin(tmp_path):
     """FDs 1.95 and 2.05 against 2.4 and 2.42 of the smaller model: within 25%, but far beyond what seeds do."""
     spread = lambda size, values: [get(v, size, seed=k) | {"name": f"get-{size}-{k}"} for k, v in enumerate(values)]  # noqa: E731
-    assert judged(tmp_path / "a", *spread(2000, (2.2, 2.21, 2.2)), *spread(4000, (2.1, 2.09, 2.1)))["GET-6", ""] == HOLDS
+    assert (
+        judged(tmp_path / "a", *spread(2000, (2.2, 2.21, 2.2)), *spread(4000, (2.1, 2.09, 2.1)))["GET-6", ""] == HOLDS
+    )
     assert judged(tmp_path / "b", *spread(2000, (2.2, 4.4, 3.3)), *spread(4000, (1.5, 3.0, 2.2)))["GET-6", ""] == OPEN
 
 

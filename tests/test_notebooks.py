@@ -33,7 +33,9 @@ def study(tmp_path, monkeypatch):
     from equilab.analysis.scaling import Rule
 
     monkeypatch.chdir(tmp_path)
-    write_study(tmp_path / "results", [*VITS, get(2.0), get(3.0, 4000), {**get(2.5), "name": "published", "normalise": False}])
+    write_study(
+        tmp_path / "results", [*VITS, get(2.0), get(3.0, 4000), {**get(2.5), "name": "published", "normalise": False}]
+    )
     claims.run(claims.Config(Rule(**RULE), larger=5.0, keeps=0.7, iterations=(2, 6)), job("claims"))
     return tmp_path
 
@@ -45,7 +47,9 @@ def test_a_notebook_is_short_stripped_and_thin(path):
     assert len(cells) <= 12 and sum(len(cell.source.splitlines()) for cell in cells) <= 80
     assert source.metadata.kernelspec.name == "python3" and set(source.metadata) == {"kernelspec", "language_info"}
     assert [cell.id for cell in source.cells] == [f"cell-{k:03d}" for k in range(len(source.cells))]
-    assert all(not cell.outputs and cell.execution_count is None for cell in cells), "run `jupyter nbconvert --clear-output`"
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells), (
+        "run `jupyter nbconvert --clear-output`"
+    )
     logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.IfExp, ast.For, ast.While, ast.With, ast.Try)
     for cell in cells:
         assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, logic)], cell.source
@@ -54,7 +58,9 @@ def test_a_notebook_is_short_stripped_and_thin(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_every_study(path):
-    defaults = {t.id: ast.literal_eval(node.value) for node in ast.parse(code(path)[0].source).body for t in node.targets}
+    defaults = {
+        t.id: ast.literal_eval(node.value) for node in ast.parse(code(path)[0].source).body for t in node.targets
+    }
     assert list(defaults) == notebook.parameters(nbformat.read(path, 4))
     assert (ROOT / "notebooks" / defaults.pop("results")).resolve() == ROOT / "results"
     assert ".equilab" in defaults.pop("out")
@@ -81,8 +87,9 @@ def test_a_notebook_executes_twice_to_the_same_bytes_and_the_book_of_all_is_offl
     assert "seconds" not in text.replace("depends on measured seconds", "") and "images_s" not in text
     for files, pictures in ((first, 6), (other, 4)):
         assert len([name for name in files if name.endswith(".png")]) == pictures
-        assert {name.rsplit(".", 1)[0] for name in files} == {name.rsplit(".", 1)[0] for name in files if name.endswith(".csv")} | {
-            name.rsplit(".", 1)[0] for name in files if name.endswith(".ipynb")}  # fmt: skip
+        assert {name.rsplit(".", 1)[0] for name in files} == {
+            name.rsplit(".", 1)[0] for name in files if name.endswith(".csv")
+        } | {name.rsplit(".", 1)[0] for name in files if name.endswith(".ipynb")}
     assert not list(Path(".equilab").rglob("*.failed.ipynb"))
     done = nbformat.reads(text, 4)
     nbformat.validate(done)
@@ -100,7 +107,10 @@ def test_a_notebook_executes_twice_to_the_same_bytes_and_the_book_of_all_is_offl
 
 def book(root, source):
     """Write a notebook of two cells into the repository at `root`."""
-    cells = [nbformat.v4.new_code_cell('results = out = ""\nscale = 1.0', metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(source)]
+    cells = [
+        nbformat.v4.new_code_cell('results = out = ""\nscale = 1.0', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(source),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     (root / "notebooks").mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), root / "notebooks/one.ipynb")
@@ -112,7 +122,9 @@ def test_a_failing_cell_keeps_what_was_there_and_is_named_in_one_sentence(tmp_pa
     kept = tmp_path / "results/notebook/one/old.csv"
     kept.parent.mkdir(parents=True)
     kept.write_text("kept")
-    with pytest.raises(UserError, match=r"failed in cell 3: ZeroDivisionError: division by zero; it is kept in .*one\.failed\.ipynb"):
+    with pytest.raises(
+        UserError, match=r"failed in cell 3: ZeroDivisionError: division by zero; it is kept in .*one\.failed\.ipynb"
+    ):
         notebook.run(notebook.Config({"scale": 2.0}), job("notebook", "one", "."))
     assert [path.name for path in kept.parent.iterdir()] == ["old.csv"]
     failed = nbformat.read(".equilab/notebook/one.failed.ipynb", 4)
@@ -131,12 +143,24 @@ def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything
 
 def test_what_changes_from_run_to_run_is_taken_out():
     output = nbformat.v4.new_output
-    cell = nbformat.v4.new_code_cell("x", execution_count=1, metadata={"papermill": {"duration": 1}, "tags": ["t"]}, outputs=[
-        output("stream", name="stderr", text="12%"), output("stream", name="stdout", text="<f at 0x7f12ab34cd56>"),
-        output("display_data", data={notebook.WIDGET: {"model_id": "a"}, "text/plain": "Box()"}),
-        output("execute_result", data={"text/plain": "<g at 0x7f12ab34cd56>", "image/png": "0x7f12ab34cd56"}, execution_count=1),
-    ])  # fmt: skip
-    source = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "papermill": {}})
+    cell = nbformat.v4.new_code_cell(
+        "x",
+        execution_count=1,
+        metadata={"papermill": {"duration": 1}, "tags": ["t"]},
+        outputs=[
+            output("stream", name="stderr", text="12%"),
+            output("stream", name="stdout", text="<f at 0x7f12ab34cd56>"),
+            output("display_data", data={notebook.WIDGET: {"model_id": "a"}, "text/plain": "Box()"}),
+            output(
+                "execute_result",
+                data={"text/plain": "<g at 0x7f12ab34cd56>", "image/png": "0x7f12ab34cd56"},
+                execution_count=1,
+            ),
+        ],
+    )
+    source = nbformat.v4.new_notebook(
+        cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "papermill": {}}
+    )
     done = notebook.normalised(source)
     assert set(done.metadata) == {"kernelspec", "language_info"} and done.cells[0].metadata == {"tags": ["t"]}
     assert [o.get("text") for o in done.cells[0].outputs[:1]] == ["<f at 0x>"]

@@ -20,6 +20,7 @@ BLUE, ORANGE, GREEN, GREY = "#0173b2", "#de8f05", "#029e73", "#6b6b6b"  # told a
 COLOURS = {"GET": BLUE, "GET as published": BLUE, "ViT": ORANGE, "teacher": GREEN}
 MARKERS = {"GET": "o", "GET as published": "s", "ViT": "^", "teacher": "D"}
 LINES = {"GET": "-", "GET as published": (0, (4, 2)), "ViT": "-", "teacher": ":"}
+LABELS = {"ViT-Base": ((0, -10), "center"), "GET-Base+": ((-4, -9), "right"), "GET-Mini": ((-5, -3), "right")}
 WIDTH = 7.2  # inches, of all figures
 IMAGES = "training images seen"
 
@@ -137,7 +138,7 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
         for size, part in group.groupby("size", sort=False):
             part = part.sort_values(x)
             ax.plot(part[x], part["fid"], color=COLOURS[family], marker=MARKERS[family], label=family)
-            at, side = {"ViT-Base": ((0, -10), "center"), "GET-Base+": ((-4, -9), "right")}.get(size, ((4, 3), "left"))
+            at, side = LABELS.get(size, ((4, 3), "left"))
             ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), at, textcoords="offset points",
                         fontsize=6.5, color=COLOURS[family], ha=side)  # fmt: skip
     ax.margins(0.12)
