@@ -1,4 +1,4 @@
-"""Notebooks: their sources keep the rules, they execute to the same bytes, a failing one loses nothing, the book is offline."""
+"""Notebooks: sources keep the rules, executions have the same bytes, a failing one loses nothing, the book is offline."""
 
 import ast
 import re
