@@ -135,3 +135,13 @@ def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
     assert sum(lines.values()) <= 4500
     assert max(lines.values()) <= 280, max(lines, key=lines.get)
+
+
+def test_shapes_are_checked_while_the_tests_run():
+    import jaxtyping
+    import torch
+
+    from equilab import losses
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        losses.l1(torch.zeros(2, 3), torch.zeros(2, 3))
