@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep soon: a busy neighbour costs less; before torch
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory need not speak
 
 from equilab import config, graph  # noqa: E402
 from equilab.config import Job, Plan, Study, UserError  # noqa: E402
@@ -32,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"equilab: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # what no stage foresaw: a file in the way, a full disk
+        print(f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk space, "
+              "or run the stage that writes it again", file=sys.stderr)  # fmt: skip
+        return 2
     except KeyboardInterrupt:
         print("equilab: stopped; the same command continues where it was", file=sys.stderr)
         return 130
@@ -43,33 +48,37 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         return 0
     sections = config.read(params)
     os.chdir(params.resolve().parent)
-    study = config.parse(Study, sections.get("study"), f"{params}: study")
     known = ["study", *graph.STAGES]
     for name in sections:
         if name not in known:
             raise UserError(f"{params}: unknown section {name!r}{config.nearest(name, known)}")
-    for name in known if stage == "check" else [stage] if stage in known else []:
+    for name in known if stage == "check" else ["study", "data", *([stage] if stage in known else [])]:
         if name not in sections:
-            raise UserError(f"{params}: missing section {name!r}; give it, or {{}} where the study has no such run")
+            remedy = " ({} where the study has no such run)" if name in graph.STAGES and graph.STAGES[name].each else ""
+            raise UserError(f"{params}: missing section {name!r}; give it{remedy}")
+    study = config.parse(Study, sections["study"], f"{params}: study")
     data = _config(sections, "data", None, params)[0]
     read = lambda stage, run=None: _config(sections, stage, run, params)[0]  # noqa: E731
     if stage == "check":
         for name in graph.STAGES:
-            for one in sections[name] if graph.STAGES[name].each else [None]:
+            for one in config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]:
                 settings, module = _config(sections, name, one, params)
-                module.plan(settings, Job(study, name, one, data.image, data.classes), read)
+                module.plan(settings, Job(study, name, one, data.image, data.classes, "", read), read)
         print(f"{params}: every key is known and every value possible")
         return 0
     if stage not in graph.STAGES:
         raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
     settings, module = _config(sections, stage, run, params)
-    job = Job(study, stage, run, data.image, data.classes)
+    job = Job(study, stage, run, data.image, data.classes, graph.code(module.__name__), read)
     _processes(study)
     if dry_run:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
         _print(module.plan(settings, job, read))
         return 0
-    module.run(settings, job)
+    from equilab.training.state import locked
+
+    with locked(job.name):
+        module.run(settings, job)
     return 0
 
 
@@ -92,6 +101,7 @@ def _config(sections: dict, stage: str, run: str | None, params: Path):
     """Return the stage's config and its module."""
     section, path = sections[stage], f"{params}: {stage}"
     if graph.STAGES[stage].each:
+        config.mapping(section, path)
         if run is None:
             raise UserError(f"{stage} needs the name of a run: {', '.join(section) or 'this study has none'}")
         if run not in section:

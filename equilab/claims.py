@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from equilab import config as configs
 from equilab.analysis import scaling
 from equilab.analysis.scaling import Frontier, Rule
 from equilab.analysis.tables import Tables, main_regime, markdown, read, replicated, short
-from equilab.config import Job, Plan
+from equilab.config import Job, Plan, read_json
 from equilab.training.state import write
 
 TEXTS = Path(__file__).with_name("claims.yaml")
@@ -48,7 +47,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the study has no evaluated one-step generator.
     """
     folder = Path("results")
-    study = Study(config, read(folder), json.loads((folder / "pairs" / "meta.json").read_text()))
+    study = Study(config, read(folder), read_json(folder / "pairs" / "meta.json", "nfe", "nfe_image"))
     rule, score = config.rule, study.tables.score
     head = (
         f"Runs are compared at {study.regime}, unless a row says otherwise. Intervals are {rule.confidence:.0%} "

@@ -9,10 +9,11 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -53,8 +54,8 @@ class Study:
     threads: int  # of the CPU; part of what decides the bits
     device: Literal["auto", "cpu", "cuda"]
     def __post_init__(self):
-        if self.seed < 0 or self.threads < 1:
-            raise ValueError(f"seed must be >= 0 and threads >= 1, got {self.seed} and {self.threads}")
+        if not (0 <= self.seed < 2**63 and 1 <= self.threads <= 4096):
+            raise ValueError(f"seed must be >= 0 and threads >= 1 (both within reason), got {self.seed} and {self.threads}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,6 +65,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
+                if not isinstance(key.value, str):
+                    raise yaml.YAMLError(f"a key must be a word, line {key.start_mark.line + 1}")
                 if key.value in seen:
                     raise yaml.YAMLError(f"key {key.value!r} is given twice, line {key.start_mark.line + 1}")
                 seen.add(key.value)
@@ -82,13 +85,26 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         sections = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")
     return sections
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a JSON file of results that has `keys`.
+
+    Raises: UserError if it is missing, damaged, or lacks one.
+    """
+    try:
+        value = json.loads(path.read_text())
+        [value[key] for key in keys]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
+    return value
 
 
 def parse(kind: Any, value: Any, path: str) -> Any:
@@ -117,7 +133,7 @@ def parse(kind: Any, value: Any, path: str) -> Any:
         kinds = [arguments[0]] * len(value) if Ellipsis in arguments else arguments
         return tuple(parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if origin is dict:
-        return {k: parse(arguments[1], v, f"{path}.{k}") for k, v in _mapping(value, path).items()}
+        return {k: parse(arguments[1], v, f"{path}.{k}") for k, v in mapping(value, path).items()}
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind, include_extras=True)
         return _call(kind, {f.name: hints[f.name] for f in dataclasses.fields(kind)}, value, path)
@@ -125,11 +141,13 @@ def parse(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if type(value) is not kind:
         raise UserError(f"{path}: expected {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{path}: expected a finite number, got {value!r}")
     return value
 
 
 def _call(make, hints: Mapping[str, Any], value: Any, path: str):
-    value = _mapping(value, path)
+    value = mapping(value, path)
     for key in value:
         if key not in hints:
             raise UserError(f"{path}.{key}: unknown key{nearest(key, hints)}")
@@ -144,7 +162,7 @@ def _call(make, hints: Mapping[str, Any], value: Any, path: str):
 
 
 def _spec(targets: Mapping[str, str], value: Any, path: str) -> Spec:
-    value = dict(_mapping(value, path))
+    value = dict(mapping(value, path))
     kind = parse(Literal[tuple(targets)], value.pop("kind", None), f"{path}.kind")
     constructor = _imported(targets[kind]).__init__
     hints = typing.get_type_hints(constructor)
@@ -158,7 +176,11 @@ def _imported(target: str):
     return getattr(importlib.import_module(module), name)
 
 
-def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+def mapping(value: Any, path: str) -> Mapping[str, Any]:
+    """Return `value`, which must be keys with values.
+
+    Raises: UserError naming `path` if it is not.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys with values, got {value!r}")
     return value
@@ -197,6 +219,8 @@ class Job:
     run: str | None
     image: tuple[int, int, int]  # channels, height, width, as params say
     classes: int  # 0: no labels
+    code: str  # of the modules that the stage imports: a digest
+    read: Callable[..., Any]  # (stage, run) -> its config
 
     @property
     def name(self) -> str:
@@ -208,9 +232,9 @@ class Job:
         """The folder of the stage's results, relative to the study's folder."""
         return results(self.stage, self.run)
 
-    def scratch(self, identity: str) -> Path:
-        """The folder of unfinished work under `identity`, ignored by git and DVC."""
-        return Path(".equilab/scratch") / f"{self.name}-{identity}"
+    def scratch(self, *identity: Any) -> Path:
+        """The folder of unfinished work, ignored by git and DVC: another one for other code or another `identity`."""
+        return Path(".equilab/scratch") / f"{self.name}-{digest(self.code, *identity)}"
 
 
 class Plan(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from equilab import config as configs
 from equilab.config import Job, Plan, plain, results
-from equilab.evaluate import write_table
+from equilab.evaluate import trained_config, write_table
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
 from equilab.progress import bar
@@ -32,12 +32,17 @@ class Config:
     repeats: int  # measured calls; median, fastest and slowest are written
 
     def __post_init__(self):
-        if min(self.batch, self.repeats, *self.iterations) < 1 or self.warmup < 0:
+        if min(self.batch, self.repeats, *self.iterations, len(self.iterations)) < 1 or self.warmup < 0:
             raise ValueError("batch, repeats and iterations must be >= 1, warmup >= 0")
 
 
 def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs; it is small beside all others."""
+    """Return what the stage costs; it is small beside all others.
+
+    Raises: UserError if `runs` names no run of the study.
+    """
+    for name in config.runs:
+        trained_config(name, read)
     return Plan()
 
 
@@ -47,7 +52,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the weights of a run are missing or damaged.
     """
     device = device_of(job)
-    loaded = [(name, Generator(results(name) / "weights.safetensors", device)) for name in config.runs]
+    loaded = [(name, Generator(results(name) / "weights.safetensors", device, trained_config(name, job.read))) for name in config.runs]
     peak = matmul_peak(device, torch.float32)
     rows = []
     with bar(job.name, len(loaded), unit="run") as progress:

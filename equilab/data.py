@@ -24,7 +24,7 @@ from tqdm import tqdm
 from equilab import rng
 from equilab.config import Job, Plan, UserError
 from equilab.progress import bar
-from equilab.training.state import require_disk, sha256_of, write_array, write_json
+from equilab.training.state import require_disk, scratch, sha256_of, write_array, write_json
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
 READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
@@ -138,16 +138,19 @@ def run(config: Config, job: Job) -> None:
         raise UserError(f"data.classes is {config.classes}, the images' labels have {classes}; set it to {classes}")
     counts = {split: len(indices) for split, (_, indices) in splits.items()}
     require_disk(job.out, sum(counts.values()) * math.prod(config.image))
-    job.out.mkdir(parents=True, exist_ok=True)
     sha256 = {}
-    for split, (images, indices) in splits.items():
-        file = job.out / f"{split}_images.npy"
-        with bar(f"data: {split}", len(indices)) as progress:
-            rows = _rows(images, indices.tolist(), config.image, progress)
-            sha256[file.name] = _write_images(file, (len(indices), *config.image), rows)
-    for split, found in labels.items():
-        sha256[f"{split}_labels.npy"] = write_array(job.out / f"{split}_labels.npy", found)
-    meta = {"source": config.source, "shape": config.image, "classes": classes, "counts": counts, "sha256": sha256}
+    with scratch(job.scratch("new")) as place:  # what is there stays until everything new is
+        for split, (images, indices) in splits.items():
+            file = place / f"{split}_images.npy"
+            with bar(f"data: {split}", len(indices)) as progress:
+                rows = _rows(images, indices.tolist(), config.image, progress)
+                sha256[file.name] = _write_images(file, (len(indices), *config.image), rows)
+        for split, found in labels.items():
+            sha256[f"{split}_labels.npy"] = write_array(place / f"{split}_labels.npy", found)
+        meta = {"source": config.source, "shape": config.image, "classes": classes, "counts": counts, "sha256": sha256}
+        job.out.mkdir(parents=True, exist_ok=True)
+        for name in sha256:
+            os.replace(place / name, job.out / name)
     write_json(job.out / "meta.json", meta)
 
 
@@ -281,7 +284,7 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
     """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is missing, cut short or damaged ({error}); run the stage data again") from error
     if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
         raise UserError(f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "

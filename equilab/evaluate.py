@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from equilab import data
-from equilab.config import Job, Plan, UserError, plain, results
+from equilab.config import Job, Plan, UserError, plain, read_json, results
 from equilab.metrics import fidelity
 from equilab.pairs import PairSet, Sampler
 from equilab.progress import bar
@@ -59,14 +58,25 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
 
     Raises: UserError if `of` names no run of the study.
     """
-    stage, _, run = config.of.partition("/")
-    if stage not in MAKERS:
-        raise UserError(f"evaluate.{job.run}.of is {config.of!r}; give teacher or distill/RUN")
-    trained, samples = read(stage, run or None), read("evaluator").samples
-    about = MAKERS[stage].counted(trained, job.image, job.classes)
+    trained, samples = trained_config(config.of, read), read("evaluator").samples
+    if (trained.network.kind == "unet", trained.network.kind == "get") != (bool(config.sampler), bool(config.solver)):
+        raise UserError(f"evaluate.{job.run}: a {trained.network.kind} is evaluated with "
+                        "sampler (unet), solver (get) or neither (vit); fill that list and empty the other")  # fmt: skip
+    about = MAKERS[config.of.partition("/")[0]].counted(trained, job.image, job.classes)
     calls = [getattr(setting, "nfe", 1) for setting in config.settings]
     calls += [calls[0]] * len(trained.optimisation.snapshots)
     return Plan(about["parameters"], float(about["flops_image"]) * sum(calls) * samples, samples * int(np.prod(job.image)))
+
+
+def trained_config(of: str, read: Callable) -> Any:
+    """Return the config of the run that makes images, named as its folder below results/.
+
+    Raises: UserError if it names no run of the study.
+    """
+    stage, _, run = of.partition("/")
+    if stage not in MAKERS:
+        raise UserError(f"{of!r} is no run that makes images; give teacher or distill/RUN")
+    return read(stage, run or None)
 
 
 def run(config: Config, job: Job) -> None:
@@ -79,13 +89,15 @@ def run(config: Config, job: Job) -> None:
     """
     device = device_of(job)
     scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device)
-    samples = json.loads((results("evaluator") / "summary.json").read_text())["samples"]
-    folder = results(config.of)
-    generator = Generator(folder / "weights.safetensors", device)
+    samples = read_json(results("evaluator") / "summary.json", "samples")["samples"]
+    folder, trained = results(config.of), trained_config(config.of, job.read)
+    generator = Generator(folder / "weights.safetensors", device, trained)
     for setting in config.settings:
         generator.check(setting)
     pairs = PairSet(results("pairs")) if generator.kind != "unet" else None
-    curve = sorted((folder / "snapshots").glob("*.safetensors"))
+    if pairs is not None:
+        pairs.verify()
+    curve = [folder / "snapshots" / f"{nimg:010d}.safetensors" for nimg in trained.optimisation.snapshots]
     work = (len(config.settings) + len(curve)) * samples
     with scratch(job.scratch("samples")) as place, precision(config.precision, device)(), bar(job.name, work) as progress:
         rows, along = [], []
@@ -94,7 +106,7 @@ def run(config: Config, job: Job) -> None:
             row = {**_settings(setting), **generator.cost(setting, solved.get("iterations"))}
             rows.append({**row, **scorer.scores(images), **solved, **_errors(config, job, generator, setting, pairs)})
         for path in curve:
-            snapshot, setting = Generator(path, device), config.settings[0]
+            snapshot, setting = Generator(path, device, trained), config.settings[0]
             images, _ = _samples(config, job, snapshot, setting, place / path.with_suffix(".npy").name, samples, progress)
             errors = _errors(config, job, snapshot, setting, pairs)
             along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})

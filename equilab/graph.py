@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ def closure(module: str) -> list[str]:
         found.add(name)
         waiting += _imports(_file(name))
     return sorted(found)
+
+
+def code(module: str) -> str:
+    """Return a digest of the modules that `module` imports, itself included: it changes when their text does."""
+    return hashlib.sha256(b"".join(_file(name).read_bytes() for name in closure(module))).hexdigest()[:16]
 
 
 def _file(module: str) -> Path:

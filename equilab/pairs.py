@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from equilab import rng
-from equilab.config import Job, Plan, UserError, digest, plain, results
+from equilab.config import Job, Plan, UserError, digest, plain, read_json, results
 from equilab.data import to_float, to_uint8
 from equilab.diffusion.samplers import Step, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
@@ -69,7 +68,7 @@ class Config:
     sampler: Sampler
 
     def __post_init__(self):
-        if self.batch < 1 or self.shard % self.batch:
+        if self.batch < 1 or self.shard < 1 or self.shard % self.batch:
             raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
         if self.count < 1 or self.held_out < 0:
             raise ValueError(f"count must be >= 1 and held_out >= 0, got {self.count} and {self.held_out}")
@@ -94,10 +93,8 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{folder / 'meta.json'} is missing or damaged; run the stage `pairs` again") from None
+        keys = ("count", "held_out", "classes", "shape", "seed", "shard", "dtype", "shards", "noise_checksum")
+        self.meta = read_json(folder / "meta.json", *keys)
         self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.images = [self._open(folder / name) for name in self.meta["shards"]]
@@ -108,9 +105,9 @@ class PairSet:
     def _open(self, path: Path) -> np.ndarray:
         try:
             array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is missing, cut short or damaged ({error}); run the stage `pairs` again") from None
-        if array.shape[1:] != self.shape or array.dtype != self.meta["dtype"]:
+        if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
             raise UserError(f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
                             "run the stage `pairs` again")  # fmt: skip
         return array
@@ -155,12 +152,12 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the teacher is missing, or there is too little disk.
     """
     weights = results("teacher") / "weights.safetensors"
-    net, about = load_network(weights, UNETS)
+    net, about = load_network(weights, UNETS, job.read("teacher"))
     shape, classes = tuple(about["image"]), about["classes"]
     total = config.held_out + config.count
     size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
-    key = digest(torch.__version__, torch.get_num_threads(), job.study.seed, about["checksum"],
-                 {k: v for k, v in plain(config).items() if k not in ("count", "held_out")})  # fmt: skip
+    recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
+    key = digest(job.study.seed, about["checksum"], recipe, {**environment(job), "processes": None})
     device = device_of(job)
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
     with scratch(job.scratch(key), keep=True) as folder:
@@ -193,10 +190,9 @@ def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
 def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, about: dict) -> None:
     """Link the shards into the results and describe them in meta.json."""
     job.out.mkdir(parents=True, exist_ok=True)
-    for path in job.out.iterdir():
-        path.unlink()
     described = {}
     for path in shards:
+        (job.out / path.name).unlink(missing_ok=True)
         try:
             os.link(path, job.out / path.name)
         except OSError:  # another disk
@@ -211,11 +207,14 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
         "environment": environment(job),
     }  # fmt: skip
     write_json(job.out / "meta.json", meta)
+    for path in job.out.glob("images-*.npy"):
+        if path.name not in described:
+            path.unlink()
 
 
 def _whole(path: Path) -> bool:
     stamp = path.with_suffix(".sha256")
-    return path.exists() and stamp.exists() and stamp.read_text() == sha256_of(path)
+    return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
 
 
 

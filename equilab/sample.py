@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,11 +57,11 @@ class Made(NamedTuple):
 class Generator:
     """A trained run: `make(noise, label, setting)`; `setting` is a Sampler, a Solve or None, as the run's kind needs.
 
-    Raises: UserError if the weights are missing or damaged.
+    Raises: UserError if the weights are missing, damaged or not of `config`, the run's in the study's params.
     """
 
-    def __init__(self, weights: Path, device: torch.device):
-        self.net, self.about = load_network(weights, UNETS | GENERATORS)
+    def __init__(self, weights: Path, device: torch.device, config: Any):
+        self.net, self.about = load_network(weights, UNETS | GENERATORS, config)
         self.net.to(device)
         self.kind, self.device = self.about["config"]["network"]["kind"], device
         self.shape, self.classes = tuple(self.about["image"]), self.about["classes"]

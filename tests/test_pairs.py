@@ -77,7 +77,7 @@ def test_the_set_is_memory_mapped(study):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing or damaged; run the stage `pairs` again"),
+        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing or damaged; run the stage that writes it again"),
         (lambda folder: (folder / "meta.json").write_text("{"), "meta.json is missing or damaged"),
         (lambda folder: (folder / "images-0000000060.npy").unlink(), "images-0000000060.npy is missing"),
         (lambda folder: shorten(folder / "images-0000000060.npy"), "images-0000000060.npy is missing, cut short or damaged"),
@@ -135,3 +135,13 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
     assert "distill.vit.pairs is 201, the set has 200" in capsys.readouterr().err
+
+
+def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, monkeypatch):
+    params = config.read(SMOKE)
+    params["teacher"]["sigma_std"] = 1.1
+    shutil.copytree(study / "results", tmp_path / "results")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["pairs"]) == 2
+    assert "was trained under another configuration than params.yaml gives now" in capsys.readouterr().err

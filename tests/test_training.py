@@ -109,6 +109,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_s
     assert metadata["nimg"] == 80 and tensors["net.weight"].isfinite().all()
 
 
+def test_weights_that_are_no_longer_finite_are_found_where_the_loss_was_still_good(tmp_path):
+    config = dataclasses.replace(BASE, nimg=80, lr=1e38, clip=None, warmup_nimg=0, decay="none", snapshots=(), batch=80, micro_batch=80)
+    run = Run(Line(), config, 0, "identity", tmp_path, CPU)
+    with pytest.raises(UserError, match="weight is no longer finite after 80 images.*nothing is kept"):
+        for _ in fit(run, batch_of, lambda net, x: loss(net, x) * 1e30):
+            pass
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -119,6 +127,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_s
         ({"snapshots": (100,)}, "snapshots: 100"),
         ({"lr": 0.0}, "lr"),
         ({"decay_start_nimg": 320}, "decay_start_nimg"),
+        ({"clip": -1.0}, "clip"),
+        ({"warmup_nimg": -1}, "warmup_nimg"),
+        ({"ema_warmup": 2.0}, "ema_warmup"),
+        ({"betas": (0.9, 1.0)}, "betas"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(change, sentence):
@@ -152,12 +164,15 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
         state.load_tensors(tmp_path / "none.safetensors")
 
 
-def test_a_folder_of_unfinished_work_is_held_by_one_process_at_a_time(tmp_path):
-    with state.scratch(tmp_path / "teacher-1234"):
-        with pytest.raises(UserError, match="another process is working on teacher-1234"):
-            with state.scratch(tmp_path / "teacher-1234"):
+def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with state.locked("teacher"):
+        with pytest.raises(UserError, match="another process is working on teacher"):
+            with state.locked("teacher"):
                 pass
-    assert not (tmp_path / "teacher-1234").exists()
+    with state.locked("teacher"), state.scratch(tmp_path / "work"):
+        assert (tmp_path / "work").is_dir()
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from equilab.config import UserError, digest
+from equilab.config import UserError, digest, read_json
 
 SIZES = ("width", "depth", "heads", "expansion", "equilibrium_depth", "equilibrium_expansion")  # of a network
 TUNED = ("lr", "report_nimg", "snapshots")  # may differ between runs that are compared
@@ -80,13 +79,13 @@ def read(folder: Path | str) -> Tables:
     folder = Path(folder)
     rows, curves, sweeps, teacher = [], [], [], pd.DataFrame()
     for path in sorted(folder.glob("evaluate/*/metrics.json")):
-        found = json.loads(path.read_text())
+        found = read_json(path)
         sweep = _csv(path.with_name("sweep.csv"))
         if found["of"] == "teacher":
             teacher = sweep.assign(run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0)
         if not found["of"].startswith("distill/"):
             continue
-        about = _about(json.loads((folder / found["of"] / "summary.json").read_text()))
+        about = _about(read_json(folder / found["of"] / "summary.json", "config", "parameters", "flops_image", "nimg"))
         rows.append({**found, **about, "folder": path.parent})
         about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
         sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
@@ -95,7 +94,7 @@ def read(folder: Path | str) -> Tables:
         raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
     runs = pd.DataFrame(rows)
     first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
-    about = json.loads((folder / "evaluator" / "summary.json").read_text())
+    about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
     distance = next(column for column in ("fid_train", "fd_train") if column in runs)
     costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
@@ -157,8 +156,11 @@ def _as_first(sweep: pd.DataFrame) -> np.ndarray:
 
 
 def _csv(path: Path) -> pd.DataFrame:
-    text = path.read_text()
-    return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
+    try:
+        text = path.read_text()
+        return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
 
 
 def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float) -> pd.DataFrame:
@@ -199,7 +201,7 @@ def about(tables: Tables) -> str:
 
 def machine(tables: Tables) -> str:
     """Return in Markdown on what the seconds were measured."""
-    kept = json.loads((tables.folder / "cost" / "cost.json").read_text())
+    kept = read_json(tables.folder / "cost" / "cost.json")
     found, peak = kept["environment"], kept["matmul_fp32_flops_s"]
     return (
         f"Measured on {found['device']}, {found['threads']} threads, torch {found['torch']}, batches of "

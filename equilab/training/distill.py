@@ -31,6 +31,8 @@ class Equilibrium:
     def __post_init__(self):
         if self.iterations < 1:
             raise ValueError(f"iterations must be >= 1, got {self.iterations}")
+        if self.correction is not None and not 0 < self.correction <= 1:
+            raise ValueError(f"correction must lie between 0 and 1, got {self.correction}")
         if self.correction is not None and self.gradient not in ("unrolled", "o1"):
             raise ValueError(f"correction needs every iterate's gradient: set gradient to unrolled or o1, or correction to null")
 
@@ -50,6 +52,8 @@ class Config:
     def __post_init__(self):
         if (self.network.kind == "get") != (self.equilibrium is not None):
             raise ValueError(f"equilibrium must be given for get and null for vit (network.kind is {self.network.kind})")
+        if self.pairs < 1 or not 0 <= self.seed < 2**63:
+            raise ValueError(f"pairs must be >= 1 and seed >= 0, got {self.pairs} and {self.seed}")
 
     def positional(self, image: tuple[int, ...], classes: int) -> tuple:
         """What the data determines of the network's constructor."""

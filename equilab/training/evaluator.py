@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,12 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from equilab import rng
-from equilab.config import Job, Plan, Spec, UserError, results
+from equilab.config import Job, Plan, Spec, UserError, read_json, results
 from equilab.data import Dataset, load, to_float
 from equilab.metrics.cost import flops, parameters
 from equilab.metrics.fidelity import CACHE, CLASSIFIERS, Scorer
 from equilab.training import loop
-from equilab.training.loop import Optimisation, device_of
+from equilab.training.loop import Optimisation, device_of, rank
 from equilab.training.state import load_network, save_tensors, sha256_of, write, write_json
 
 
@@ -31,8 +30,8 @@ class Config:
     def __post_init__(self):
         if (self.network is None) != (self.optimisation is None):
             raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
-        if self.samples < 2:
-            raise ValueError(f"samples must be >= 2, got {self.samples}")
+        if self.samples < 10:
+            raise ValueError(f"samples must be >= 10, got {self.samples}")
 
 
 def plan(config: Config, job: Job, read: Callable) -> Plan:
@@ -53,6 +52,8 @@ def run(config: Config, job: Job) -> None:
         summary = {"network": "inception"}
     else:
         summary = _train(config, job, data)
+    if rank() != 0:
+        return
     scorer = Scorer(job.out, results("data"), CACHE, device_of(job))
     floor = scorer.floor(config.samples, job.study.seed)
     write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
@@ -78,7 +79,7 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     test = load(results("data"), "test")
     with torch.inference_mode():
         found = net(torch.from_numpy(to_float(test.images)))[1].argmax(1)
-    summary = json.loads((job.out / "summary.json").read_text())
+    summary = read_json(job.out / "summary.json")
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
     return {**summary, "network": "classifier", "accuracy_test": accuracy}
 

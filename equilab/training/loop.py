@@ -57,8 +57,12 @@ class Optimisation:
         for count in self.snapshots:
             if count % self.report_nimg or not 0 < count <= self.nimg:
                 raise ValueError(f"snapshots: {count} must be a multiple of report_nimg ({self.report_nimg}) up to nimg")
-        if not self.lr > 0 or not self.ema_half_life_nimg > 0:
-            raise ValueError("lr and ema_half_life_nimg must be > 0")
+        if not self.lr > 0 or not self.ema_half_life_nimg > 0 or self.clip is not None and not self.clip > 0:
+            raise ValueError("lr, ema_half_life_nimg and clip (if not null) must be > 0")
+        if self.warmup_nimg < 0 or self.weight_decay < 0 or not 0 <= self.ema_warmup <= 1:
+            raise ValueError("warmup_nimg and weight_decay must be >= 0, ema_warmup between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0..1 (1 excluded), got {self.betas}")
         if self.decay != "none" and not 0 <= self.decay_start_nimg < self.nimg:
             raise ValueError(f"decay_start_nimg ({self.decay_start_nimg}) must lie in 0..nimg-1")
 
@@ -194,10 +198,10 @@ def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
     for k, value in enumerate(values):
         if not math.isfinite(value):
             step = run.nimg // run.config.batch - len(values) + k + 1
-            raise UserError(
-                f"the loss became {value} at step {step} ({step * run.config.batch} images); "
-                f"the last good state is kept in {run.folder}; lower optimisation.lr or clip the gradient"
-            )
+            raise UserError(f"the loss became {value} at step {step} ({step * run.config.batch} images); {_remedy(run)}")
+    for name, parameter in run.named.items():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} is no longer finite after {run.nimg} images, the loss was {values[-1]:.4g}; {_remedy(run)}")
     row = {"nimg": run.nimg, "loss": sum(values) / len(values), "lr": rate}
     run.log.append(row)
     for name, value in run.net.named_buffers():
@@ -207,6 +211,11 @@ def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
             save_tensors(run.snapshot(run.nimg), run.ema, {"nimg": run.nimg})
         run.save()
     return row
+
+
+def _remedy(run: Run) -> str:
+    kept = f"the last good state is kept in {run.folder}" if run.log else "it had not yet reported, so nothing is kept"
+    return f"{kept}; lower optimisation.lr or clip the gradient"
 
 
 def rank() -> int:
@@ -254,9 +263,9 @@ def build(spec, seed: int, purpose: str, *given) -> nn.Module:
     return spec.build(*given).to(memory_format=torch.channels_last)
 
 
-def identity(*values: Any) -> str:
-    """Return what a scratch folder is keyed by: everything that the bytes of a run depend on."""
-    return digest(torch.__version__, torch.get_num_threads(), *(plain(v) for v in values))
+def identity(job: Job, *values: Any) -> str:
+    """Return what unfinished work is keyed by: everything that the bytes of a run depend on."""
+    return digest(job.code, job.study.seed, environment(job), *values)
 
 
 def train(
@@ -267,7 +276,7 @@ def train(
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
     what the run depends on beside its config (checksums); `about` is kept with the weights.
     """
-    key = identity(config, job.study.seed, inputs)
+    key = identity(job, config, inputs)
     with scratch(job.scratch(key)) as folder:
         run = Run(net, config.optimisation, job.study.seed, key, folder, device_of(job))
         with bar(job.name, config.optimisation.nimg, done=run.nimg) as progress:
@@ -288,6 +297,7 @@ def train(
             write(job.out / "log.csv", "\n".join(rows) + "\n")
             found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
             write_json(job.out / "summary.json", {**about, **found})
+        barrier()
 
 
 def plan(config: Optimisation, about: dict[str, int]) -> Plan:

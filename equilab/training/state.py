@@ -118,28 +118,41 @@ def _open(path: Path, content: bool = False) -> tuple[dict[str, Any], dict[str, 
 
 
 @contextlib.contextmanager
-def scratch(folder: Path, keep: bool = False) -> Iterator[Path]:
-    """Hold a folder for unfinished work, for one process at a time; removed when the work is finished, unless `keep`.
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of a stage's run, for one process at a time (the first one of a distributed run holds it for all).
 
     Raises: UserError if another process holds it, or it cannot be written.
     """
-    lock_path = folder.with_name(folder.name + ".lock")
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = Path(".equilab") / "locks" / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(lock_path, "a")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); change its permissions") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); change its permissions, or what is in its way") from None
     with lock:
-        if os.environ.get("RANK", "0") != "0":  # the first process of a distributed run holds the lock for all
-            yield folder
-            return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is working on {folder.name}; wait for it or stop it") from None
-        yield folder
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f"another process is working on {name}; wait for it or stop it") from None
+        yield
+
+
+@contextlib.contextmanager
+def scratch(folder: Path, keep: bool = False) -> Iterator[Path]:
+    """Give a folder for unfinished work; removed when the work is finished, unless `keep`.
+
+    Raises: UserError if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); change its permissions, or what is in its way") from None
+    yield folder
+    if not keep and os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_disk(folder: Path, needed: int) -> None:
@@ -154,14 +167,17 @@ def require_disk(folder: Path, needed: int) -> None:
         raise UserError(f"{folder}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free; free disk space first")
 
 
-def load_network(path: Path, kinds: Mapping[str, str]) -> tuple[nn.Module, dict[str, Any]]:
+def load_network(path: Path, kinds: Mapping[str, str], config: Any = None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network that a training stage wrote (evaluation mode), and the metadata kept with its weights.
 
-    `kinds` are the networks that may be built: {name in params: "module:Class"}.
+    `kinds` are the networks that may be built: {name in params: "module:Class"}. `config` is the stage's config in the
+    study's params, if the weights must be of that.
 
-    Raises: UserError if the file is damaged, or holds a network of another kind or other sizes than it says.
+    Raises: UserError if the file is damaged, or holds a network of another kind, sizes or configuration.
     """
     tensors, metadata = load_tensors(path)
+    if config is not None and plain(config) != metadata["config"]:
+        raise UserError(f"{path} was trained under another configuration than params.yaml gives now; run its stage again")
     network = dict(metadata["config"]["network"])
     if network["kind"] not in kinds:
         raise UserError(f"{path} holds a {network['kind']}; expected one of {', '.join(kinds)}")

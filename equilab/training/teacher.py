@@ -32,6 +32,10 @@ class Config:
     sigma_std: float
     optimisation: Optimisation
 
+    def __post_init__(self):
+        if not self.sigma_data > 0 or not self.sigma_std > 0:
+            raise ValueError(f"sigma_data and sigma_std must be > 0, got {self.sigma_data} and {self.sigma_std}")
+
     def positional(self, image: tuple[int, ...], classes: int) -> tuple:
         """What the data determines of the network's constructor."""
         return image, classes if self.conditional else 0
