@@ -47,7 +47,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the study has no evaluated one-step generator.
     """
     folder = Path("results")
-    study = Study(config, read(folder), read_json(folder / "pairs" / "meta.json", "nfe", "nfe_image"))
+    study = Study(config, read(folder), read_json(folder / "pairs" / "meta.json"))
     rule, score = config.rule, study.tables.score
     head = (
         f"Runs are compared at {study.regime}, unless a row says otherwise. Intervals are {rule.confidence:.0%} "
