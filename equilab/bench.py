@@ -1,0 +1,327 @@
+"""`make bench`: how fast the models run on this machine, beside the machine's own limit; writes results/bench/."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equilab import __main__, config, rng  # before torch: sets how threads wait, as for the stages
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from equilab.diffusion.samplers import finish
+from equilab.evaluate import write_table
+from equilab.graph import PACKAGE
+from equilab.metrics.cost import Seconds, flops, matmul_peak, peak_memory, timed
+from equilab.models import get, unet, vit
+from equilab.models.precond import EDM
+from equilab.pairs import Sampler
+from equilab.progress import bar
+from equilab.solvers import Solver
+from equilab.training.distill import Config, Equilibrium, loss_of
+from equilab.training.loop import Optimisation, precision
+from equilab.training.state import write
+
+ROOT, CPU = PACKAGE.parent, torch.device("cpu")
+SECONDS = 4  # that the timed calls of a row take together, about
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
+SWITCHED = {"cpu": "fp32", "cuda": "bf16"}  # the precision in which switches are compared
+PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
+
+IMAGE, DIGIT = (3, 32, 32), (1, 8, 8)
+SMALL = dict(width=64, depth=1, heads=4, patch=2, expansion=4, equilibrium_depth=1, equilibrium_expansion=6)
+DDPMPP = dict(architecture="ddpmpp", width=128, multipliers=(2, 2, 2), blocks=4, attention=(16,), head_channels=0)
+NETWORKS = {  # class, image, classes, sizes
+    "GET-T/2": (get.GET, IMAGE, 0, get.SIZES["GET-T/2"]),
+    "GET-M/2": (get.GET, IMAGE, 0, get.SIZES["GET-M/2"]),
+    "GET 0.13M": (get.GET, DIGIT, 10, {**SMALL, "normalise": False}),
+    "GET 0.13M normalised": (get.GET, DIGIT, 10, {**SMALL, "normalise": True}),
+    "ViT-S/2": (vit.ViT, IMAGE, 0, vit.SIZES["ViT-S/2"]),
+    "ViT-B/2": (vit.ViT, IMAGE, 0, vit.SIZES["ViT-B/2"]),
+    "DDPM++": (unet.UNet, IMAGE, 0, {**DDPMPP, "dropout": 0.0, "augment": 9}),
+}
+QUICK = {  # sizes with which a call takes milliseconds
+    get.GET: {"width": 32, "heads": 1, "depth": 1, "equilibrium_depth": 1, "equilibrium_expansion": 2},
+    vit.ViT: {"width": 32, "heads": 1, "depth": 1},
+    unet.UNet: {"width": 32, "multipliers": (1, 1), "blocks": 1},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task of a network: a row in each precision, or where there are switches a row with each of them.
+
+    `what` is sample (noise to images, six iterations of a GET), train (loss of all six iterates, gradient, AdamW) or
+    denoise (a call of the denoiser). Goals are shares of the matmul peak; `gain` is bf16's goal as a multiple of fp32.
+    """
+
+    what: str
+    size: str  # of NETWORKS
+    batch: dict[str, int]  # by type of device
+    goals: dict[str, float] = field(default_factory=dict)
+    gain: float | None = None
+    switches: tuple[str, ...] = ()
+
+
+WORK = (
+    Work("sample", "GET-T/2", {"cpu": 32, "cuda": 512}, {"fp32": 0.45, "bf16": 0.25}),
+    Work("sample", "GET-M/2", {"cpu": 32, "cuda": 512}, {"fp32": 0.65, "bf16": 0.35}),
+    Work("train", "GET-T/2", {"cpu": 16, "cuda": 64}),
+    Work("train", "GET-M/2", {"cpu": 16, "cuda": 64}, {"fp32": 0.50, "bf16": 0.25}),
+    Work("train", "GET 0.13M", {"cpu": 128, "cuda": 128}, {"fp32": 16 / 40}),  # 40 ms where the arithmetic takes 16 ms
+    Work("train", "GET 0.13M normalised", {"cpu": 128, "cuda": 128}, {"fp32": 16 / 40}),
+    Work("sample", "ViT-S/2", {"cpu": 8, "cuda": 512}),
+    Work("sample", "ViT-B/2", {"cpu": 8, "cuda": 512}),
+    Work("denoise", "DDPM++", {"cpu": 16, "cuda": 256}, {"fp32": 0.75}, gain=2.5),
+    Work("sample", "GET-M/2", {"cpu": 8, "cuda": 512}, switches=("none", "attention unfused", "compiled")),
+    Work("denoise", "DDPM++", {"cpu": 4, "cuda": 256}, switches=("none", "contiguous")),
+    Work("denoise", "DDPM++", {"cuda": 256}, switches=("compiled",)),
+    Work("train", "GET-M/2", {"cuda": 64}, switches=("compiled",)),
+    Work("train", "GET 0.13M", {"cuda": 128}, switches=("compiled",)),
+)
+SOLVER = Solver("iterate", 6, 0.0, "last", measure=False)
+OPTIMISATION = Optimisation(
+    nimg=1, batch=1, micro_batch=1, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, clip=None, warmup_nimg=0, decay="none",
+    decay_start_nimg=0, ema_half_life_nimg=1.0, ema_warmup=0.0, precision="fp32", compile=False, report_nimg=1, snapshots=(),
+)  # fmt: skip
+TRAINING = Config(config.Spec("get", "", {}), True, Equilibrium("zeros", 6, "unrolled", 0.8), 1, "l1", 0, OPTIMISATION)
+HEUN = Sampler("heun", 18, 0.002, 80.0, 7.0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure this machine and write its table as CSV and Markdown."""
+    parser = argparse.ArgumentParser(prog="equilab.bench", description=__doc__)
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=ROOT / "results/bench", help="where the table goes")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, one repeat: shows that it runs, measures nothing")
+    given = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = [] if given.quick else [*commands(), *memory()]
+    before, rows = peaks(device), []
+    with bar("bench", len(WORK), unit="work") as progress:
+        for work in WORK:
+            rows += measured(work, device, given.quick)
+            progress.update()
+    after = peaks(device)  # the larger one counts: a neighbour may have been busy
+    limit = {name: max(before[name], after[name]) for name in before}
+    for what, found in (("matmul before", before), ("matmul after", after)):
+        rows += [{"what": what, "precision": name, "flop_s": rate} for name, rate in found.items()]
+    for row in rows:
+        row["peak_share"] = row["flop_s"] / limit[row["precision"]]
+        if isinstance(goal := row.get("goal"), float):
+            row |= _goal(row["peak_share"] >= goal, f"{goal:.0%} of peak")
+    facts.append(error(device, given.quick))
+    name = machine(device)
+    path = given.out / slug(name)
+    write_table(path.with_name(f"{path.name}.csv"), rows + facts)
+    write(path.with_name(f"{path.name}.md"), markdown(name, rows, facts))
+    print(markdown(name, rows, facts), end="")
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of the GPU, or of the CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: *(.+)$", info.read_text() if info.exists() else "", re.M)
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    """Return `name` in small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Return the FLOP/s of a large matrix product in each precision of the device."""
+    found = {}
+    for name in PRECISIONS[device.type]:
+        precision(name, device)
+        found[name] = matmul_peak(device, torch.bfloat16 if name == "bf16" else torch.float32)
+    return found
+
+
+def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a work, none if it is not for this type of device; compiled where there is a compiler."""
+    rate = {}
+    for switch in (work.switches or ("",)) if device.type in work.batch else ():
+        if switch == "compiled" and (quick or not shutil.which("c++")):
+            continue
+        for name in [SWITCHED[device.type]] if switch else PRECISIONS[device.type]:
+            row = _row(work, switch, name, device, quick)
+            rate[name] = row["flop_s"]
+            gain = None if switch else rate[name] / rate["fp32"]
+            row |= {"peak_share": None, "times_fp32": gain, "goal": work.goals.get(name)}
+            if work.gain and name == "bf16":
+                row |= _goal(gain >= work.gain, f"{work.gain:g} times fp32")
+            yield row
+
+
+def _row(work: Work, switch: str, name: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    batch = 2 if quick else work.batch[device.type]
+    operations = flops(task(work, "", batch, torch.device("meta"), nullcontext, quick))
+    call = task(work, switch, batch, device, precision(name, device), quick)
+    compiling = timed(call, device, warmup=0, repeats=1).median if switch == "compiled" else None
+    start = time.perf_counter()
+    most = peak_memory(call, device)
+    once = timed(call, device, warmup=1, repeats=1).median if device.type == "cuda" else time.perf_counter() - start
+    seconds = timed(call, device, warmup=0, repeats=1 if quick else min(max(int(SECONDS / once), 2), 30))
+    return {
+        "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **_columns(seconds),
+        "images_s": batch / seconds.median, "flop_s": operations / seconds.median, "memory_mib": most / 2**20,
+        "compile_s": compiling,
+    }  # fmt: skip
+
+
+def _columns(seconds: Seconds) -> dict[str, float]:
+    return {"seconds": seconds.median, "seconds_min": seconds.fastest, "seconds_max": seconds.slowest}
+
+
+def _goal(reached: bool, goal: str) -> dict[str, str]:
+    return {"goal": goal, "reached": "yes" if reached else "no"}
+
+
+def task(work: Work, switch: str, batch: int, device: torch.device, context: Callable, quick: bool) -> Callable[[], None]:
+    """Return a call that does the work once, its network in contexts that `context` makes."""
+    kind, image, classes, _ = NETWORKS[work.size]
+    net = network(work.size, device, quick).train(work.what == "train")
+    net.to(memory_format=torch.contiguous_format if switch == "contiguous" else torch.channels_last)
+    run = torch.compile(net) if switch == "compiled" else net
+    attention = functools.partial(sdpa_kernel, SDPBackend.MATH) if switch == "attention unfused" else nullcontext
+    noise = torch.randn(batch, *image, device=device)
+    label = torch.arange(batch, device=device) % classes if classes else None
+    loss, target = loss_of(TRAINING), torch.tanh(noise)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=OPTIMISATION.lr, fused=device.type != "meta")
+    forward = {
+        get.GET: lambda: run(noise, label, None, SOLVER),
+        vit.ViT: lambda: run(noise, label),
+        unet.UNet: lambda: EDM(run, sigma_data=0.5)(noise, 1.0, label),
+    }[kind]
+
+    def train() -> None:
+        with context(), attention():
+            loss(run, (noise, target, label, None)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def infer() -> None:
+        with torch.inference_mode(), context(), attention():
+            forward()
+
+    return train if work.what == "train" else infer
+
+
+def network(size: str, device: torch.device, quick: bool) -> nn.Module:
+    """Return a network of NETWORKS with its initial weights on `device`."""
+    kind, image, classes, sizes = NETWORKS[size]
+    torch.manual_seed(0)
+    with device:
+        return kind(image, classes, **{**sizes, **(QUICK[kind] if quick else {})})
+
+
+@torch.inference_mode()
+def error(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Return how far an image of 18 Heun steps in bf16 is from fp32, by a DDPM++ of random weights, none near zero."""
+    net, images = network("DDPM++", device, quick).eval().to(memory_format=torch.channels_last), {}
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+    noise = torch.from_numpy(rng.noise(0, "bench", range(1), IMAGE)).to(device)
+    for name in ("fp32", "bf16"):
+        with precision(name, device)():
+            images[name], _ = finish(HEUN.run(EDM(net, sigma_data=0.5), noise, None))
+    off, spread = (images["bf16"] - images["fp32"]).abs(), images["fp32"].std().item()
+    return {"what": "18 Heun steps in bf16 against fp32", "size": "DDPM++ of random weights", "batch": 1,
+            "error_mean": off.mean().item(), "error_max": off.max().item(), "image_std": spread}  # fmt: skip
+
+
+def commands() -> Iterator[dict[str, Any]]:
+    """Yield the seconds of importing the package, and of `dvc repro` where everything is up to date."""
+
+    def call(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+    script = "import time; start = time.perf_counter(); import equilab; print(time.perf_counter() - start)"
+    took = sorted(float(call("-c", script).stdout) for _ in range(5))
+    seconds = Seconds(took[2], took[0], took[-1])
+    yield {"what": "import equilab", **_columns(seconds), **_goal(seconds.median <= 0.2, "at most 0.2 s")}
+    if (ROOT / "dvc.lock").exists() and (ROOT / ".dvc").exists() and call("-m", "dvc", "status", "-q").returncode == 0:
+        seconds = timed(lambda: call("-m", "dvc", "repro"), CPU, warmup=0, repeats=3)
+        yield {"what": "dvc repro, nothing to do", **_columns(seconds), **_goal(seconds.median <= 5, "at most 5 s")}
+
+
+def memory() -> Iterator[dict[str, Any]]:
+    """Yield the most memory, tensors and all of Python, that making pairs and training on them takes, few and many."""
+    sections, before, threads = config.read(ROOT / "studies/smoke/params.yaml"), Path.cwd(), torch.get_num_threads()
+    run = next(name for name, entry in sections["distill"].items() if entry["network"]["kind"] == "get")
+    least: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for k, count in enumerate((PAIRS[0], *PAIRS)):  # the first time for what is imported on the way
+            sections["pairs"]["count"] = sections["distill"][run]["pairs"] = count
+            sections["study"]["seed"] += 1  # nothing is resumed
+            Path(folder, "params.yaml").write_text(yaml.safe_dump(sections))
+            for stage in (["data"], ["teacher"], ["pairs"], ["distill", run])[2 if k else 0 :]:
+                most, name = _stage(folder, *stage), stage[0]
+                if k:
+                    row = {"what": f"memory of {name}", "size": f"{count:,} pairs", "memory_mib": most}
+                    yield row | (_goal(most <= 1.05 * least[name], "does not grow") if k == 2 else {})
+                least[name] = most
+        os.chdir(before)
+    torch.set_num_threads(threads)
+
+
+def _stage(folder: str, *arguments: str) -> float:
+    """Run a stage in `folder` and return its peak memory in MiB."""
+    python = []
+
+    def call() -> None:
+        tracemalloc.start()
+        status = __main__.main([*arguments, "--params", f"{folder}/params.yaml"])
+        python.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        if status:
+            raise SystemExit(f"bench: stage {arguments[0]} of the smoke study failed")
+
+    return (peak_memory(call, CPU) + python[0]) / 2**20
+
+
+def markdown(name: str, rows: list[dict[str, Any]], facts: list[dict[str, Any]]) -> str:
+    """Return the table for people: matrix products and networks, then everything else as a list."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(row: dict[str, Any], column: str) -> str:
+        value = row.get(column)
+        if isinstance(value, float):
+            return f"{value:.0%}" if column == "peak_share" else f"{value:.3g}"
+        return "" if value is None else str(value)
+
+    table = [columns, ["---"] * len(columns), *([cell(row, column) for column in columns] for row in rows)]
+    others = [", ".join(f"{key} {cell(row, key)}" for key in row).removeprefix("what ") for row in facts]
+    text = [
+        f"# {name}, torch {torch.__version__}", "",
+        f"`seconds` is the median of calls that take about {SECONDS} s together, at least two, after one that is not timed "
+        "(three on a GPU). `peak_share` is of the largest rate of a square matrix product in the same precision, measured "
+        "before and after everything else. `memory_mib` is the most that a call holds.", "",
+        *(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {other}" for other in others),
+    ]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()
