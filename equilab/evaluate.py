@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from equilab import data
 from equilab.config import Job, Plan, UserError, plain, read_json, results
 from equilab.metrics import fidelity
-from equilab.pairs import PairSet, Sampler
+from equilab.pairs import Sampler
+from equilab.pairset import PairSet
 from equilab.progress import bar
 from equilab.sample import Generator, Solve, batches, inputs
 from equilab.training import distill, teacher
@@ -56,16 +56,21 @@ class Config:
 def plan(config: Config, job: Job, read: Callable) -> Plan:
     """Return what the stage costs: the FLOPs of all images at all settings and snapshots, features not counted.
 
-    Raises: UserError if `of` names no run of the study.
+    Raises: UserError if `of` names no run of the study, or one that is evaluated otherwise.
     """
     trained, samples = trained_config(config.of, read), read("evaluator").samples
     if (trained.network.kind == "unet", trained.network.kind == "get") != (bool(config.sampler), bool(config.solver)):
         raise UserError(f"evaluate.{job.run}: a {trained.network.kind} is evaluated with "
                         "sampler (unet), solver (get) or neither (vit); fill that list and empty the other")  # fmt: skip
     about = MAKERS[config.of.partition("/")[0]].counted(trained, job.image, job.classes)
-    calls = [getattr(setting, "nfe", 1) for setting in config.settings]
-    calls += [calls[0]] * len(trained.optimisation.snapshots)
-    return Plan(about["parameters"], float(about["flops_image"]) * sum(calls) * samples, samples * int(np.prod(job.image)))
+    if config.sampler:
+        work, made = [about["flops_image"] * sampler.nfe for sampler in config.sampler], samples
+    else:
+        iterations = [solve.iterations for solve in config.solver] or [1]
+        work = distill.generation(trained, job.image, job.classes, iterations)
+        made = samples + read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
+    work = float(sum(work) + work[0] * len(trained.optimisation.snapshots)) * made
+    return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
 
 
 def trained_config(of: str, read: Callable) -> Any:
@@ -154,18 +159,19 @@ def _final(solution) -> Tensor:
 
 
 def _errors(config: Config, job: Job, generator: Generator, setting, pairs: PairSet | None) -> dict[str, float]:
-    """Return the mean absolute error on the held-out pairs and on as many training pairs, in units of -1..1."""
+    """Return the mean absolute error on the held-out pairs and on up to as many training pairs, in units of -1..1."""
     if pairs is None or not pairs.held_out:
         return {}
     totals = []
-    for start in (0, pairs.held_out):
-        total = 0.0
-        for chosen in batches(pairs.held_out, config.batch):
+    seen = min(pairs.held_out, generator.about["config"]["pairs"])
+    for start, count in ((0, pairs.held_out), (pairs.held_out, seen)):
+        error = 0.0
+        for chosen in batches(count, config.batch):
             noise, image, label = to_device(pairs.read(chosen + start), generator.device)
             init = inputs(job.study.seed, chosen, generator, setting)[2]
             made = generator.make(noise, label, init, setting)
-            total += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
-        totals.append(total / pairs.held_out)
+            error += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
+        totals.append(error / count)
     return {"l1_held_out": totals[0], "l1_train": totals[1]}
 
 
@@ -175,7 +181,7 @@ def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     setting = config.settings[0]
     found = {}
     if generator.kind == "get":
-        setting = dataclasses.replace(setting, iterations=TRACE)
+        setting = replace(setting, iterations=TRACE)
         noise, label, init = inputs(job.study.seed, traced, generator, setting)
         image, solution, _ = generator.make(noise, label, init, setting, every=True)  # (K, B, C, H, W)
         found = trace(solution)

@@ -14,11 +14,11 @@ from torch import Tensor
 from equilab import rng
 from equilab.config import UserError
 from equilab.diffusion.samplers import finish
-from equilab.metrics.cost import flops
 from equilab.models.precond import EDM
-from equilab.pairs import Sampler, labels
+from equilab.pairs import Sampler
+from equilab.pairset import labels
 from equilab.solvers import Solution, Solver
-from equilab.training.distill import GENERATORS
+from equilab.training import distill
 from equilab.training.state import load_network
 from equilab.training.teacher import UNETS
 
@@ -61,8 +61,9 @@ class Generator:
     """
 
     def __init__(self, weights: Path, device: torch.device, config: Any):
-        self.net, self.about = load_network(weights, UNETS | GENERATORS, config)
+        self.net, self.about = load_network(weights, UNETS | distill.GENERATORS, config)
         self.net.to(device)
+        self.config = config
         self.kind, self.device = self.about["config"]["network"]["kind"], device
         self.shape, self.classes = tuple(self.about["image"]), self.about["classes"]
         self.setting_kind = {"unet": Sampler, "get": Solve}.get(self.kind, type(None))
@@ -100,20 +101,8 @@ class Generator:
         if self.kind == "vit":
             return {"nfe": 1, "iterations": None, "block_evals": self.net.blocks(), "flops": self.about["flops_image"]}
         iterations = iterations or setting.iterations
-        once, twice = (self._work(Solver("iterate", k, 0.0, "last", measure=False)) for k in (1, 2))
-        blocks = [self.net.blocks(k) for k in (1, 2)]
-        return {
-            "nfe": 1,
-            "iterations": iterations,
-            "block_evals": blocks[0] + (blocks[1] - blocks[0]) * (iterations - 1),
-            "flops": once + (twice - once) * (iterations - 1),
-        }
-
-    def _work(self, solver: Solver) -> int:
-        noise = torch.zeros(1, *self.shape, device=self.device)
-        label = torch.zeros(1, dtype=torch.int64, device=self.device) if self.classes else None
-        with torch.inference_mode():
-            return flops(lambda: self.net(noise, label, None, solver))
+        (work,) = distill.generation(self.config, self.shape, self.classes, [iterations])
+        return {"nfe": 1, "iterations": iterations, "block_evals": self.net.blocks(iterations), "flops": work}
 
 
 def inputs(

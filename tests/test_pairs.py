@@ -17,7 +17,7 @@ from equilab.config import UserError
 from equilab.data import to_uint8
 from equilab.diffusion.samplers import finish
 from equilab.models.precond import EDM
-from equilab.pairs import PairSet
+from equilab.pairset import PairSet
 from equilab.training.state import load_network, load_tensors
 from equilab.training.teacher import UNETS
 

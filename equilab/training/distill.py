@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from equilab import losses, rng
 from equilab.config import Job, Plan, Spec, UserError, digest, results
 from equilab.metrics.cost import flops, parameters
-from equilab.pairs import PairSet
+from equilab.pairset import PairSet
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -61,7 +61,11 @@ class Config:
 
 
 def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs."""
+    """Return what the stage costs.
+
+    Raises: UserError if the study's pairs cannot train it.
+    """
+    _check(config, job, read("pairs").count, job.classes)
     return loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
@@ -72,10 +76,7 @@ def run(config: Config, job: Job) -> None:
     """
     pairs = PairSet(results("pairs"))
     pairs.verify()
-    if config.pairs > pairs.count:
-        raise UserError(f"distill.{job.run}.pairs is {config.pairs}, the set has {pairs.count}; raise pairs.count or lower it")
-    if config.conditional and not pairs.classes:
-        raise UserError(f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false")
+    _check(config, job, pairs.count, pairs.classes)
     given = config.positional(pairs.shape, pairs.classes)
     net = loop.build(config.network, config.seed, "weights", *given)
     state_shape = net.state_shape if config.equilibrium else ()
@@ -90,6 +91,13 @@ def run(config: Config, job: Job) -> None:
 
     about = {"image": pairs.shape, "classes": given[1], **counted(config, pairs.shape, pairs.classes)}
     loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
+
+
+def _check(config: Config, job: Job, count: int, classes: int) -> None:
+    if config.pairs > count:
+        raise UserError(f"distill.{job.run}.pairs is {config.pairs}, the set has {count}; raise pairs.count or lower it")
+    if config.conditional and not classes:
+        raise UserError(f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false")
 
 
 def loss_of(config: Config) -> loop.Loss:
@@ -119,14 +127,32 @@ def solver_of(config: Equilibrium):
 
 
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters, and the FLOPs to generate an image by shape, without building the network in memory."""
+    """Return the parameters and, for an image, the FLOPs by shape of generating it and of a training step, without
+    building the network in memory.
+
+    A step is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
+    pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
+    """
+    solve, adjoint = config.equilibrium, 0
+    work, *more = generation(config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1])
+    if solve and solve.gradient == "implicit":
+        adjoint = solve.iterations * (more[0] - work)
+        config = replace(config, equilibrium=replace(solve, gradient="jfb"))
+    net, noise, label = _meta(config, image, classes)
+    step = flops(lambda: loss_of(config)(net, (noise, noise, label, None)).backward())
+    return {"parameters": parameters(net), "flops_image": work, "train_flops_image": step + adjoint}
+
+
+def generation(config: Config, image: tuple[int, ...], classes: int, iterations: Sequence[int | float]) -> list[int | float]:
+    """Return the FLOPs by shape of generating an image at each number of iterations; an explicit network has one."""
+    net, noise, label = _meta(config, image, classes)
+    if config.equilibrium is None:
+        return [flops(lambda: net(noise, label))] * len(iterations)
+    once, twice = (flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False))) for k in (1, 2))
+    return [once + (twice - once) * (k - 1) for k in iterations]
+
+
+def _meta(config: Config, image: tuple[int, ...], classes: int):
     with torch.device("meta"):
-        net = config.network.build(*config.positional(image, classes))
-        noise = torch.empty(1, *image)
         label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        if config.equilibrium is None:
-            work = flops(lambda: net(noise, label))
-        else:
-            solver = Solver("iterate", config.equilibrium.iterations, 0.0, "last", measure=False)
-            work = flops(lambda: net(noise, label, None, solver))
-    return {"parameters": parameters(net), "flops_image": work}
+        return config.network.build(*config.positional(image, classes)), torch.empty(1, *image), label

@@ -172,7 +172,7 @@ def fit(run: Run, batch_of: Batch, loss: Loss) -> Iterator[Progress]:
         upcoming = reader.submit(batch_of, positions(run.nimg)) if run.nimg < config.nimg else None
         while run.nimg < config.nimg:
             rate, seen = learning_rate(config, run.nimg), 0.0
-            torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))
+            torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))  # dropout alone knows processes
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             for k in range(passes):
@@ -301,9 +301,10 @@ def train(
 
 
 def plan(config: Optimisation, about: dict[str, int]) -> Plan:
-    """Return what training costs: a forward and a backward pass are three times the FLOPs of the forward pass."""
+    """Return what training costs: `train_flops_image` for an image, or three times the FLOPs of its forward pass."""
     kept = 1 + len(config.snapshots)
-    return Plan(about["parameters"], 3.0 * about["flops_image"] * config.nimg, 4 * about["parameters"] * kept)
+    step = float(about.get("train_flops_image", 3 * about["flops_image"]))
+    return Plan(about["parameters"], step * config.nimg, 4 * about["parameters"] * kept)
 
 
 def device_of(job: Job) -> torch.device:
