@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
+    if stage in ("check", "graph") and (run is not None or dry_run):
+        raise UserError(f"{stage} takes neither a run nor --dry-run; call it alone")
     if stage == "graph":
         print(*graph.write(graph.PACKAGE.parent), sep="\n")
         return 0
@@ -60,10 +62,14 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     data = _config(sections, "data", None, params)[0]
     read = lambda stage, run=None: _config(sections, stage, run, params)[0]  # noqa: E731
     if stage == "check":
+        from equilab.training.loop import device_of
+
         for name in graph.STAGES:
             for one in config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]:
                 settings, module = _config(sections, name, one, params)
-                module.plan(settings, Job(study, name, one, data.image, data.classes, "", read), read)
+                job = Job(study, name, one, data.image, data.classes, "", read)
+                device_of(job)
+                module.plan(settings, job, read)
         print(f"{params}: every key is known and every value possible")
         return 0
     if stage not in graph.STAGES:
@@ -73,7 +79,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     _processes(study)
     if dry_run:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
-        _print(module.plan(settings, job, read))
+        _print(module.plan(settings, job, read), job)
         return 0
     from equilab.training.state import locked
 
@@ -82,13 +88,14 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     return 0
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, job: Job) -> None:
     """Print what a stage will cost; the time rests on a matrix product measured now."""
     import torch
 
     from equilab.metrics.cost import matmul_peak
+    from equilab.training.loop import device_of
 
-    peak = matmul_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    peak = matmul_peak(device_of(job), torch.float32)
     seconds = plan.flops / (USUAL_SHARE * peak)
     disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")

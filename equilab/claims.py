@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ def run(config: Config, job: Job) -> None:
     rule, score = config.rule, study.tables.score
     head = (
         f"Runs are compared at {study.regime}, unless a row says otherwise. Intervals are {rule.confidence:.0%} "
-        f"t-intervals over seeds; with one seed a difference counts from {rule.margin_distance:.0%} of {score} and "
+        f"t-intervals over seeds, their spread pooled over all models; of the best of several, intervals that hold for all of "
+        f"them at once. With one seed a difference counts from {rule.margin_distance:.0%} of {score} and "
         f"{rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} above {rule.ranked:g} is not "
         "compared. Published numbers: CIFAR-10, FID."
     )
@@ -82,13 +83,19 @@ class Study:
     def timed(self, what: str, column: str) -> pd.DataFrame:
         """Return measured points of the regime with `column` as their cost, and its spread over the calls."""
         found = self.tables.measured(what)
-        found = found[(found["regime"] == self.regime) & (found["gradient"] != "o1")]
+        found = found[(found["regime"] == self.regime) & (found["as_trained"] if what == "train" else True)]
         ends = [found[f"seconds_{end}"] / found["seconds"] if column == "seconds" else 1.0 for end in ("min", "max")]
         return self.averaged(found.assign(cost=found[column], fastest=ends[0], slowest=ends[1]), "model", "at")
 
     def averaged(self, frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
         """Return a frame with its replicates averaged."""
         return replicated(frame, keys, list(self.tables.measures), self.config.rule.confidence)
+
+    def among(self, count: int) -> Study:
+        """Return the study with intervals that hold for `count` of them at once: of the best of several, that one too."""
+        rule = self.config.rule
+        rule = replace(rule, confidence=1 - (1 - rule.confidence) / max(count, 1))
+        return replace(self, config=replace(self.config, rule=rule))
 
     def gain(self, first: pd.Series, last: pd.Series) -> tuple[float, float]:
         """Return between which bounds the distance of `first` over that of `last` lies: above 1, `last` is better."""
@@ -145,16 +152,16 @@ def _listed(frame: pd.DataFrame, measure: str, at: str) -> str:
 
 
 def _pace(study: Study) -> str:
-    """Return how much the distance of both kinds still fell over the last part of their training."""
-    curves, measure = study.tables.curves, study.tables.distance
-    curves, told = curves[curves["regime"] == study.regime].sort_values("nimg"), []
-    for kind, name in (("get", "GETs"), ("vit", "ViTs")):
-        ends = [rows[measure].iloc[-2:] for _, rows in curves[curves["kind"] == kind].groupby("run") if len(rows) > 1]
-        told += [f"{name} still improve {np.median([e.iloc[0] / e.iloc[1] for e in ends]):.2f} times"] if ends else []
-    if len(told) < 2:
-        return ""
-    start, end = curves["nimg"].unique()[-2:]
-    return f"; from {short(start)} to {short(end)} images {' and '.join(told)} (median)"
+    """Return what longer trainings of both kinds gained, where the study has models that differ in nothing else."""
+    models, measure, told = study.averaged(study.tables.runs, "model").sort_values("nimg"), study.tables.distance, []
+    for kind, name in (("get", "GET"), ("vit", "ViT")):
+        alike = [rows for _, rows in models[models["kind"] == kind].groupby("but_nimg") if rows["nimg"].nunique() > 1]
+        ends = [(rows.iloc[0], rows.iloc[-1]) for rows in alike]
+        told += [f"{end['nimg'] / start['nimg']:.3g} times the training makes {start['label']} "
+                 f"{start[measure] / end[measure]:.2f} times better" for start, end in ends]  # fmt: skip
+        if not ends:
+            return ""
+    return "; " + " and ".join(told)
 
 
 def as_good(
@@ -166,7 +173,8 @@ def as_good(
     """
 
     def test(study: Study) -> Found | None:
-        frame, rule, bounds = points(study).sort_values("cost"), study.config.rule, []
+        study = study.among(points(study)["model"].nunique())
+        frame, rule, found = points(study).sort_values("cost"), study.config.rule, []
         for measure in study.tables.measures:
             get, vit = (scaling.ranked(frame, kind, measure, rule) for kind in ("get", "vit"))
             if get.empty or vit.empty:
@@ -176,14 +184,15 @@ def as_good(
             )
             low = scaling.equal_quality(slow, fast_vit, measure, rule)
             high = scaling.equal_quality(fast, slow_vit, measure, rule)
-            bounds.append((low["low"].max(), high["high"].max()))
-        best = get.loc[high["high"].idxmax(), "label"]
+            best = get.loc[high["high"].idxmax(), "label"]
+            found.append((low["low"].max(), high["high"].max(), best, get, vit))
+        (*bounds, best, get, vit), *others = found  # the distance decides
         name, get = (f"GET ({best})", get[get["label"] == best]) if len(get) > 8 else ("GET", get)
         shown = [_listed(part, study.tables.distance, "cost") for part in (get, vit)]
         ours = f"{study.tables.score} against {what}: {name} {shown[0]}; ViT {shown[1]}; a ViT as good as some GET "
-        ours += f"takes {_span(*bounds[0])} times as much"
-        ours += f" (by held-out L1: {_span(*bounds[1])})" if bounds[1:] else ""
-        return Found(ours, _span(*bounds[0]), _seeds(frame), verdict(*bounds[0], times(study.config)), _pace(study))
+        ours += f"takes {_span(*bounds)} times as much"
+        ours += "".join(f" (by held-out L1: {_span(*other[:2])})" for other in others)
+        return Found(ours, _span(*bounds), _seeds(frame), verdict(*bounds, times(study.config)), _pace(study))
 
     return test
 
@@ -233,6 +242,7 @@ def sizes(study: Study) -> Found | None:
 def iterations(study: Study) -> Found | None:
     """Test every GET at the fewest and at the most iterations that the claim names; the least gain counts."""
     at, bounds, told = "most_iterations", [], []
+    study = study.among(study.tables.iterations()["model"].nunique())
     found = study.averaged(study.tables.iterations(), "model", at).sort_values(["parameters", at], kind="stable")
     for _, one in found.groupby("model", sort=False):
         within = one[one[at].between(*study.config.iterations)]
@@ -253,7 +263,8 @@ def best_size(study: Study) -> Found | None:
     if found.empty:
         return None
     first, last = found.iloc[0], found.iloc[-1]
-    told = OPEN if not last["counts"] else HOLDS if last["parameters"] > first["parameters"] else FAILS
+    counts = first["counts"] and last["counts"]
+    told = OPEN if not counts else HOLDS if last["parameters"] > first["parameters"] else FAILS
     ours = "; ".join(f"{row['budget (GFLOP)']} GFLOP: {short(row['parameters'])}, {row['ahead']:.2f} times ahead"
                      for _, row in found.iterrows())  # fmt: skip
     return Found(ours, "–", _seeds(study.points("train_flops").query("kind == 'get'")), told)
@@ -276,7 +287,7 @@ def teacher_calls(study: Study) -> Found | None:
 
 def constant_memory(study: Study) -> Found | None:
     """Test the share of the unrolled step's speed and memory that O(1) memory leaves; the least speed counts."""
-    found = study.tables.measured("train").set_index("run")
+    found = study.tables.measured("train").drop_duplicates(["model", "gradient"]).set_index("model")
     o1 = found[found["gradient"] == "o1"]
     if o1.empty:
         return None
@@ -292,7 +303,11 @@ def equal(budget: str, measure_of: Callable[[Tables], str]) -> Test:
     """Return the test of the best GET against the best ViT at the largest budget that both spend."""
 
     def test(study: Study) -> Found | None:
-        measure, rule = measure_of(study.tables), study.config.rule
+        measure = measure_of(study.tables)
+        if measure not in study.tables.measures:
+            return None
+        study = study.among(study.points(budget)["model"].nunique())
+        rule = study.config.rule
         kinds = [scaling.ranked(study.points(budget), kind, measure, rule) for kind in ("get", "vit")]
         if any(part.empty for part in kinds):
             return None

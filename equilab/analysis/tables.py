@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -48,7 +48,7 @@ class Tables:
     def measures(self) -> dict[str, str]:
         """The columns of quality, lower is better, with the names of their axes."""
         named = {self.distance: f"{self.score} to the training images", "l1_held_out": "L1 on held-out pairs"}
-        return {column: name for column, name in named.items() if self.runs[column].notna().any()}
+        return {column: name for column, name in named.items() if column in self.runs and self.runs[column].notna().any()}
 
     def iterations(self) -> pd.DataFrame:
         """Return the settings of implicit generators that differ from the headline in the number of iterations only."""
@@ -57,7 +57,7 @@ class Tables:
 
     def measured(self, what: str) -> pd.DataFrame:
         """Return what was measured ("sample": at every number of iterations `at`, 0 for explicit generators; "train")
-        beside what the runs are and how good.
+        of a model, beside what its runs are and how good: a row for each of them.
 
         Raises: UserError if nothing was measured.
         """
@@ -66,7 +66,9 @@ class Tables:
         chosen = self.sweeps["as_headline"] if what == "sample" else self.sweeps["headline"]
         about = self.sweeps[chosen].rename(columns={"most_iterations": "at"}).fillna({"at": 0})
         rows = self.costs[self.costs["what"] == what].rename(columns={"iterations": "at"}).fillna({"at": 0})
-        keys = ["run", "at"] if what == "sample" else ["run"]
+        rows = rows.assign(model=rows.pop("run").map(self.runs.set_index("run")["model"]))
+        rows = rows.groupby(["model", "at", "gradient"], sort=False, dropna=False).first().reset_index()
+        keys = ["model", "at"] if what == "sample" else ["model"]
         about = about.drop(columns=[c for c in about if c in rows and c not in keys])
         return rows.merge(about, on=keys)
 
@@ -79,13 +81,13 @@ def read(folder: Path | str) -> Tables:
     folder = Path(folder)
     rows, curves, sweeps, teacher = [], [], [], pd.DataFrame()
     for path in sorted(folder.glob("evaluate/*/metrics.json")):
-        found = read_json(path)
+        found = read_json(path, "of", "kind", "run")
         sweep = _csv(path.with_name("sweep.csv"))
         if found["of"] == "teacher":
             teacher = sweep.assign(run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0)
         if not found["of"].startswith("distill/"):
             continue
-        about = _about(read_json(folder / found["of"] / "summary.json", "config", "parameters", "flops_image", "nimg"))
+        about = _about(folder / found["of"] / "summary.json")
         rows.append({**found, **about, "folder": path.parent})
         about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
         sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
@@ -95,23 +97,25 @@ def read(folder: Path | str) -> Tables:
     runs = pd.DataFrame(rows)
     first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
     about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
-    distance = next(column for column in ("fid_train", "fd_train") if column in runs)
+    distance = "fid_train" if "fid_train" in runs else "fd_train"
     costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
     sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # there may be no GET
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
-    curves["train_flops"] = 3.0 * curves["flops_image"] * curves["nimg"]
+    curves["train_flops"] = curves["train_flops_image"] * curves["nimg"]
     floor = about["floor"]["bootstrap"][distance]
     return Tables(folder, distance, floor, about["samples"], runs, curves, sweeps, teacher, costs)
 
 
-def _about(summary: dict) -> dict:
-    """Return what a run is: sizes, cost and what it may be compared with.
+def _about(path: Path) -> dict[str, Any]:
+    """Return what the run of a summary is: sizes, cost and what it may be compared with.
 
     `model`: all of its config but the seed; `recipe`: but the sizes as well; `regime`: what runs of all families that
-    are compared must share, `material`: but the images seen. Training counts as three forward passes for each image.
+    are compared must share, `material`: but the images seen. Training FLOPs are forward and backward passes.
     """
+    keys = ("run", "config", "parameters", "flops_image", "train_flops_image", "nimg", "image")
+    summary = read_json(path, *keys)
     config = summary["config"]
     network, optimisation, solve = config["network"], config["optimisation"], config["equilibrium"] or {}
     kind, seedless = network["kind"], {**config, "seed": None}
@@ -127,7 +131,8 @@ def _about(summary: dict) -> dict:
         "width": network["width"], "depth": network["depth"], "patch": network["patch"],
         "image": " x ".join(map(str, summary["image"])),
         "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
-        "train_flops": 3.0 * summary["flops_image"] * summary["nimg"], "pairs": config["pairs"],
+        "train_flops_image": summary["train_flops_image"], "train_flops": summary["train_flops_image"] * summary["nimg"],
+        "pairs": config["pairs"],
         "trained_iterations": solve.get("iterations"), **_ablations(config),
     }  # fmt: skip
 
@@ -155,25 +160,32 @@ def _as_first(sweep: pd.DataFrame) -> np.ndarray:
     return ((shown == shown.iloc[0]) | (shown.isna() & shown.iloc[0].isna())).all(axis=1).to_numpy()
 
 
-def _csv(path: Path) -> pd.DataFrame:
+def _csv(path: Path, **how: Any) -> pd.DataFrame:
+    """Return a table that a stage wrote, all of it."""
     try:
         text = path.read_text()
-        return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
+        if text.strip() and not text.endswith("\n"):
+            raise ValueError("cut short")
+        return pd.read_csv(io.StringIO(text), **how) if text.strip() else pd.DataFrame()
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
 
 
 def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float) -> pd.DataFrame:
     """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half
-    the t-interval at `confidence` of the mean; nan with one seed. Other columns are those of the first seed.
+    the t-interval at `confidence` of the mean; nan where there are no seeds. Other columns are those of the first seed.
+
+    Three seeds tell little of a spread: it is pooled, all rows being taken to vary by the same factor.
     """
     kept = frame.sort_values("seed", kind="stable").groupby(list(keys), sort=False)
     table = kept.first()
     table["n"] = kept.size()
+    freedom = int((table["n"] - 1).sum())
     for value in values:
         table[value] = kept[value].mean()
-        spread = kept[value].std(ddof=1) / np.sqrt(table["n"])
-        table[f"{value}_half"] = spread * stats.t.ppf((1 + confidence) / 2, (table["n"] - 1).clip(lower=1))
+        spread = np.sqrt(np.nansum((kept[value].std(ddof=1) / table[value]) ** 2 * (table["n"] - 1)) / max(freedom, 1))
+        reach = stats.t.ppf((1 + confidence) / 2, freedom) if freedom else np.nan
+        table[f"{value}_half"] = table[value] * spread * reach / np.sqrt(table["n"])
     return table.reset_index()
 
 
@@ -194,8 +206,8 @@ def about(tables: Tables) -> str:
         f"This study: images of {runs['image'].iloc[0]} (channels, height, width); {runs['model'].nunique()} models in "
         f"{len(runs)} runs, {short(runs['parameters'].min())} to {short(runs['parameters'].max())} parameters. Figures "
         f"compare the {compared['model'].nunique()} models trained at {regime}. {tables.score} is measured on "
-        f"{tables.samples:,} images against the training images; real images reach {tables.floor:.3g}{reach}. "
-        "Training FLOPs are three forward passes for each image seen."
+        f"{tables.samples:,} images against the training images; training images drawn at random reach {tables.floor:.3g}{reach}. "
+        "Training FLOPs count the forward and backward passes of all images seen."
     )
 
 
@@ -217,7 +229,7 @@ def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.Da
     names = ("claims.csv", "measured.csv") if timed else ("claims.csv",)
     if missing := [name for name in names if not (Path(folder) / name).exists()]:
         raise UserError(f"{Path(folder) / missing[0]} is not there; run the stage claims first")
-    found = pd.concat([pd.read_csv(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
+    found = pd.concat([_csv(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
     return found[found["id"].isin(ids)]
 
 

@@ -78,7 +78,7 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
     test = load(results("data"), "test")
     with torch.inference_mode():
-        found = net(torch.from_numpy(to_float(test.images)))[1].argmax(1)
+        found = torch.cat([net(image)[1].argmax(1) for image in torch.from_numpy(to_float(test.images)).split(1000)])
     summary = read_json(job.out / "summary.json")
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
     return {**summary, "network": "classifier", "accuracy_test": accuracy}
