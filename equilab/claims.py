@@ -54,7 +54,7 @@ def run(config: Config, job: Job) -> None:
         f"t-intervals over seeds, their spread pooled over all models; of the best of several, intervals that hold for all of "
         f"them at once. With one seed a difference counts from {rule.margin_distance:.0%} of {score} and "
         f"{rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} above {rule.ranked:g} is not "
-        "compared. Published numbers: CIFAR-10, FID."
+        "compared. Published numbers: CIFAR-10, FID. Reasons are likely ones: what was not compared is not tested."
     )
     counted, timed = rows(study, COUNTED), rows(study, MEASURED if len(study.tables.costs) else {})
     for name, title, table in (("claims", "Claims", counted), ("measured", "Claims on seconds and memory", timed)):

@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
@@ -32,6 +32,7 @@ class Spec:
     kind: str
     target: str
     arguments: Mapping[str, Any]
+    path: str = field(default="model", compare=False)  # where params give it
 
     def build(self, *given):
         """Return the object: what the data determines comes in `given`, the rest from params.
@@ -40,8 +41,8 @@ class Spec:
         """
         try:
             return _imported(self.target)(*given, **self.arguments)
-        except ValueError as error:
-            raise UserError(f"model ({self.kind}): {error}") from None
+        except (ValueError, RuntimeError, MemoryError) as error:  # torch refuses some sizes by itself
+            raise UserError(f"{self.path} ({self.kind}): {str(error).partition(chr(10))[0]}") from None
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _spec(targets: Mapping[str, str], value: Any, path: str) -> Spec:
     hints = typing.get_type_hints(constructor)
     named = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
     arguments = _call(dict, {name: hints[name] for name in named}, value, path)
-    return Spec(kind, targets[kind], arguments)
+    return Spec(kind, targets[kind], arguments, path)
 
 
 def _imported(target: str):

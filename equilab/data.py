@@ -50,6 +50,8 @@ class Config:
     classes: int
 
     def __post_init__(self):
+        if min(self.image) < 1 or self.classes < 0:
+            raise ValueError(f"image must be three sizes >= 1 and classes >= 0, got {list(self.image)} and {self.classes}")
         given = tuple(key for key in ("path", "test", "test_path") if getattr(self, key) is not None)
         if given not in READS[self.source]:
             wanted = " or ".join(" and ".join(keys) for keys in READS[self.source])

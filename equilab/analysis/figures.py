@@ -146,6 +146,26 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
     logarithmic(ax)
 
 
+def changes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
+    """Return what one change does to quality, of all regimes: ratios with their intervals, and its numbers."""
+    found = scaling.changes(tables, rule)
+    figure, grid = axes(1, len(tables.measures), 0.9 + 0.2 * max(len(found), 3), sharey=True)
+    height = np.arange(len(found))[::-1]
+    for ax, measure in zip(grid[0], tables.measures):
+        for family in found["kind"].unique():
+            at, rows = (found["kind"] == family).to_numpy(), found[found["kind"] == family]
+            ratio = rows[f"ratio_{measure}"]
+            reach = [ratio - rows[f"low_{measure}"], rows[f"high_{measure}"] - ratio]
+            ax.errorbar(ratio, height[at], xerr=reach, color=COLOURS[family], marker=MARKERS[family], linestyle="none",
+                        capsize=2, elinewidth=0.8)  # fmt: skip
+        ax.axvline(1, color=GREY, linewidth=0.9)
+        ax.set(title=ours(tables, measure, tables.runs.groupby("model").size()), xlabel="changed / unchanged; below 1: better")
+        logarithmic(ax, y=False)
+    named = [f"{row.unchanged}: {row.what}" for row in found.itertuples()]
+    grid[0, 0].set_yticks(height, named)
+    return figure, found
+
+
 def _learning(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
     """Return the learning curves of a regime, replicates averaged."""
     kept = tables.curves[tables.curves["regime"] == regime]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -175,6 +176,38 @@ def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataF
                 counts = bool(np.log(second / best) > rule.tolerance(measure, spread, other))
                 rows.append((name, f"2^{power}", size, best, second / best, counts))
     return pd.DataFrame(rows, columns=["kind", "budget (GFLOP)", "parameters", measure, "ahead", "counts"])
+
+
+def changes(tables: Tables, rule: Rule) -> pd.DataFrame:
+    """Return every pair of models that differ in one thing: `what` was changed, and `ratio_MEASURE` of the changed to
+    the unchanged (below 1: better), with its interval `low_`, `high_`; and how many times its parameters and FLOPs.
+
+    The unchanged model is that of the smaller value, or the one without normalisation; among three values, neighbours.
+    """
+    found, rows = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence), []
+    for kind, models in found.sort_values(["kind", "parameters"], kind="stable").groupby("kind", sort=False):
+        for key in sorted(set().union(*models["changeable"])):
+            rest = models["changeable"].map(lambda one: str({k: v for k, v in one.items() if k != key}))  # noqa: B023
+            values = models["changeable"].map(lambda one: one.get(key))  # noqa: B023
+            for _, alike in models.assign(value=values).groupby(rest, sort=False):
+                alike = alike.sort_values("value", key=lambda v: v if v.map(type).ne(str).all() else v.astype(str))
+                for (_, first), (_, last) in pairwise(alike.iterrows()):
+                    if first["value"] != last["value"]:
+                        rows.append(_change(kind, key, first, last, tables, rule))
+    return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["kind", "what"])
+
+
+def _change(kind: str, key: str, first: pd.Series, last: pd.Series, tables: Tables, rule: Rule) -> dict[str, object]:
+    words = {False: "off", True: "on"}
+    value = [words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, int) else v for v in (first["value"], last["value"])]
+    row = {"kind": {"get": "GET", "vit": "ViT"}[kind], "what": f"{key.replace('_', ' ')} {value[0]} to {value[1]}",
+           "unchanged": first["label"], "changed": last["label"]}  # fmt: skip
+    for measure in tables.measures:
+        ratio = last[measure] / first[measure]
+        reach = np.exp(rule.tolerance(measure, *(one[f"{measure}_half"] / one[measure] for one in (first, last))))
+        row |= {f"ratio_{measure}": ratio, f"low_{measure}": ratio / reach, f"high_{measure}": ratio * reach}
+    row |= {f"times_{column}": last[column] / first[column] for column in BUDGETS if column in last}
+    return row | {"times_flops": last["flops_image"] / first["flops_image"], "n": min(first["n"], last["n"])}
 
 
 def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:

@@ -133,7 +133,7 @@ def _about(path: Path) -> dict[str, Any]:
         "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
         "train_flops_image": summary["train_flops_image"], "train_flops": summary["train_flops_image"] * summary["nimg"],
         "pairs": config["pairs"],
-        "trained_iterations": solve.get("iterations"), **_ablations(config),
+        "trained_iterations": solve.get("iterations"), **_ablations(config), "changeable": _changeable(config),
     }  # fmt: skip
 
 
@@ -152,6 +152,13 @@ def _ablations(config: dict) -> dict[str, str]:
         "but_conditioning": digest({**rest, "conditional": None, "network": {**network, "conditioning": None}}),
         "conditioning": network.get("conditioning", "additive") if config["conditional"] else "none",
     }
+
+
+def _changeable(config: dict) -> dict[str, Any]:
+    """Return what may differ between models that are compared one change at a time, by the words of params."""
+    optimisation = {k: v for k, v in config["optimisation"].items() if k == "nimg" or k not in (*TUNED, *SCHEDULE)}
+    parts = (config, config["network"], config["equilibrium"] or {}, optimisation)
+    return {k: v for part in parts for k, v in part.items() if k != "seed" and not isinstance(v, dict)}
 
 
 def _as_first(sweep: pd.DataFrame) -> np.ndarray:

@@ -300,7 +300,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def _heads(channels: int, head_channels: int) -> int:
-    if head_channels and channels % head_channels:
+    if head_channels < 0 or head_channels and channels % head_channels:
         raise ValueError(f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
