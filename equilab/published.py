@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # family -> where its `from_published(weights, **config) -> (module, {published key: our key})` lives
 FAMILIES = {
+    "dit": "equilab.models.dit",
     "edm": "equilab.models.precond",
     "get": "equilab.models.get",
     "vit": "equilab.models.vit",
