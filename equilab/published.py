@@ -15,6 +15,7 @@ from torch import Tensor, nn
 FAMILIES = {
     "dit": "equilab.models.dit",
     "edm": "equilab.models.precond",
+    "fpdm": "equilab.models.fpdm",
     "get": "equilab.models.get",
     "vit": "equilab.models.vit",
 }
