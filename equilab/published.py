@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 # family -> where its `from_published(weights, **config) -> (module, {published key: our key})` lives
 FAMILIES = {
+    "dit": "equilab.models.dit",
     "edm": "equilab.models.precond",
+    "fpdm": "equilab.models.fpdm",
     "get": "equilab.models.get",
     "vit": "equilab.models.vit",
 }

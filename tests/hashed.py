@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equilab import published
+from equilab.models import dit
+from equilab.models.layers import sine_cosine_table
+
 
 def signed_uniform(key: str, count: int) -> np.ndarray:
     """Return `count` float64 values in -1..1: splitmix64 of (element + crc32(key) * 2^32), its top 24 bits."""
@@ -36,3 +40,13 @@ def _value(key: str, shape: Sequence[int]) -> np.ndarray:
     if len(shape) >= 2:
         return s * np.sqrt(3 / math.prod(shape[1:]))
     return 1 + 0.1 * s if key.endswith("weight") else 0.1 * s
+
+
+def hashed_model(family: str, kind, image: Sequence[int], classes: int, sizes: Mapping, **config):
+    """Return the DiT or FPDM (`kind`) of these sizes, loaded by `family` and `config` from weights by the hash rule."""
+    with torch.device("meta"):
+        model = kind(tuple(image), classes, **sizes)
+    state, names = model.state_dict(), dit.published_keys(model)
+    shapes = {key: state[ours].shape for key, ours in names.items() if key != "pos_embed"}
+    table = sine_cosine_table(sizes["width"], image[1] // sizes["patch"], image[2] // sizes["patch"])
+    return published.load(family, hashed_weights(shapes) | {"pos_embed": table}, heads=sizes["heads"], **config)

@@ -1,0 +1,160 @@
+"""DiT, the diffusion transformer: a noisy image, its timestep and its class in, a prediction out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int64, Real
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from equilab.models import vit
+from equilab.models.layers import (
+    AdaLNBlock,
+    AdaLNFinal,
+    Linear,
+    Patches,
+    check_label,
+    check_sizes,
+    sine_cosine_table,
+    unpatchify,
+)
+from equilab.models.unet import Sinusoid
+from equilab.published import need
+
+# DiT (Peebles and Xie 2023), table 1: width, depth, heads and patch are those of ViT
+SIZES = {
+    name.replace("ViT", "DiT"): {key: size for key, size in sizes.items() if key != "conditioning"}
+    | {"learned_variance": True}
+    for name, sizes in vit.SIZES.items()
+}
+
+# our key's beginning -> the published one, of DiT and FPDM
+PUBLISHED = vit.PUBLISHED | {
+    "condition.fc1.": "t_embedder.mlp.0.",
+    "condition.fc2.": "t_embedder.mlp.2.",
+    "condition.embedding.": "y_embedder.embedding_table.",
+    "final.modulation.": "final_layer.modulation.",
+    "pre.": "blocks_pre.",
+    "injection.": "block_pre_projection.",
+    "merge1.": "block_fixed_point_projection_fc1.",
+    "merge2.": "block_fixed_point_projection_fc2.",
+    "fixed.": "block_fixed_point.",
+    "post.": "blocks_post.",
+}
+
+
+class Condition(nn.Module):
+    """What the blocks are told: the embeddings of the timestep and of the class.
+
+    256 sinusoids of the timestep pass two linear maps; a class is a row of a table, its last row the null class.
+
+    Source: DiT (Peebles and Xie 2023), section 3.2 and appendix A.
+    """
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.classes = classes
+        self.sinusoid = Sinusoid(256, open_end=True)
+        self.fc1, self.fc2 = Linear(256, width), Linear(width, width)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+        self.embedding = vit.class_embedding(classes + 1 if classes else 0, width)
+
+    def forward(
+        self, t: Real[Tensor, "b"], label: Int64[Tensor, "b"] | None
+    ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b 1 d"]]:
+        """Return the condition of timestep and class together, and of the class alone (zeros without classes).
+
+        Raises: ValueError if a label is missing, or given to an unconditional model.
+        """
+        check_label(label, self.classes)
+        timestep = self.fc2(F.silu(self.fc1(self.sinusoid(t.float()))))[:, None]  # (B, 1, D)
+        if self.classes == 0:
+            return timestep, torch.zeros_like(timestep)
+        alone = self.embedding(label)[:, None]  # (B, 1, D)
+        return timestep + alone, alone
+
+
+class DiT(nn.Module):
+    """A vision transformer whose blocks are modulated by the timestep and the class: the explicit baseline of FPDM.
+
+    With `learned_variance` it returns twice the channels: the prediction, then the values that a variance between its
+    bounds is made of. `image` is (channels, height, width); `classes` 0 means unconditional.
+
+    Raises: ValueError for sizes that do not fit each other.
+    Source: DiT (Peebles and Xie 2023), section 3.2, adaLN-Zero.
+    Differs: labels are not dropped here; who trains for classifier-free guidance hands in the null class.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        expansion: int,
+        learned_variance: bool,
+    ):
+        super().__init__()
+        check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
+        self.output = ((1 + learned_variance) * image[0], *image[1:])
+        self.patches = Patches(image[0], width, patch)
+        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
+        self.condition = Condition(classes, width)
+        self.stack = nn.ModuleList(AdaLNBlock(width, heads, expansion, "tanh") for _ in range(depth))
+        self.final = AdaLNFinal(width, patch * patch * self.output[0])
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], t: Real[Tensor, "b"], label: Int64[Tensor, "b"] | None
+    ) -> Float[Tensor, "b o h w"]:
+        """Return the prediction for `x` at timesteps t >= 0; a label is 0..classes - 1, or `classes`: the null class.
+
+        Raises: ValueError if a label is missing, or given to an unconditional model.
+        """
+        condition, _ = self.condition(t, label)  # (B, 1, D)
+        z = self.patches(x) + self.positions  # (B, N, D)
+        for block in self.stack:
+            z = block(z, condition)
+        return unpatchify(self.final(z, condition), self.output)
+
+    def blocks(self) -> int:
+        """Return the transformer blocks applied in a call (block_evals)."""
+        return len(self.stack)
+
+
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[DiT, dict[str, str]]:
+    """Return the DiT whose sizes the published `weights` have, unfilled, and {published key: our key}.
+
+    Raises: ValueError for weights without the tensors that determine the sizes.
+    """
+    image, classes, sizes = published_sizes(weights, "blocks.0")
+    with torch.device("meta"):  # whoever fills the model writes every tensor
+        model = DiT(image, classes, heads=heads, **sizes)
+    return model.to_empty(device="cpu"), published_keys(model)
+
+
+def published_sizes(weights: Mapping[str, Tensor], block: str) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Return (image, classes, {width, depth, patch, expansion, learned_variance}) of published DiT or FPDM weights.
+
+    Images are square, `block` is a published block, and the last row of the label table is the null class.
+
+    Raises: ValueError naming a tensor that is missing.
+    """
+    expansion = {"blocks.0.mlp.fc1.weight": need(weights, f"{block}.mlp.fc1.weight")}
+    image, rows, sizes = vit.published_sizes({**weights, **expansion})
+    outputs = len(need(weights, "final_layer.linear.bias")) // sizes["patch"] ** 2  # channels
+    return image, max(rows - 1, 0), sizes | {"learned_variance": outputs == 2 * image[0]}
+
+
+def published_keys(model: nn.Module) -> dict[str, str]:
+    """Return {published key: our key} of a DiT or FPDM."""
+    names = {}
+    for key in model.state_dict():
+        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
+        names[(published + key[len(ours) :]).replace(".modulation.", ".adaLN_modulation.1.")] = key
+    return names

@@ -1,0 +1,141 @@
+"""FPDM, the fixed point diffusion model: a DiT whose middle layers are one layer, applied as often as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int64, Real
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from equilab.models import dit
+from equilab.models.layers import AdaLNBlock, AdaLNFinal, Linear, Patches, check_sizes, sine_cosine_table, unpatchify
+from equilab.solvers import Solution
+
+# FPDM (Bai and Melas-Kyriazi 2024), section 4.1: layers of DiT-XL/2; figure 7 takes 0, 1, 2 and 4 for pre and post
+SIZES = {
+    name.replace("DiT", "FPDM"): {key: size for key, size in sizes.items() if key != "depth"}
+    | {"pre": 1, "post": 1, "pre_post_timestep": False}
+    for name, sizes in dit.SIZES.items()
+    if name.endswith("/2")
+}
+
+
+class FPDM(nn.Module):
+    """Explicit pre layers, a fixed-point layer with their output injected, explicit post layers; all are DiT blocks.
+
+    The state z (B, N, D) solves z = Block(W2 GELU(W1 [z, injection])) under timestep and class. `pre_post_timestep`
+    tells the timestep to the pre, post and final layers too: if false, they depend on the class alone.
+
+    `learned_variance`, `image` and `classes` as of a DiT; `pre` and `post` may be 0.
+
+    Raises: ValueError for sizes that do not fit each other.
+    Source: FPDM (Bai and Melas-Kyriazi 2024), section 3.2, equations (1) to (4), and figure 2.
+    Differs: how state and injection meet is left open by the paper and taken from its code: concatenated, through two
+        linear maps with a GELU between, without residual or norm. An unconditional model has no label table; the
+        published ones are trained on one class. No state is kept: what one call solved, `carry` hands to the next.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int,
+        pre: int,
+        post: int,
+        heads: int,
+        patch: int,
+        expansion: int,
+        learned_variance: bool,
+        pre_post_timestep: bool,
+    ):
+        super().__init__()
+        check_sizes(image, classes, width, heads, patch, expansion=expansion)
+        for name, depth in {"pre": pre, "post": post}.items():
+            if depth < 0:
+                raise ValueError(f"{name} is {depth}; give 0 or more layers")
+        self.output = ((1 + learned_variance) * image[0], *image[1:])
+        self.pre_post_timestep = pre_post_timestep
+        self.patches = Patches(image[0], width, patch)
+        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
+        self.condition = dit.Condition(classes, width)
+        self.pre = nn.ModuleList(AdaLNBlock(width, heads, expansion, "tanh") for _ in range(pre))
+        self.injection = Linear(width, width)
+        self.merge1, self.merge2 = Linear(2 * width, 2 * width), Linear(2 * width, width)
+        self.fixed = AdaLNBlock(width, heads, expansion, "tanh")
+        self.post = nn.ModuleList(AdaLNBlock(width, heads, expansion, "tanh") for _ in range(post))
+        self.final = AdaLNFinal(width, patch * patch * self.output[0])
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Real[Tensor, "b"],
+        label: Int64[Tensor, "b"] | None,
+        carry: Float[Tensor, "k n d"] | None,
+        solve: Callable,
+    ) -> tuple[Float[Tensor, "b o h w"], Solution]:
+        """Return the prediction for `x` at timesteps t >= 0, and the Solution of its state.
+
+        `carry` is the state to start from: the z of an earlier call's solution, or None for the output of the pre
+        layers. `solve(f, init)` finds the fixed point of f(z, rows), where `rows` are the samples to advance (None:
+        all). A label is 0..classes - 1, or `classes`: the null class.
+
+        Raises: ValueError if a label is missing or superfluous, or the carry does not fit x.
+        """
+        condition, alone = self.condition(t, label)  # (B, 1, D) each
+        explicit = condition if self.pre_post_timestep else alone
+        h = self.patches(x) + self.positions  # (B, N, D)
+        for block in self.pre:
+            h = block(h, explicit)
+        if carry is not None and carry.shape != h.shape:
+            raise ValueError(
+                f"carry has shape {tuple(carry.shape)}, the state {tuple(h.shape)}; "
+                "give the z of a solution for as many images of the same size, or None"
+            )
+        solution = solve(self.map(h, condition), h if carry is None else carry)
+        z = solution.z
+        for block in self.post:
+            z = block(z, explicit)
+        return unpatchify(self.final(z, explicit), self.output), solution
+
+    def map(self, h: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Callable:
+        """Return f(z, rows), one application of the fixed-point layer, for the output `h` of the pre layers.
+
+        W1 [z, injection] is the sum of two products, of which that of the injection is the same in all applications.
+        """
+        ours, injected = self.merge1.weight.chunk(2, 1)  # (2D, D) each
+        injection = F.linear(self.injection(h), injected, self.merge1.bias)  # (B, N, 2D)
+
+        def f(z: Tensor, rows: Tensor | None) -> Tensor:
+            u, c = (injection, condition) if rows is None else (injection[rows], condition[rows])
+            merged = F.gelu(F.linear(z, ours) + u, approximate="tanh")  # (B, N, 2D)
+            return self.fixed(self.merge2(merged).to(z.dtype), c)  # (B, N, D)
+
+        return f
+
+    def blocks(self, iterations: int | Tensor) -> int | Tensor:
+        """Return the transformer blocks applied in a call (block_evals) at these iterations.
+
+        The two linear maps before the block of each iteration do not count, though they add a third to its FLOPs.
+
+        Source: FPDM (Bai and Melas-Kyriazi 2024), section 4.2, footnote 4.
+        """
+        return len(self.pre) + iterations + len(self.post)
+
+
+def from_published(
+    weights: Mapping[str, Tensor], *, heads: int, pre_post_timestep: bool
+) -> tuple[FPDM, dict[str, str]]:
+    """Return the FPDM whose sizes the published `weights` have, unfilled, and {published key: our key}.
+
+    Raises: ValueError for weights without the tensors that determine the sizes.
+    """
+    image, classes, sizes = dit.published_sizes(weights, "block_fixed_point")
+    del sizes["depth"]
+    for name in ("pre", "post"):
+        sizes[name] = len({key.split(".")[1] for key in weights if key.startswith(f"blocks_{name}.")})
+    with torch.device("meta"):  # whoever fills the model writes every tensor
+        model = FPDM(image, classes, heads=heads, pre_post_timestep=pre_post_timestep, **sizes)
+    return model.to_empty(device="cpu"), dit.published_keys(model)
