@@ -13,7 +13,7 @@ from equilab.evaluate import trained_config, write_table
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
 from equilab.progress import bar
-from equilab.sample import Generator, Solve
+from equilab.sample import Generator, Solve, load
 from equilab.training import distill
 from equilab.training.loop import device_of, environment
 from equilab.training.state import write_json
@@ -51,7 +51,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the weights of a run are missing or damaged.
     """
     device = device_of(job)
-    loaded = [(name, Generator(results(name) / "weights.safetensors", device, trained_config(name, job.read))) for name in config.runs]
+    loaded = [(name, load(results(name) / "weights.safetensors", device, trained_config(name, job.read))) for name in config.runs]
     peak = matmul_peak(device, torch.float32)
     rows = []
     with bar(job.name, len(loaded), unit="run") as progress:
@@ -72,15 +72,15 @@ def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, A
         cost = generator.cost(setting)
         measured = _measured(config, generator, lambda: generator.make(noise, label, None, setting))
         rows.append({"what": "sample", **cost, **measured, "peak_share": _share(config, cost["flops"], measured, peak)})
-    if generator.kind != "unet":
+    if generator.settings is not Sampler:
         rows += _training(config, generator, (noise, torch.tanh(noise), label, None), peak)
     return rows
 
 
 def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | None]:
-    if generator.kind == "get":
+    if generator.settings is Solve:
         return [Solve("iterate", k, 0.0, "last", None, None, "zeros") for k in config.iterations]
-    return [config.sampler if generator.kind == "unet" else None]
+    return [config.sampler if generator.settings is Sampler else None]
 
 
 def _training(config: Config, generator: Generator, batch, peak: float) -> list[dict[str, Any]]:

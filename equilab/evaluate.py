@@ -20,7 +20,7 @@ from equilab.metrics import fidelity
 from equilab.pairs import Sampler
 from equilab.pairset import PairSet
 from equilab.progress import bar
-from equilab.sample import Generator, Solve, batches, inputs
+from equilab.sample import FAMILIES, Generator, Solve, batches, inputs, load
 from equilab.training import distill, teacher
 from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
 from equilab.training.state import scratch, write, write_json
@@ -59,9 +59,10 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     Raises: UserError if `of` names no run of the study, or one that is evaluated otherwise.
     """
     trained, samples = trained_config(config.of, read), read("evaluator").samples
-    if (trained.network.kind == "unet", trained.network.kind == "get") != (bool(config.sampler), bool(config.solver)):
-        raise UserError(f"evaluate.{job.run}: a {trained.network.kind} is evaluated with "
-                        "sampler (unet), solver (get) or neither (vit); fill that list and empty the other")  # fmt: skip
+    key = FAMILIES[trained.network.kind].key
+    if (key == "sampler", key == "solver") != (bool(config.sampler), bool(config.solver)):
+        raise UserError(f"evaluate.{job.run}: a {trained.network.kind} is evaluated with {key or 'neither sampler nor solver'}; "
+                        f"{f'list its settings in {key}' if key else 'leave both lists empty'}")  # fmt: skip
     about = MAKERS[config.of.partition("/")[0]].counted(trained, job.image, job.classes)
     if config.sampler:
         work, made = [about["flops_image"] * sampler.nfe for sampler in config.sampler], samples
@@ -96,10 +97,8 @@ def run(config: Config, job: Job) -> None:
     scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device)
     samples = read_json(results("evaluator") / "summary.json", "samples")["samples"]
     folder, trained = results(config.of), trained_config(config.of, job.read)
-    generator = Generator(folder / "weights.safetensors", device, trained)
-    for setting in config.settings:
-        generator.check(setting)
-    pairs = PairSet(results("pairs")) if generator.kind != "unet" else None
+    generator = load(folder / "weights.safetensors", device, trained)
+    pairs = PairSet(results("pairs")) if config.of.startswith("distill/") else None
     if pairs is not None:
         pairs.verify()
     curve = [folder / "snapshots" / f"{nimg:010d}.safetensors" for nimg in trained.optimisation.snapshots]
@@ -111,7 +110,7 @@ def run(config: Config, job: Job) -> None:
             row = {**_settings(setting), **generator.cost(setting, solved.get("iterations"))}
             rows.append({**row, **scorer.scores(images), **solved, **_errors(config, job, generator, setting, pairs)})
         for path in curve:
-            snapshot, setting = Generator(path, device, trained), config.settings[0]
+            snapshot, setting = load(path, device, trained), config.settings[0]
             images, _ = _samples(config, job, snapshot, setting, place / path.with_suffix(".npy").name, samples, progress)
             errors = _errors(config, job, snapshot, setting, pairs)
             along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})
@@ -146,7 +145,7 @@ def _samples(
         progress.update(len(indices))
     images.flush()
     solved = total(solved)
-    if generator.kind != "get":
+    if generator.settings is not Solve:
         return images, {}
     iterations, residual, diverged = solved.unbind(1)
     return images, {"iterations": iterations.mean().item(), "residual": residual.median().item(),
@@ -169,7 +168,7 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
         for chosen in batches(count, config.batch):
             noise, image, label = to_device(pairs.read(chosen + start), generator.device)
             init = inputs(job.study.seed, chosen, generator, setting)[2]
-            made = generator.make(noise, label, init, setting)
+            made = generator.make(noise, label if generator.classes else None, init, setting)
             error += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
         totals.append(error / count)
     return {"l1_held_out": totals[0], "l1_train": totals[1]}
@@ -177,13 +176,13 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
 
 def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
-    setting, kind, images, traces = config.settings[0], generator.kind, [], []
-    if kind == "get":
+    setting, solved, images, traces = config.settings[0], generator.settings is Solve, [], []
+    if solved:
         setting = replace(setting, iterations=TRACE)
-    for indices in batches(TRACED if kind == "get" else SHOWN, config.batch):
-        made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=kind != "vit")
-        images.append(data.to_uint8(made.image if kind != "vit" else made.image[None]).cpu().numpy())  # (K, B, C, H, W)
-        traces += [trace(made.solution)] if kind == "get" else []
+    for indices in batches(TRACED if solved else SHOWN, config.batch):
+        made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=True)
+        images.append(data.to_uint8(made.image).cpu().numpy())  # (K, B, C, H, W)
+        traces += [trace(made.solution)] if solved else []
     found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]  # (K, SHOWN, C, H, W)
     buffer = io.BytesIO()

@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equilab import rng
-from equilab.config import UserError
 from equilab.diffusion.samplers import finish
 from equilab.models.precond import EDM
 from equilab.pairs import Sampler
@@ -55,54 +54,93 @@ class Made(NamedTuple):
 
 
 class Generator:
-    """A trained run: `make(noise, label, setting)`; `setting` is a Sampler, a Solve or None, as the run's kind needs.
+    """A trained run: what all families share. `make` turns noise into images at a setting, `cost` counts what that takes.
 
-    Raises: UserError if the weights are missing, damaged or not of `config`, the run's in the study's params.
+    A family names the settings that it takes: their class, and the key of `evaluate` that lists them (none: "").
     """
 
-    def __init__(self, weights: Path, device: torch.device, config: Any):
-        self.net, self.about = load_network(weights, UNETS | distill.GENERATORS, config)
-        self.net.to(device)
-        self.config = config
-        self.kind, self.device = self.about["config"]["network"]["kind"], device
-        self.shape, self.classes = tuple(self.about["image"]), self.about["classes"]
-        self.setting_kind = {"unet": Sampler, "get": Solve}.get(self.kind, type(None))
+    settings: type = type(None)
+    key = ""
 
-    def check(self, setting: Sampler | Solve | None) -> None:
-        """Raise UserError unless `setting` is of the kind that the run needs."""
-        if not isinstance(setting, self.setting_kind):
-            wanted = {Sampler: "sampler", Solve: "solver"}.get(self.setting_kind, "neither sampler nor solver")
-            raise UserError(f"a run of kind {self.kind} is evaluated with {wanted}; mend its entry in `evaluate`")
+    def __init__(self, net: nn.Module, about: dict[str, Any], device: torch.device, config: Any):
+        self.net, self.about, self.device, self.config = net.to(device), about, device, config
+        self.kind, self.shape, self.classes = config.network.kind, tuple(about["image"]), about["classes"]
 
-    @torch.inference_mode()
     def make(
-        self, noise: Tensor, label: Tensor | None, init: Tensor | None, setting: Sampler | Solve | None, every: bool = False
+        self, noise: Tensor, label: Tensor | None, init: Tensor | None, setting: Any, every: bool = False
     ) -> Made:
-        """Return the images of `noise` (B, C, H, W); with `every`, those of all iterates (K, B, C, H, W)."""
-        label = label if self.classes else None
-        if self.kind == "unet":
-            steps = setting.run(EDM(self.net, sigma_data=self.about["config"]["sigma_data"]), noise, label)
-            if every:
-                return Made(torch.stack([step.x.float() for step in steps]), None, setting.nfe)
-            image, nfe = finish(steps)
-            return Made(image.float(), None, nfe)
-        if self.kind == "get":
-            return Made(*self.net(noise, label, init, setting.solver(every), every), 1)
-        return Made(*self.net(noise, label), 1)
+        """Return the images of `noise` (B, C, H, W); with `every`, those of all steps or iterates (K, B, C, H, W)."""
+        raise NotImplementedError
 
-    def cost(self, setting: Sampler | Solve | None, iterations: float | None = None) -> dict[str, float | None]:
+    def cost(self, setting: Any, iterations: float | None = None) -> dict[str, float | None]:
         """Return what an image costs by shape: nfe, iterations, block_evals, flops; solver arithmetic is not counted.
 
         `iterations` is the mean number that was applied, where samples stop by themselves.
         """
-        if self.kind == "unet":
-            work = self.about["flops_image"] * setting.nfe
-            return {"nfe": setting.nfe, "iterations": None, "block_evals": None, "flops": work}
-        if self.kind == "vit":
-            return {"nfe": 1, "iterations": None, "block_evals": self.net.blocks(), "flops": self.about["flops_image"]}
+        raise NotImplementedError
+
+
+class Teacher(Generator):
+    """A denoiser of noise levels, followed by a Sampler."""
+
+    settings, key = Sampler, "sampler"
+
+    @torch.inference_mode()
+    def make(self, noise, label, init, setting, every=False):
+        """Return the images of `noise`, or the states of all steps."""
+        steps = setting.run(EDM(self.net, sigma_data=self.config.sigma_data), noise, label)
+        if every:
+            return Made(torch.stack([step.x.float() for step in steps]), None, setting.nfe)
+        image, nfe = finish(steps)
+        return Made(image.float(), None, nfe)
+
+    def cost(self, setting, iterations=None):
+        """Return what an image costs."""
+        work = self.about["flops_image"] * setting.nfe
+        return {"nfe": setting.nfe, "iterations": None, "block_evals": None, "flops": work}
+
+
+class Explicit(Generator):
+    """One forward pass of a network."""
+
+    @torch.inference_mode()
+    def make(self, noise, label, init, setting, every=False):
+        """Return the images of `noise`, as the one iterate there is with `every`."""
+        image, solution = self.net(noise, label)
+        return Made(image[None] if every else image, solution, 1)
+
+    def cost(self, setting, iterations=None):
+        """Return what an image costs."""
+        return {"nfe": 1, "iterations": None, "block_evals": self.net.blocks(), "flops": self.about["flops_image"]}
+
+
+class Implicit(Generator):
+    """One call of a network whose state is solved for, as a Solve says."""
+
+    settings, key = Solve, "solver"
+
+    @torch.inference_mode()
+    def make(self, noise, label, init, setting, every=False):
+        """Return the images of `noise`, or of all iterates."""
+        return Made(*self.net(noise, label, init, setting.solver(every), every), 1)
+
+    def cost(self, setting, iterations=None):
+        """Return what an image costs."""
         iterations = iterations or setting.iterations
         (work,) = distill.generation(self.config, self.shape, self.classes, [iterations])
         return {"nfe": 1, "iterations": iterations, "block_evals": self.net.blocks(iterations), "flops": work}
+
+
+FAMILIES = {"unet": Teacher, "vit": Explicit, "get": Implicit}  # of the kinds of networks
+
+
+def load(weights: Path, device: torch.device, config: Any) -> Generator:
+    """Return the trained run of these weights; `config` is the run's in the study's params.
+
+    Raises: UserError if the weights are missing, damaged or not of `config`.
+    """
+    net, about = load_network(weights, UNETS | distill.GENERATORS, config)
+    return FAMILIES[config.network.kind](net, about, device, config)
 
 
 def inputs(
