@@ -20,8 +20,9 @@ MODULES = sorted(
 # who may import whom: a module imports from its own layer's list and the layers below it
 LAYERS = [
     ["equilab", "equilab.rng", "equilab.config", "equilab.progress"],
-    ["equilab.solvers", "equilab.diffusion.schedules"],
-    ["equilab.models", "equilab.published", "equilab.diffusion.samplers"],
+    ["equilab.solvers", "equilab.diffusion.schedules", "equilab.diffusion.discrete",
+     "equilab.diffusion.discrete_losses"],
+    ["equilab.models", "equilab.published", "equilab.diffusion.samplers", "equilab.diffusion.discrete_samplers"],
     ["equilab.losses", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.state", "equilab.training"],
     ["equilab.data", "equilab.metrics", "equilab.pairset", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
      "equilab.training.teacher", "equilab.training.distill", "equilab.training.evaluator"],
