@@ -14,6 +14,7 @@ from torch import Tensor, nn
 # family -> where its `from_published(weights, **config) -> (module, {published key: our key})` lives
 FAMILIES = {
     "edm": "equilab.models.precond",
+    "gdd": "equilab.models.gdd",
     "get": "equilab.models.get",
     "vit": "equilab.models.vit",
 }
