@@ -20,7 +20,7 @@ Logits = tuple[Float[Tensor, "b _"], ...]
 DRAWS = 10  # uniform numbers that `augment` needs for an image
 
 
-def generator(fake: Logits) -> Float[Tensor, ""]:
+def generator_loss(fake: Logits) -> Float[Tensor, ""]:
     """Return softplus(-logit) of generated images: its mean over logits and samples, summed over feature networks.
 
     Source: GDD (Zheng 2024), equations (3) and (4), min over G: softplus(-l) = -log sigmoid(l).
@@ -29,13 +29,13 @@ def generator(fake: Logits) -> Float[Tensor, ""]:
     return torch.stack([F.softplus(-logits).mean() for logits in fake]).sum()
 
 
-def discriminator(real: Logits, fake: Logits) -> Float[Tensor, ""]:
-    """Return softplus(-logit) of real and softplus(logit) of generated images, reduced as `generator`.
+def discriminator_loss(real: Logits, fake: Logits) -> Float[Tensor, ""]:
+    """Return softplus(-logit) of real and softplus(logit) of generated images, reduced as `generator_loss`.
 
     Source: GDD (Zheng 2024), equations (3) and (4), max over D, where "1 - log D" is read as log(1 - D).
     Differs: the published code sums over the samples of a device, so its loss is their number times ours.
     """
-    return generator(real) + generator(tuple(-logits for logits in fake))
+    return generator_loss(real) + generator_loss(tuple(-logits for logits in fake))
 
 
 def r1(
@@ -65,7 +65,7 @@ def r1_weight(step: int, gamma: float, interval: int) -> float:
 
 
 def r1_gamma(published: float, device_batch: int) -> float:
-    """Return the gamma that weighs `r1` against `discriminator` as the `published` gamma does in the published code.
+    """Return the gamma that weighs `r1` against `discriminator_loss` as `published` does in the published code.
 
     There R1 is a mean over samples but the loss a sum over those of a device, so gamma depends on the number of
     devices: a batch of 256 on 8 of them makes 1e-4 a gamma of 1e-4 / 32 here.
@@ -128,7 +128,8 @@ def _translation(image: Tensor, amount: Tensor) -> Tensor:
     for axis, uniform in zip((2, 3), amount.T):
         size = image.shape[axis]
         most = (size + 4) // 8
-        source = torch.arange(size, device=image.device) - (_integer(uniform, 2 * most + 1) - most)[:, None]  # (B, size)
+        shift = _integer(uniform, 2 * most + 1) - most  # (B,)
+        source = torch.arange(size, device=image.device) - shift[:, None]  # (B, size)
         index = _along(source.clamp(0, size - 1), axis).expand_as(image)
         image = image.gather(axis, index) * _along((source >= 0) & (source < size), axis)
     return image

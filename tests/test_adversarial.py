@@ -29,10 +29,10 @@ def close(ours, reference, tolerance):
 
 def test_losses_of_constant_logits():
     zeros, threes = (torch.zeros(2, 4), torch.zeros(2, 7)), (torch.full((2, 4), 3.0), torch.full((2, 7), 3.0))
-    torch.testing.assert_close(adversarial.generator(zeros).item(), 2 * math.log(2))
-    torch.testing.assert_close(adversarial.generator(threes).item(), 2 * math.log(1 + math.exp(-3)))
+    torch.testing.assert_close(adversarial.generator_loss(zeros).item(), 2 * math.log(2))
+    torch.testing.assert_close(adversarial.generator_loss(threes).item(), 2 * math.log(1 + math.exp(-3)))
     expected = 2 * (math.log(2) + math.log(1 + math.exp(3)))
-    torch.testing.assert_close(adversarial.discriminator(zeros, threes).item(), expected)
+    torch.testing.assert_close(adversarial.discriminator_loss(zeros, threes).item(), expected)
 
 
 def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_summed_weights():
@@ -70,8 +70,8 @@ def test_all_losses_and_their_gradients_do_not_depend_on_how_a_batch_is_split():
 
     def losses(real, fake):
         logits = discriminate(real, None), discriminate(fake, None)
-        yield adversarial.generator(logits[1])
-        yield adversarial.discriminator(*logits)
+        yield adversarial.generator_loss(logits[1])
+        yield adversarial.discriminator_loss(*logits)
         yield adversarial.r1(discriminate, real, None)
         yield adversarial.overfitting(logits[0])
 
@@ -89,7 +89,7 @@ def test_all_losses_and_their_gradients_do_not_depend_on_how_a_batch_is_split():
 def test_losses_and_gradients_are_the_published_ones_over_the_number_of_samples():
     t, _ = golden("gdd_ncsnpp")
     model, (discriminate, ws) = published.load("gdd", weights_of(t)), toy(t)
-    loss = 3 * adversarial.generator(discriminate(model.generate(t["in.z_generator"], None).image, None))
+    loss = 3 * adversarial.generator_loss(discriminate(model.generate(t["in.z_generator"], None).image, None))
     close(loss, t["out.ns.G.loss"], 1e-5)
     loss.backward()
     gradients = {name.replace("net.", "model.", 1): p.grad for name, p in model.named_parameters()}
@@ -98,7 +98,7 @@ def test_losses_and_gradients_are_the_published_ones_over_the_number_of_samples(
     for key in keys:
         close(gradients[key.removeprefix("out.ns.G.grad.")], t[key], 1e-4)
     fake = model.generate(t["in.z_discriminator"], None).image.detach()
-    loss = 3 * adversarial.discriminator(discriminate(t["in.real_images"], None), discriminate(fake, None))
+    loss = 3 * adversarial.discriminator_loss(discriminate(t["in.real_images"], None), discriminate(fake, None))
     close(loss, t["out.ns.D.loss"], 1e-5)
     for gradient, name in zip(torch.autograd.grad(loss, ws), ("w1", "w2")):
         close(gradient, t[f"out.ns.D.grad.{name}"], 1e-4)
@@ -119,7 +119,7 @@ def test_the_equivalent_gamma_gives_the_published_direction_on_any_number_of_dev
     t, _ = golden("gdd_ncsnpp")
     discriminate, ws = toy(t)
     real, fake = t["in.real_images"], t["in.z_discriminator"]
-    main = adversarial.discriminator(discriminate(real, None), discriminate(fake, None))
+    main = adversarial.discriminator_loss(discriminate(real, None), discriminate(fake, None))
     penalty = adversarial.r1(discriminate, real, None)
     theirs = 3 * main + adversarial.r1_weight(0, 1e-4, 1) * penalty
     ours = main + adversarial.r1_weight(0, adversarial.r1_gamma(1e-4, 3), 1) * penalty
