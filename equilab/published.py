@@ -16,6 +16,7 @@ FAMILIES = {
     "dit": "equilab.models.dit",
     "edm": "equilab.models.precond",
     "fpdm": "equilab.models.fpdm",
+    "gdd": "equilab.models.gdd",
     "get": "equilab.models.get",
     "vit": "equilab.models.vit",
 }

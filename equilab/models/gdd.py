@@ -1,0 +1,182 @@
+"""GDD: the U-Net of a diffusion teacher as a one-step generator, and which of its layers are trained."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from equilab.models import Denoised, Generated, precond
+
+# group -> the last part of the names of its layers in a U-Net
+GROUPS = {
+    "embedding": r"map_\w+",
+    "input": r"\d+x\d+_conv",
+    "residual input": r"\d+x\d+_aux_residual",
+    "norm": r"(\d+x\d+_aux_|out_)?norm\d?",
+    "affine": r"affine",
+    "convolution": r"conv[01]",
+    "projection": r"proj",
+    "qkv": r"qkv",
+    "skip": r"skip",
+    "output": r"(\d+x\d+_aux|out)_conv",
+}
+# the rows of GDD (Zheng 2024), table 2: the groups that are frozen. The output projection of the attention is among its
+# convolutions: the published code freezes it, and only with it they are 85.9% of the blocks' parameters (printed 85.8).
+VARIANTS = {
+    "gdd": (),
+    "gdd_i": ("convolution", "projection"),
+    "gdd_i_qkv": ("convolution", "projection", "qkv"),
+    "gdd_i_qkv_skip": ("convolution", "projection", "qkv", "skip"),
+}
+
+
+def coefficients(
+    sigma: Float[Tensor, "*b"], *, sigma_data: float, sigma_min: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return c_skip, c_out, c_in and c_noise at noise levels sigma >= sigma_min, each of the shape of `sigma`.
+
+    At sigma_min they make any network the identity: c_skip = 1, c_out = 0.
+
+    Source: GDD (Zheng 2024), appendix B.4, "Parameterization"; c_in and c_noise as in EDM.
+    Differs: the paper says that c_out is about 1 at sigma_max; by its equation it is about sigma_data.
+    """
+    above, total = sigma - sigma_min, (sigma**2 + sigma_data**2).sqrt()
+    return sigma_data**2 / (above**2 + sigma_data**2), sigma_data * above / total, 1 / total, sigma.log() / 4
+
+
+class GDD(nn.Module):
+    """A one-step generator: the consistency function of the teacher's network `net`, applied at sigma_max.
+
+    Build `net` with dropout 0, as published. `generate` is the generator protocol, `denoise` the denoiser's, for losses
+    that compare the consistency function at several noise levels.
+
+    Raises: ValueError unless 0 < sigma_min < sigma_max.
+    Source: GDD (Zheng 2024), section 3.1 and appendix B.4.
+    """
+
+    def __init__(self, net: nn.Module, *, sigma_data: float, sigma_min: float, sigma_max: float):
+        super().__init__()
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; give 0 < sigma_min < sigma_max")
+        self.net, self.sigma_data, self.sigma_min, self.sigma_max = net, sigma_data, sigma_min, sigma_max
+
+    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> Generated:
+        """Return Generated(image, None): the consistency function of sigma_max * noise at sigma_max.
+
+        Raises: ValueError for a label given to an unconditional network.
+        """
+        return Generated(self.denoise(self.sigma_max * noise, self.sigma_max, label).image, None)
+
+    generate = forward
+
+    def denoise(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, "b"] | Float[Tensor, ""] | float,
+        label: Int64[Tensor, "b"] | None,
+        carry: None = None,
+    ) -> Denoised:
+        """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None); sigma of the batch or of each sample.
+
+        Coefficients and result are float32 whatever the dtype of x, as those of EDM.
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))[:, None, None, None]
+        c_skip, c_out, c_in, c_noise = coefficients(sigma, sigma_data=self.sigma_data, sigma_min=self.sigma_min)
+        out = self.net(c_in * x, c_noise.flatten(), label)  # (B, C, H, W)
+        return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
+
+
+class Layer(NamedTuple):
+    """A layer with parameters of its own: its name in the network, its group of GROUPS, its module."""
+
+    name: str
+    group: str
+    module: nn.Module
+
+
+class Share(NamedTuple):
+    """A row of the table of layers: a group, its parameters, their share of the network's (0..1), trained or frozen."""
+
+    group: str
+    parameters: int
+    share: float
+    trained: bool
+
+
+def layers(net: nn.Module) -> Iterator[Layer]:
+    """Yield the layers of a U-Net that have parameters.
+
+    Raises: ValueError for a layer that belongs to no group.
+    """
+    for name, module in net.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        last = name.rpartition(".")[2]
+        group = next((group for group, pattern in GROUPS.items() if re.fullmatch(pattern, last)), None)
+        if group is None:
+            raise ValueError(f"layer {name!r} belongs to no group of a U-Net's layers; give one of equilab.models.unet")
+        yield Layer(name, group, module)
+
+
+def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
+    """Freeze the parameters of the layers for which `frozen(layer)` is true, and train all others.
+
+    Raises: ValueError if that would freeze nothing or everything.
+    """
+    found = list(layers(net))
+    chosen = [frozen(layer) for layer in found]
+    if not any(chosen) or all(chosen):
+        extent = "every one" if any(chosen) else "none"
+        raise ValueError(f"the predicate freezes {extent} of the {len(found)} layers; let it choose some of them")
+    for layer, choice in zip(found, chosen):
+        layer.module.requires_grad_(not choice)
+
+
+def prepare(net: nn.Module, variant: str) -> None:
+    """Freeze and train the layers of a U-Net as `variant` of VARIANTS does.
+
+    Raises: ValueError for an unknown variant.
+    """
+    if variant not in VARIANTS:
+        near = difflib.get_close_matches(variant, VARIANTS, 1, 0)[0]
+        raise ValueError(f"variant {variant!r} is unknown, choose one of {', '.join(VARIANTS)} (nearest: {near})")
+    if VARIANTS[variant]:
+        freeze(net, lambda layer: layer.group in VARIANTS[variant])
+    else:
+        net.requires_grad_(True)
+
+
+def table(net: nn.Module) -> list[Share]:
+    """Return what each group of layers holds, in the order of GROUPS; a group frozen in part has two rows."""
+    counts = Counter()
+    for layer in layers(net):
+        for parameter in layer.module.parameters(recurse=False):
+            counts[layer.group, parameter.requires_grad] += parameter.numel()
+    rows = [(group, on) for group in GROUPS for on in (True, False) if counts[group, on]]
+    return [Share(group, counts[group, on], counts[group, on] / counts.total(), on) for group, on in rows]
+
+
+def from_published(
+    weights: Mapping[str, Tensor],
+    *,
+    head_channels: int | None = None,
+    sigma_data: float = 0.5,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+) -> tuple[GDD, dict[str, str]]:
+    """Build the generator that published weights of GDD describe; returns it, unfilled, and {published key: our key}.
+
+    Sizes are read as those of EDM's networks; the noise levels are the published ones unless given.
+
+    Raises: ValueError if a tensor that tells a size is missing.
+    """
+    teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
+    return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigma_max=sigma_max), names
