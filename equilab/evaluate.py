@@ -16,16 +16,17 @@ from torch import Tensor
 
 from equilab import data
 from equilab.config import Job, Plan, UserError, plain, read_json, results
+from equilab.diffusion.discrete import evenly
 from equilab.metrics import fidelity
 from equilab.pairs import Sampler
 from equilab.pairset import PairSet
 from equilab.progress import bar
-from equilab.sample import FAMILIES, Generator, Solve, batches, inputs, load
-from equilab.training import distill, teacher
+from equilab.sample import FAMILIES, ChainSampler, Generator, Made, Solve, batches, budget, inputs, load
+from equilab.training import diffusion, distill, teacher
 from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
 from equilab.training.state import scratch, write, write_json
 
-MAKERS = {"teacher": teacher, "distill": distill}  # stages whose runs make images
+MAKERS = {"teacher": teacher, "distill": distill, "diffusion": diffusion}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
 TRACED = 256  # samples whose every iterate is measured
 TRACE = 24  # iterations of these
@@ -40,17 +41,16 @@ class Config:
     precision: Literal["fp32", "tf32", "bf16"]
     sampler: tuple[Sampler, ...]  # of a teacher; the first is the headline, the others are its sweep
     solver: tuple[Solve, ...]  # of an implicit generator, likewise
+    chain: tuple[ChainSampler, ...]  # of a denoiser of discrete timesteps, likewise
 
     def __post_init__(self):
-        if self.sampler and self.solver:
-            raise ValueError("sampler (for a teacher) and solver (for an implicit generator) exclude each other; empty one")
         if self.batch < 1:
             raise ValueError(f"batch must be >= 1, got {self.batch}")
 
     @property
-    def settings(self) -> tuple[Sampler | Solve | None, ...]:
+    def settings(self) -> tuple[Any, ...]:
         """The settings to evaluate; an explicit generator has one, None."""
-        return self.sampler or self.solver or (None,)
+        return self.sampler or self.solver or self.chain or (None,)
 
 
 def plan(config: Config, job: Job, read: Callable) -> Plan:
@@ -60,18 +60,33 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     """
     trained, samples = trained_config(config.of, read), read("evaluator").samples
     key = FAMILIES[trained.network.kind].key
-    if (key == "sampler", key == "solver") != (bool(config.sampler), bool(config.solver)):
-        raise UserError(f"evaluate.{job.run}: a {trained.network.kind} is evaluated with {key or 'neither sampler nor solver'}; "
-                        f"{f'list its settings in {key}' if key else 'leave both lists empty'}")  # fmt: skip
+    if any((name == key) != bool(getattr(config, name)) for name in ("sampler", "solver", "chain")):
+        raise UserError(f"evaluate.{job.run}: list the settings of a {trained.network.kind} in "
+                        f"{f'{key} and leave the other lists empty' if key else 'no list, leave all empty'}")  # fmt: skip
     about = MAKERS[config.of.partition("/")[0]].counted(trained, job.image, job.classes)
     if config.sampler:
         work, made = [about["flops_image"] * sampler.nfe for sampler in config.sampler], samples
+    elif config.chain:
+        work, made = [_chain_work(job, trained, setting) for setting in config.chain], samples
     else:
         iterations = [solve.iterations for solve in config.solver] or [1]
         work = distill.generation(trained, job.image, job.classes, iterations)
         made = samples + read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
     work = float(sum(work) + work[0] * len(trained.optimisation.snapshots)) * made
     return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
+
+
+def _chain_work(job: Job, trained: diffusion.Config, setting: ChainSampler) -> float:
+    """Return the FLOPs of an image.
+
+    Raises: UserError if the setting does not fit the run.
+    """
+    try:
+        given = budget(trained, setting)
+    except ValueError as error:
+        raise UserError(f"evaluate.{job.run}.chain: {error}") from None
+    iterations = given.total / setting.steps if given else 0
+    return diffusion.call(trained, job.image, job.classes, iterations) * setting.nfe
 
 
 def trained_config(of: str, read: Callable) -> Any:
@@ -81,7 +96,7 @@ def trained_config(of: str, read: Callable) -> Any:
     """
     stage, _, run = of.partition("/")
     if stage not in MAKERS:
-        raise UserError(f"{of!r} is no run that makes images; give teacher or distill/RUN")
+        raise UserError(f"{of!r} is no run that makes images; give teacher, distill/RUN or diffusion/RUN")
     return read(stage, run or None)
 
 
@@ -139,22 +154,29 @@ def _samples(
     for indices in list(batches(samples, config.batch))[rank() :: world()]:
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
         images[indices] = data.to_uint8(made.image).cpu().numpy()
-        if made.solution is not None:
-            told = made.solution.iterations, _final(made.solution), made.solution.diverged
-            solved[indices] = torch.stack([t.double().cpu() for t in told], 1)
+        solved[indices] = _told(made)
         progress.update(len(indices))
     images.flush()
-    solved = total(solved)
-    if generator.settings is not Solve:
+    iterations, residual, diverged = total(solved).unbind(1)
+    if generator.key not in ("solver", "chain"):
         return images, {}
-    iterations, residual, diverged = solved.unbind(1)
-    return images, {"iterations": iterations.mean().item(), "residual": residual.median().item(),
-                    "diverged": int(diverged.sum())}  # fmt: skip
+    found = {"iterations": iterations.mean().item(), "residual": residual.median().item()} if iterations.any() else {}
+    return images, {**found, "diverged": int(diverged.sum())}
 
 
-def _final(solution) -> Tensor:
-    """Return the relative residual (B,) of each sample's last application."""
-    return solution.residuals.gather(1, (solution.iterations - 1).clamp_min(0)[:, None])[:, 0]
+def _told(made: Made) -> Tensor:
+    """Return what the solver did for each sample (B, 3): iterations of all calls, mean relative residual of their last
+    applications, and whether any diverged."""
+    told = torch.zeros(len(made.image), 3, dtype=torch.float64)
+    for solution in made.solutions:
+        last = solution.residuals.gather(1, (solution.iterations - 1).clamp_min(0)[:, None])[:, 0]  # (B,), guided (2B,)
+        each = torch.stack([solution.iterations, last / len(made.solutions), solution.diverged], 1).double().cpu()
+        halves = each.unflatten(0, (-1, len(told)))
+        told += torch.stack([halves[..., 0].sum(0), halves[..., 1].mean(0), halves[..., 2].amax(0)], 1)
+    if made.diverged is not None:
+        told[:, 2] += made.diverged.cpu()
+    told[:, 2].clamp_(max=1)
+    return told
 
 
 def _errors(config: Config, job: Job, generator: Generator, setting, pairs: PairSet | None) -> dict[str, float]:
@@ -174,6 +196,30 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
     return {"l1_held_out": totals[0], "l1_train": totals[1]}
 
 
+def _chains(config: Config, job: Job, generator: Generator) -> dict[str, np.ndarray]:
+    """Return what the chains of the same noises do, a set of arrays for each setting: `image_0` (SHOWN, C, H, W) uint8,
+    `diverged_0` (SHOWN,), `t_0` (S,) its timesteps, and of an implicit network `residual_0` (3, S, K), the 10th, 50th
+    and 90th percentile over TRACED samples of the relative residual after each iteration of each step."""
+    found = {}
+    for k, setting in enumerate(config.settings):
+        images, diverged, steps = [], [], []
+        for indices in batches(TRACED, config.batch):
+            made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
+            images.append(data.to_uint8(made.image).cpu().numpy())
+            diverged.append(made.diverged.cpu().numpy())
+            steps.append([s.residuals.unflatten(0, (-1, len(indices))).mean(0).cpu().numpy() for s in made.solutions])
+        found |= {f"image_{k}": np.concatenate(images)[:SHOWN], f"diverged_{k}": np.concatenate(diverged)[:SHOWN]}
+        found[f"t_{k}"] = np.array(evenly(generator.config.diffusion.timesteps, setting.steps)[::-1])
+        if steps[0]:
+            most = max(one.shape[1] for one in steps[0])
+            spread = np.full((3, len(steps[0]), most), np.nan, np.float32)
+            for s, parts in enumerate(zip(*steps)):
+                residual = np.concatenate(parts)  # (B, K)
+                spread[:, s, : residual.shape[1]] = np.nanpercentile(residual, (10, 50, 90), axis=0)
+            found[f"residual_{k}"] = spread
+    return found
+
+
 def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
     setting, solved, images, traces = config.settings[0], generator.settings is Solve, [], []
@@ -182,8 +228,9 @@ def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
     for indices in batches(TRACED if solved else SHOWN, config.batch):
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=True)
         images.append(data.to_uint8(made.image).cpu().numpy())  # (K, B, C, H, W)
-        traces += [trace(made.solution)] if solved else []
+        traces += [trace(*made.solutions)] if solved else []
     found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
+    found |= _chains(config, job, generator) if config.chain else {}
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]  # (K, SHOWN, C, H, W)
     buffer = io.BytesIO()
     np.savez(buffer, **found)
@@ -214,6 +261,10 @@ def _settings(setting) -> dict[str, Any]:
     columns = plain(setting) if setting is not None else {}
     if isinstance(setting, Solve):
         columns["most_iterations"] = columns.pop("iterations")
+    if isinstance(setting, ChainSampler):
+        guidance, along = (columns.pop(key) or {} for key in ("guidance", "fixed_point"))
+        columns |= {f"guidance_{key}": value for key, value in guidance.items()}
+        columns |= {"solver" if key == "method" else key: value for key, value in along.items()}
     return columns
 
 

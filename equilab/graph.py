@@ -46,6 +46,7 @@ STAGES = {
     "teacher": Stage("equilab.training.teacher", reads=("results/data",), **TRAINED),
     "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",)),
     "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, **TRAINED),
+    "diffusion": Stage("equilab.training.diffusion", reads=("results/data",), each=True, **TRAINED),
     "evaluate": Stage(
         "equilab.evaluate",
         reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}"),
