@@ -101,7 +101,6 @@ def test_the_projected_discriminator_over_vgg_has_the_published_sizes(kind, fact
 
 @pytest.mark.parametrize("backbone", ["backbone0", "backbone1"])
 def test_the_published_pairs_of_networks_have_the_published_sizes(backbone, facts):
-    pytest.importorskip("timm", reason="timm is not among the locked packages")
     reference = facts["gdd_discriminator"][backbone]
     with torch.device("meta"):
         networks = [D.feature_network(name, pretrained=False) for name in reference["backbones"]]

@@ -85,7 +85,7 @@ def test_a_notebook_executes_twice_to_the_same_bytes_and_the_book_of_all_is_offl
     assert executed("scaling") == first
     text = first["scaling.ipynb"].decode()
     assert "seconds" not in text.replace("depends on measured seconds", "") and "images_s" not in text
-    for files, pictures in ((first, 6), (other, 4)):
+    for files, pictures in ((first, 7), (other, 4)):
         assert len([name for name in files if name.endswith(".png")]) == pictures
         assert {name.rsplit(".", 1)[0] for name in files} == {
             name.rsplit(".", 1)[0] for name in files if name.endswith(".csv")
@@ -99,7 +99,7 @@ def test_a_notebook_executes_twice_to_the_same_bytes_and_the_book_of_all_is_offl
 
     report.run(report.Config("a book"), job("report"))
     page = Path("results/report/index.html").read_text()
-    assert len(page) < 2_000_000 and page.count("data:image/png;base64,") == 10
+    assert len(page) < 2_000_000 and page.count("data:image/png;base64,") == 11
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
     targets = re.findall(r'href="#(\w+)"', page)
     assert len(targets) == len(set(targets)) >= 15 and all(f'id="{target}"' in page for target in targets)

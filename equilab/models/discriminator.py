@@ -130,7 +130,7 @@ def _timm(name: str, pretrained: bool, **options) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ValueError(f"feature network {name!r} needs timm, which is not there; run `pip install timm`") from None
+        raise ValueError(f"feature network {name!r} needs timm, which is not there; install it with `pip install timm`") from None
     return _fetched(name, lambda: timm.create_model(name, pretrained=pretrained, **options))
 
 

@@ -163,7 +163,7 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     return {"parameters": parameters(net), "flops_image": call(config, image, classes, sum(mean)), "train_flops_image": step}
 
 
-def call(config: Config, image: tuple[int, ...], classes: int, iterations: float) -> float:
+def call(config: Config, image: tuple[int, ...], classes: int, iterations: int | float) -> int | float:
     """Return the FLOPs by shape of a call of the network for an image, at so many iterations of its fixed point."""
     net, (x, _, t, label) = _meta(config, image, classes)
     if config.fixed_point is None:
