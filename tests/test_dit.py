@@ -7,6 +7,7 @@ from hashed import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.diffusion.discrete_samplers import explicit, guided
 from equilab.metrics.cost import parameters
 from equilab.models import dit
 
@@ -45,6 +46,14 @@ def test_dit_gives_the_published_prediction_loss_and_gradients():
     ours, names = dict(model.named_parameters()), dit.published_keys(model)
     for key in ("blocks.0.adaLN_modulation.1.bias", "final_layer.linear.bias", "t_embedder.mlp.0.bias"):
         close(ours[names[key]].grad, t[f"out.grad_mse.{key}"], GRADIENT)
+
+
+@torch.no_grad()
+def test_a_guided_dit_predicts_as_published():
+    model, t = load()
+    predict = guided(explicit(model), 4.0, 10, "first_three")
+    x, time, label = (t[f"in.cfg_{name}"][:2] for name in "xty")
+    close(predict(x, time, label, None, None)[0], t["out.cfg"][:2], FORWARD)
 
 
 def test_dit_takes_the_null_class_as_published():

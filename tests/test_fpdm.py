@@ -9,6 +9,7 @@ from hashed import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.diffusion.discrete_samplers import guided, implicit
 from equilab.metrics.cost import flops, parameters, peak_memory
 from equilab.models import dit, fpdm
 from equilab.solvers import Gradient, Solver, equilibrium
@@ -57,6 +58,9 @@ def test_fpdm_gives_the_published_predictions_and_reuses_solutions_as_published(
     close(after.z, t[prefix + "solution_after_second"], 1e-5)
     close(call("x2", "t2", None)[0], t[prefix + "x2_t2_fresh"], FORWARD)
     close(call("x1", "t_mixed", None)[0], t[prefix + "x1_tmixed"], FORWARD)
+    predict = guided(implicit(model, solver), 4.0, 10, "first_three")
+    x, time, label = (t[f"in.cfg_{name}"][:2] for name in "xty")
+    close(predict(x, time, label, None, None)[0], t[prefix + "cfg"][:2], FORWARD)
 
 
 @pytest.mark.parametrize(

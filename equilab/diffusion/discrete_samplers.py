@@ -158,7 +158,7 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
         labels = torch.cat([label, torch.full_like(label, null)])  # (2B,)
         output, solution = predict(torch.cat([x, x]), torch.cat([t, t]), labels, carry, iterations)
         towards, away = output.chunk(2)
-        count = x.shape[1] if channels == "all" else 3
+        count = x.shape[1] if channels == "all" else min(3, x.shape[1])
         pull = away[:, :count] + scale * (towards[:, :count] - away[:, :count])
         return torch.cat([pull, towards[:, count:]], 1), solution
 
