@@ -18,6 +18,7 @@ from equilab.analysis.tables import Tables, replicated, short
 
 BLUE, ORANGE, GREEN, GREY = "#0173b2", "#de8f05", "#029e73", "#6b6b6b"  # told apart by the colour-blind
 COLOURS = {"GET": BLUE, "GET as published": BLUE, "ViT": ORANGE, "teacher": GREEN}
+TONES = (BLUE, ORANGE, GREEN, "#cc78bc", "#ca9161", "#56b4e9", "#ece133", "#949494")
 MARKERS = {"GET": "o", "GET as published": "s", "ViT": "^", "teacher": "D"}
 LINES = {"GET": "-", "GET as published": (0, (4, 2)), "ViT": "-", "teacher": ":"}
 LABELS = {"ViT-Base": ((0, -10), "center"), "GET-Base+": ((-4, -9), "right"), "GET-Mini": ((-5, -3), "right")}
@@ -310,26 +311,26 @@ def decoded(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
         kept = np.load(run.folder / "iterates.npz")
         for k, ax in enumerate(line):
             count, sample = shown[k % len(shown)], k // len(shown)
-            _picture(ax, kept["images"][count - 1, sample])
+            picture(ax, kept["images"][count - 1, sample])
             ax.set_title(f"{count}" if first else "", fontsize=7, loc="center")
         line[0].set_ylabel(run.label, fontsize=6.5, rotation=0, ha="right", va="center")
         rows += [{"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])} for c in shown]
     return figure, pd.DataFrame(rows)
 
 
-def _picture(ax, image: np.ndarray) -> None:
-    """Show one uint8 image (C, H, W)."""
+def picture(ax, image: np.ndarray, marked: bool = False) -> None:
+    """Show one uint8 image (C, H, W); with a red frame if `marked`, as a sample that diverged is."""
     ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
-    ax.spines[:].set_visible(False)
+    ax.spines[:].set(visible=marked, color="red")
 
 
 def gallery(images: np.ndarray) -> Figure:
     """Return up to 16 uint8 images (N, C, H, W) side by side."""
     figure, grid = axes(2, 8, 2)
     for ax, image in zip(grid.flat, images):
-        _picture(ax, image)
+        picture(ax, image)
     return figure
 
 
@@ -339,7 +340,7 @@ def iterate(kept, count: int) -> Figure:
     figure.clear()
     grid = figure.add_gridspec(2, 8)
     for k, image in enumerate(kept["images"][count - 1, :8]):
-        _picture(figure.add_subplot(grid[k // 4, k % 4]), image)
+        picture(figure.add_subplot(grid[k // 4, k % 4]), image)
     for column, (name, scale) in zip((slice(4, 6), slice(6, 8)), (("residual", "log"), ("norm", "linear"))):
         ax, median = figure.add_subplot(grid[:, column]), np.median(kept[name], 0)
         ax.plot(np.arange(1, len(median) + 1), median, color=BLUE, linewidth=1)

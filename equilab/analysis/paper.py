@@ -1,4 +1,4 @@
-"""What the GET paper publishes, as data: CIFAR-10, FID of 50,000 samples; what stands only in a plot is left out.
+"""What the papers publish, as data; of GET: CIFAR-10, FID of 50,000 samples; what stands only in a plot is left out.
 
 Source: Geng, Pokle, Kolter 2023, tables 1 to 8 and text; the column `where` says which.
 """
@@ -6,6 +6,20 @@ Source: Geng, Pokle, Kolter 2023, tables 1 to 8 and text; the column `where` say
 from __future__ import annotations
 
 import pandas as pd
+
+# FPDM (Bai and Melas-Kyriazi 2024), table 1: FID of 50,000 samples, ImageNet 256, by transformer blocks for an image
+FPDM_BLOCKS = pd.DataFrame(
+    [("DiT", 140, 148.0, 110.0), ("DiT", 280, 80.9, 35.2), ("DiT", 560, 37.9, 16.5),
+     ("FPDM", 140, 85.8, 33.9), ("FPDM", 280, 43.3, 22.4), ("FPDM", 560, 26.1, 19.6)],
+    columns=["model", "blocks", "DDPM", "DDIM"],
+)  # fmt: skip
+FPDM_TRAININGS = pd.DataFrame(  # tables 3 to 5: at 280 blocks; parameters in millions as printed
+    [("table 3", "DiT-XL/2, 3 layers", 86, 350.6), ("table 3", "DiT-B/2, 11 layers", 130, 55.9), ("table 3", "FPDM-XL/2", 86, 31.5),
+     *(("table 4", f"S-JFB, M = N = {n}", 86, fid) for n, fid in ((3, 43.0), (6, 43.2), (12, 61.5), (24, 567.6))),
+     *(("table 5", f"{name}, N = {n}", 86, fid) for n, fids in ((6, (567.6, 48.2, 43.2)), (12, (567.6, 79.9, 61.5)))
+       for name, fid in zip(("JFB", "multi-step JFB", "S-JFB"), fids))],
+    columns=["where", "model", "parameters (M)", "FID"],
+)  # fmt: skip
 
 BATCH, ITERATIONS = 128, 800_000  # of training, where nothing else is said (section 4.1)
 

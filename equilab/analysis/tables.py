@@ -82,7 +82,7 @@ def read(folder: Path | str) -> Tables:
     rows, curves, sweeps, teacher = [], [], [], pd.DataFrame()
     for path in sorted(folder.glob("evaluate/*/metrics.json")):
         found = read_json(path, "of", "kind", "run")
-        sweep = _csv(path.with_name("sweep.csv"))
+        sweep = read_table(path.with_name("sweep.csv"))
         if found["of"] == "teacher":
             teacher = sweep.assign(run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0)
         if not found["of"].startswith("distill/"):
@@ -91,14 +91,14 @@ def read(folder: Path | str) -> Tables:
         rows.append({**found, **about, "folder": path.parent})
         about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
         sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
-        curves.append(_csv(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
+        curves.append(read_table(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
     if not rows:
         raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
     runs = pd.DataFrame(rows)
     first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
     about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
     distance = "fid_train" if "fid_train" in runs else "fd_train"
-    costs = _csv(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
+    costs = read_table(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
     sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # there may be no GET
@@ -167,7 +167,7 @@ def _as_first(sweep: pd.DataFrame) -> np.ndarray:
     return ((shown == shown.iloc[0]) | (shown.isna() & shown.iloc[0].isna())).all(axis=1).to_numpy()
 
 
-def _csv(path: Path, **how: Any) -> pd.DataFrame:
+def read_table(path: Path, **how: Any) -> pd.DataFrame:
     """Return a table that a stage wrote, all of it."""
     try:
         text = path.read_text()
@@ -236,7 +236,7 @@ def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.Da
     names = ("claims.csv", "measured.csv") if timed else ("claims.csv",)
     if missing := [name for name in names if not (Path(folder) / name).exists()]:
         raise UserError(f"{Path(folder) / missing[0]} is not there; run the stage claims first")
-    found = pd.concat([_csv(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
+    found = pd.concat([read_table(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
     return found[found["id"].isin(ids)]
 
 

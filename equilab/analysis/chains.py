@@ -1,0 +1,244 @@
+"""Denoisers followed along chains: quality by blocks, smoothing, budgets, reuse, and how their fixed points converge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from equilab.analysis import figures, paper
+from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarithmic
+from equilab.analysis.tables import read_table, replicated, short
+from equilab.config import UserError, digest, read_json
+
+SETTING = ("method", "steps", "eta", "guidance_scale", "blocks", "budget", "reuse", "solver", "tolerance")
+METHODS = {"ddpm": "DDPM", "ddim": "DDIM"}
+LOOKS = {"FPDM": {"color": BLUE, "marker": "o", "label": "FPDM"}, "DiT": {"color": ORANGE, "marker": "^", "label": "DiT"}}
+REUSE = {True: {"color": BLUE, "marker": "o", "label": "with reuse"},
+         False: {"color": BLUE, "marker": "s", "markerfacecolor": "white", "linestyle": (0, (4, 2)), "label": "without"}}  # fmt: skip
+KINDS = ("constant", "increasing", "decreasing", "adaptive")
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What a study found about its denoisers: `rows`, one for each run and setting; `position` is the setting's in
+    the run's list, `each` the iterations of a step, `model` all of a run's config but the seed."""
+
+    folder: Path
+    distance: str
+    floor: float
+    samples: int
+    rows: pd.DataFrame
+
+    @property
+    def score(self) -> str:
+        """The distance's name as people write it."""
+        return self.distance.split("_")[0].upper()
+
+    def averaged(self, rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
+        """Return rows with the seeds of a model and setting averaged."""
+        filled = rows.assign(**{name: rows[name].astype(object).where(rows[name].notna(), "-") for name in SETTING})
+        found = replicated(filled, ["model", *SETTING], [self.distance], confidence)
+        return found.sort_values(["family", "parameters", "block_evals", "steps"], kind="stable").reset_index(drop=True)
+
+
+def read(folder: Path | str) -> Chains:
+    """Return what a study found about its denoisers of discrete timesteps.
+
+    Raises: UserError if it has evaluated none.
+    """
+    folder, parts = Path(folder), []
+    for path in sorted(folder.glob("evaluate/*/metrics.json")):
+        found = read_json(path, "of", "kind", "run")
+        if found["of"].startswith("diffusion/"):
+            sweep = read_table(path.with_name("sweep.csv"))
+            sweep = sweep.reindex(columns=list(dict.fromkeys([*SETTING, *sweep])))
+            parts.append(sweep.assign(position=sweep.index, folder=path.parent, **_about(folder / found["of"] / "summary.json")))
+    if not parts:
+        raise UserError(f"{folder} holds no evaluated run of diffusion; run `dvc repro`, or give another results folder")
+    rows = pd.concat(parts, ignore_index=True)
+    rows["each"] = rows["block_evals"] / rows["nfe"] - rows["explicit"]
+    first = rows.sort_values(["seed", "run"]).groupby("model")["run"].first()
+    about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
+    distance = "fid_train" if "fid_train" in rows else "fd_train"
+    rows = rows.assign(label=rows["model"].map(first))
+    return Chains(folder, distance, about["floor"]["bootstrap"][distance], about["samples"], rows)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what the run of a summary is; `explicit` are its layers beside the fixed point."""
+    summary = read_json(path, "run", "config", "parameters", "nimg", "train_flops_image")
+    config = summary["config"]
+    network, fixed = config["network"], config["fixed_point"] or {}
+    layers = network["depth"] if network["kind"] == "dit" else network["pre"] + network["post"]
+    seedless = {**config, "seed": None}
+    return {
+        "run": summary["run"], "seed": config["seed"], "model": digest(seedless), "nimg": summary["nimg"],
+        "family": {"dit": "DiT", "fpdm": "FPDM"}[network["kind"]], "parameters": summary["parameters"],
+        "explicit": layers, "pre": network.get("pre"), "post": network.get("post"), "gradient": fixed.get("gradient"),
+        "without": fixed.get("without"), "with": fixed.get("steps"), "train_flops": summary["train_flops_image"] * summary["nimg"],
+        "but_layers": digest({**seedless, "network": {**network, "pre": None, "post": None}}),
+        "but_training": digest({**seedless, "fixed_point": None}),
+    }  # fmt: skip
+
+
+def usual(study: Chains) -> pd.DataFrame:
+    """Return the rows at the usual setting, whatever the number of steps and blocks: DiT's, and FPDM's with as many
+    iterations a step as the headline, reuse and a constant budget."""
+    rows = study.rows[study.rows["guidance_scale"].isna() & (study.rows["eta"].fillna(0) == 0)]
+    head = rows[(rows["family"] == "FPDM") & (rows["position"] == 0)].groupby("model")["each"].first()
+    near = (rows["each"] - rows["model"].map(head)).abs() <= 0.5
+    plain = (rows["budget"] == "constant") & (rows["reuse"] == True) & (rows["tolerance"] == 0)  # noqa: E712
+    return rows[(rows["family"] == "DiT") | (near & plain)]
+
+
+def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against blocks for DDPM and DDIM, beside the paper's (table 1), and its numbers."""
+    found = study.averaged(usual(study), confidence)
+    figure, grid = axes(1, 3, 2.9)
+    for name, rows in paper.FPDM_BLOCKS.groupby("model", sort=False):
+        for method, line in (("DDPM", ":"), ("DDIM", "-")):
+            grid[0, 0].plot(rows["blocks"], rows[method], linestyle=line, **{**LOOKS[name], "label": f"{name}, {method}"})
+    grid[0, 0].set(title="paper: ImageNet 256", xlabel="transformer blocks for an image", ylabel="FID")
+    for ax, method in zip(grid[0, 1:], ("ddpm", "ddim")):
+        for model, rows in found[found["method"] == method].groupby("model", sort=False):
+            look = {**LOOKS[rows["family"].iloc[0]], "label": _named(rows.iloc[0])}
+            curve(ax, rows.sort_values("block_evals"), "block_evals", study.distance, look)
+        ax.set(title=f"ours: {METHODS[method]}, {study.samples:,} images", xlabel="transformer blocks for an image",
+               ylabel=study.score)  # fmt: skip
+    for ax in grid[0]:
+        if ax.has_data():
+            logarithmic(ax)
+    legend(figure, grid)
+    return figure, _numbers(study, found)
+
+
+def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against iterations a step at a fixed number of blocks, with and without reuse (figures 4 and 6a),
+    beside a DiT that spends as much, and its numbers."""
+    rows, blocks = _fixed(study)
+    found = study.averaged(rows, confidence)
+    figure, grid = axes(1, 1, 3.0)
+    ax = grid[0, 0]
+    for reuse, look in REUSE.items():
+        curve(ax, found[found["reuse"] == reuse].sort_values("each"), "each", study.distance, look)
+    dit = study.averaged(usual(study), confidence).query("family == 'DiT' and method == 'ddim' and block_evals == @blocks")
+    for row in dit.itertuples():
+        ax.axhline(getattr(row, study.distance), color=ORANGE, linewidth=0.9, label=f"DiT, {row.steps} steps of {row.explicit}")
+    ax.set(title=f"ours: {blocks:.0f} blocks, DDIM, {study.samples:,} images", xlabel="iterations of a step (fewer: more steps)",
+           ylabel=study.score)  # fmt: skip
+    logarithmic(ax)
+    legend(figure, grid)
+    return figure, _numbers(study, pd.concat([found, dit]))
+
+
+def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
+    """Return the images of the same noises at a fixed number of blocks, a row for each number of steps (figure 5)."""
+    rows, _ = _fixed(study)
+    rows = rows[rows["reuse"] == True].sort_values(["seed", "each"]).drop_duplicates("each")  # noqa: E712
+    figure, grid = axes(len(rows), 12, 0.15 + figures.WIDTH / 13 * len(rows))
+    for line, row in zip(grid, rows.itertuples()):
+        kept = np.load(row.folder / "iterates.npz")
+        for ax, image, diverged in zip(line, kept[f"image_{row.position}"], kept[f"diverged_{row.position}"]):
+            figures.picture(ax, image, marked=bool(diverged))
+        line[0].set_ylabel(f"{row.each:.3g} its,\n{row.steps} steps", fontsize=6, rotation=0, ha="right", va="center")
+    return figure, _numbers(study, rows)
+
+
+def _fixed(study: Chains) -> tuple[pd.DataFrame, float]:
+    """Return the rows of constant budgets at the number of blocks that was spent over the most numbers of steps."""
+    rows = study.rows[(study.rows["budget"] == "constant") & (study.rows["method"] == "ddim") & (study.rows["tolerance"] == 0)]
+    rows = rows[rows["guidance_scale"].isna() & (rows["model"] == _base(study))]
+    blocks = rows.groupby("blocks")["steps"].nunique().idxmax()
+    return rows[rows["blocks"] == blocks], blocks
+
+
+def _base(study: Chains) -> str:
+    """Return the FPDM that was sampled in the most ways."""
+    return study.rows[study.rows["family"] == "FPDM"].groupby("model", sort=False)["position"].max().idxmax()
+
+
+def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
+    """Return how each kind of budget spreads its iterations over the timesteps (figure 3), what quality it buys, and
+    its numbers: the chains that differ in nothing but the kind."""
+    rows = study.rows[(study.rows["model"] == _base(study)) & study.rows["guidance_scale"].isna()]
+    alike = ["method", "steps", "blocks", "reuse", "tolerance"]
+    rows = rows[rows.groupby(alike)["budget"].transform("nunique") == rows.groupby(alike)["budget"].nunique().max()]
+    found = study.averaged(rows, confidence)
+    figure, grid = axes(1, 2, 2.7, width_ratios=(2, 1))
+    for k, (kind, marker) in enumerate(zip(KINDS, "os^D")):
+        for row in rows[rows["budget"] == kind].sort_values("seed").iloc[:1].itertuples():
+            kept = np.load(row.folder / "iterates.npz")
+            counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
+            grid[0, 0].plot(np.arange(1, len(counts) + 1), counts, marker=marker, label=kind, color=figures.TONES[k])
+        one = found[found["budget"] == kind]
+        half = one[f"{study.distance}_half"]
+        grid[0, 1].errorbar([k] * len(one), one[study.distance], yerr=None if half.isna().any() else half, marker=marker,
+                            linestyle="none", capsize=2, color=figures.TONES[k])  # fmt: skip
+    grid[0, 0].set(xlabel="step, the noisiest first", ylabel="iterations")
+    grid[0, 1].set(ylabel=study.score, title=f"ours: {study.samples:,} images")
+    grid[0, 1].set_xticks(range(len(KINDS)), KINDS, rotation=30)
+    for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+    legend(figure, grid)
+    return figure, _numbers(study, found)
+
+
+def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
+    """Return the residual of each timestep's last iteration, and along the iterations of some timesteps, with and
+    without reuse (figures 6b and 6c): medians and 10th to 90th percentile over samples; and its numbers."""
+    rows, _ = _fixed(study)
+    rows = rows[rows["seed"] == rows["seed"].min()]
+    paired = rows[rows.groupby("steps")["reuse"].transform("nunique") == 2]
+    figure, grid = axes(1, 2, 2.9, sharey=True)
+    numbers = []
+    for ax, steps in zip(grid[0], (paired["steps"].max(), paired["steps"].min())):
+        for row in paired[paired["steps"] == steps].itertuples():
+            kept = np.load(row.folder / "iterates.npz")
+            residual, t = kept[f"residual_{row.position}"], kept[f"t_{row.position}"]  # (3, S, K), (S,)
+            look = {**REUSE[row.reuse], "markersize": 3}
+            for s, at in enumerate(t):
+                k = np.flatnonzero(np.isfinite(residual[1, s]))
+                numbers += [{"steps": steps, "reuse": row.reuse, "t": at, "iteration": i + 1, "residual": residual[1, s, i],
+                             "residual_10": residual[0, s, i], "residual_90": residual[2, s, i]} for i in k]  # fmt: skip
+                if steps == paired["steps"].min():
+                    tone = figures.TONES[s % len(figures.TONES)]
+                    ax.plot(k + 1, residual[1, s, k], **{**look, "color": tone, "label": f"t = {at}" if row.reuse else None})
+            if steps == paired["steps"].max():
+                last = [np.flatnonzero(np.isfinite(one))[-1] for one in residual[1]]
+                low, middle, high = (residual[q, np.arange(len(t)), last] for q in range(3))
+                ax.plot(t, middle, **look)
+                ax.fill_between(t, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        ax.set_yscale("log")
+        ax.set_title(f"{steps} steps of {paired[paired['steps'] == steps]['each'].iloc[0]:.3g} iterations")
+    grid[0, 0].set(xlabel="timestep t (0: no noise)", ylabel="relative residual")
+    grid[0, 1].set(xlabel="iteration (open: without reuse)")
+    grid[0, 1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    legend(figure, grid)
+    return figure, pd.DataFrame(numbers)
+
+
+def trainings(study: Chains, confidence: float) -> pd.DataFrame:
+    """Return the paper's tables 3 to 5 and figure 7 of this study: every model at its headline setting."""
+    found = study.averaged(study.rows[study.rows["position"] == 0], confidence)
+    half = found[f"{study.distance}_half"].map(lambda value: "" if np.isnan(value) else f" ± {value:.2g}")
+    shown = found.assign(parameters=found["parameters"].map(short), train_flops=found["train_flops"].map(short))
+    shown[study.distance] = found[study.distance].map("{:.4g}".format) + half
+    names = {"label": "run", "parameters": "parameters", "pre": "pre", "post": "post", "gradient": "gradient",
+             "without": "N", "with": "M", "train_flops": "training FLOPs", "block_evals": "blocks", study.distance: study.score,
+             "residual": "residual", "n": "seeds"}  # fmt: skip
+    return shown[list(names)].rename(columns=names)
+
+
+def _named(row: pd.Series) -> str:
+    return f"{row['family']}, {short(row['parameters'])}"
+
+
+def _numbers(study: Chains, found: pd.DataFrame) -> pd.DataFrame:
+    kept = ["label", "family", "parameters", *SETTING, "each", "block_evals", study.distance, f"{study.distance}_half", "n"]
+    return found[[column for column in kept if column in found]]
