@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from equilab import claims
-from equilab.analysis import figures, paper, scaling, speed, tables
-from equilab.claims import FAILS, HOLDS, OPEN
+from equilab.analysis import figures, get_claims, paper, scaling, speed, tables, verdicts
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN
 from equilab.config import UserError
 
 RULE = scaling.Rule(confidence=0.95, margin_distance=0.15, margin_l1=0.05, equal_budget=0.05, ranked=300.0)
-CONFIG = claims.Config(RULE, larger=5.0, keeps=0.7, iterations=(2, 6))
+CONFIG = verdicts.Config(RULE, larger=5.0, keeps=0.7, iterations=(2, 6))
 ITERATIONS = (6, 1, 2, 4, 12)  # the first is the headline
 
 
@@ -300,9 +299,9 @@ def test_figures_have_the_same_bytes_whatever_the_users_settings(tmp_path):
 
 def judged(folder, *runs):
     """Return the verdict of every claim in a study of `runs`, by (id, part)."""
-    study = claims.Study(CONFIG, read(folder, *runs), json.loads((folder / "pairs/meta.json").read_text()))
-    found = pd.concat([claims.rows(study, claims.COUNTED), claims.rows(study, claims.MEASURED)])
-    assert found["reason"].str.len().min() > 10 and list(found) == list(claims.COLUMNS)
+    study = get_claims.Study(CONFIG, read(folder, *runs), json.loads((folder / "pairs/meta.json").read_text()))
+    found = pd.concat([verdicts.rows(study, get_claims.COUNTED), verdicts.rows(study, get_claims.MEASURED)])
+    assert found["reason"].str.len().min() > 10 and list(found) == list(verdicts.COLUMNS)
     return found.set_index(["id", "part"])["verdict"]
 
 
@@ -393,8 +392,8 @@ def test_constant_memory_may_cost_little_or_much_speed(tmp_path):
         rows = pd.read_csv(path)
         rows.loc[rows["gradient"] == "o1", ["seconds", "seconds_min", "seconds_max"]] *= factor
         rows.to_csv(path, index=False)
-        study = claims.Study(CONFIG, tables.read(tmp_path), {"nfe": 1, "count": 1, "held_out": 0})
-        assert claims.rows(study, claims.MEASURED).set_index("id")["verdict"]["GET-9"] == expected
+        study = get_claims.Study(CONFIG, tables.read(tmp_path), {"nfe": 1, "count": 1, "held_out": 0})
+        assert verdicts.rows(study, get_claims.MEASURED).set_index("id")["verdict"]["GET-9"] == expected
 
 
 def test_with_seeds_their_interval_decides_and_not_the_margin(tmp_path):

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from equilab.analysis import chains, figures
+from equilab.analysis import chains, figures, fpdm_claims
+from equilab.analysis.scaling import Rule
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Config, rows
 from equilab.config import UserError
 
 FIXED = {"gradient": "s_jfb", "without": 3, "steps": 3}
@@ -100,3 +102,52 @@ def test_figures_show_their_numbers(tmp_path):
 def test_a_study_without_denoisers_says_so(tmp_path):
     with pytest.raises(UserError, match="holds no evaluated run of diffusion"):
         chains.read(tmp_path)
+
+
+def judged(folder, *runs):
+    """Return the verdict of every claim by (id, part)."""
+    config = Config(Rule(0.95, 0.15, 0.05, 0.05, 300.0), larger=5.0, keeps=0.7, iterations=(2, 6))
+    found = rows(fpdm_claims.Study(config, study(folder, *runs)), fpdm_claims.COUNTED)
+    assert found["reason"].str.len().min() > 10
+    return found.set_index(["id", "part"])["verdict"]
+
+
+def changed(settings, factor, **alike):
+    """Return settings with the distance of those that are alike times a factor."""
+    return [{**one, "fd_train": one["fd_train"] * factor} if alike.items() <= one.items() else one for one in settings]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.3, HOLDS), (1.0, OPEN), (3.0, FAILS)])
+def test_claims_follow_the_distances(tmp_path, factor, expected):
+    level = [{**one, "fd_train": 10.0} for one in FPDM]
+    dits = [{**one, "fd_train": 10.0} for one in DIT]
+    dit = ("dit", "dit", dits, {})
+    for k, (key, alike) in enumerate({
+        ("FPDM-1", "few blocks, DDIM"): {"blocks": 16},
+        ("FPDM-1", "few blocks, DDPM"): {"method": "ddpm"},
+        ("FPDM-6", "few iterations"): {"reuse": True, "blocks": 40, "steps": 10},
+        ("FPDM-5", ""): {"reuse": True, "blocks": 40, "steps": 8},
+        ("FPDM-10", "adaptive"): {"budget": "adaptive"},
+        ("FPDM-10", "increasing"): {"budget": "increasing"},
+    }.items()):  # fmt: skip
+        found = judged(tmp_path / str(k), ("fpdm", "fpdm", changed(level, factor, **alike), {}), dit)
+        wanted = OPEN if key[0] == "FPDM-5" and expected == FAILS else expected
+        assert found[key] == wanted, key
+    many = changed([{**one, "fd_train": 10.0} for one in DIT], factor, steps=10)
+    assert judged(tmp_path / "many", ("fpdm", "fpdm", level, {}), ("dit", "dit", many, {}))["FPDM-1", "many blocks, DDIM"] == expected
+    worse = [{**FPDM[0], "fd_train": 10.0 / factor}]
+    same = [{**FPDM[0], "fd_train": 10.0}]
+    base = ("fpdm", "fpdm", level, {})
+    none = ("none", "fpdm", worse, {"network": {"kind": "fpdm", "pre": 0, "post": 0}})
+    more = ("more", "fpdm", worse, {"fixed_point": {**FIXED, "without": 12, "steps": 12}})
+    jfb = ("jfb", "fpdm", worse, {"fixed_point": {**FIXED, "gradient": "jfb", "steps": 1}})
+    multi = ("multi", "fpdm", same, {"fixed_point": {**FIXED, "gradient": "multi_step"}})
+    found = judged(tmp_path / "trainings", base, none, more, jfb, multi, dit)
+    for key in (("FPDM-7", ""), ("FPDM-8", ""), ("FPDM-9", "one step")):
+        assert found[key] == expected, key
+    assert found["FPDM-9", "stochastic"] == OPEN and found["FPDM-2", "parameters"] == FAILS
+
+
+def test_what_a_study_does_not_train_cannot_be_told(tmp_path):
+    found = judged(tmp_path, ("fpdm", "fpdm", FPDM[:1], {}))
+    assert set(found) == {OPEN}

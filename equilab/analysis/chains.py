@@ -121,7 +121,7 @@ def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
 def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     """Return quality against iterations a step at a fixed number of blocks, with and without reuse (figures 4 and 6a),
     beside a DiT that spends as much, and its numbers."""
-    rows, blocks = _fixed(study)
+    rows, blocks = fixed(study)
     found = study.averaged(rows, confidence)
     figure, grid = axes(1, 1, 3.0)
     ax = grid[0, 0]
@@ -139,7 +139,7 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
 
 def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
     """Return the images of the same noises at a fixed number of blocks, a row for each number of steps (figure 5)."""
-    rows, _ = _fixed(study)
+    rows, _ = fixed(study)
     rows = rows[rows["reuse"] == True].sort_values(["seed", "each"]).drop_duplicates("each")  # noqa: E712
     figure, grid = axes(len(rows), 12, 0.15 + figures.WIDTH / 13 * len(rows))
     for line, row in zip(grid, rows.itertuples()):
@@ -150,25 +150,30 @@ def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
     return figure, _numbers(study, rows)
 
 
-def _fixed(study: Chains) -> tuple[pd.DataFrame, float]:
+def fixed(study: Chains) -> tuple[pd.DataFrame, float]:
     """Return the rows of constant budgets at the number of blocks that was spent over the most numbers of steps."""
     rows = study.rows[(study.rows["budget"] == "constant") & (study.rows["method"] == "ddim") & (study.rows["tolerance"] == 0)]
-    rows = rows[rows["guidance_scale"].isna() & (rows["model"] == _base(study))]
+    rows = rows[rows["guidance_scale"].isna() & (rows["model"] == base(study))]
     blocks = rows.groupby("blocks")["steps"].nunique().idxmax()
-    return rows[rows["blocks"] == blocks], blocks
+    return rows[rows["blocks"] == blocks], float(blocks)
 
 
-def _base(study: Chains) -> str:
+def base(study: Chains) -> str:
     """Return the FPDM that was sampled in the most ways."""
     return study.rows[study.rows["family"] == "FPDM"].groupby("model", sort=False)["position"].max().idxmax()
+
+
+def alike(study: Chains) -> pd.DataFrame:
+    """Return the rows that differ in nothing but the kind of budget, where the most kinds were tried."""
+    rows = study.rows[(study.rows["model"] == base(study)) & study.rows["guidance_scale"].isna()]
+    kinds = rows.groupby(["method", "steps", "blocks", "reuse", "tolerance"])["budget"]
+    return rows[kinds.transform("nunique") == kinds.nunique().max()]
 
 
 def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     """Return how each kind of budget spreads its iterations over the timesteps (figure 3), what quality it buys, and
     its numbers: the chains that differ in nothing but the kind."""
-    rows = study.rows[(study.rows["model"] == _base(study)) & study.rows["guidance_scale"].isna()]
-    alike = ["method", "steps", "blocks", "reuse", "tolerance"]
-    rows = rows[rows.groupby(alike)["budget"].transform("nunique") == rows.groupby(alike)["budget"].nunique().max()]
+    rows = alike(study)
     found = study.averaged(rows, confidence)
     figure, grid = axes(1, 2, 2.7, width_ratios=(2, 1))
     for k, (kind, marker) in enumerate(zip(KINDS, "os^D")):
@@ -192,35 +197,40 @@ def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]
 def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
     """Return the residual of each timestep's last iteration, and along the iterations of some timesteps, with and
     without reuse (figures 6b and 6c): medians and 10th to 90th percentile over samples; and its numbers."""
-    rows, _ = _fixed(study)
-    rows = rows[rows["seed"] == rows["seed"].min()]
-    paired = rows[rows.groupby("steps")["reuse"].transform("nunique") == 2]
+    found = residuals(study)
     figure, grid = axes(1, 2, 2.9, sharey=True)
-    numbers = []
-    for ax, steps in zip(grid[0], (paired["steps"].max(), paired["steps"].min())):
-        for row in paired[paired["steps"] == steps].itertuples():
-            kept = np.load(row.folder / "iterates.npz")
-            residual, t = kept[f"residual_{row.position}"], kept[f"t_{row.position}"]  # (3, S, K), (S,)
-            look = {**REUSE[row.reuse], "markersize": 3}
-            for s, at in enumerate(t):
-                k = np.flatnonzero(np.isfinite(residual[1, s]))
-                numbers += [{"steps": steps, "reuse": row.reuse, "t": at, "iteration": i + 1, "residual": residual[1, s, i],
-                             "residual_10": residual[0, s, i], "residual_90": residual[2, s, i]} for i in k]  # fmt: skip
-                if steps == paired["steps"].min():
-                    tone = figures.TONES[s % len(figures.TONES)]
-                    ax.plot(k + 1, residual[1, s, k], **{**look, "color": tone, "label": f"t = {at}" if row.reuse else None})
-            if steps == paired["steps"].max():
-                last = [np.flatnonzero(np.isfinite(one))[-1] for one in residual[1]]
-                low, middle, high = (residual[q, np.arange(len(t)), last] for q in range(3))
-                ax.plot(t, middle, **look)
-                ax.fill_between(t, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    for reuse, rows in found[found["steps"] == found["steps"].max()].groupby("reuse", sort=False):
+        last = rows.sort_values("iteration").groupby("t").last().reset_index()
+        look = {**REUSE[reuse], "markersize": 3}
+        grid[0, 0].plot(last["t"], last["residual"], **look)
+        grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
+    longest = found[found["steps"] == found["steps"].min()]
+    tones = dict(zip(sorted(longest["t"].unique()), figures.TONES))
+    for (reuse, t), rows in longest.groupby(["reuse", "t"], sort=False):
+        named = {"color": tones.get(t, figures.TONES[-1]), "label": f"t = {t}" if reuse else None, "markersize": 3}
+        grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
+    for ax, steps in zip(grid[0], (found["steps"].max(), found["steps"].min())):
         ax.set_yscale("log")
-        ax.set_title(f"{steps} steps of {paired[paired['steps'] == steps]['each'].iloc[0]:.3g} iterations")
+        ax.set_title(f"{steps} steps of {found.loc[found['steps'] == steps, 'each'].iloc[0]:.3g} iterations")
     grid[0, 0].set(xlabel="timestep t (0: no noise)", ylabel="relative residual")
     grid[0, 1].set(xlabel="iteration (open: without reuse)")
     grid[0, 1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     legend(figure, grid)
-    return figure, pd.DataFrame(numbers)
+    return figure, found
+
+
+def residuals(study: Chains) -> pd.DataFrame:
+    """Return the residual after each iteration at each timestep, with and without reuse, of the chains of equal cost that
+    were sampled both ways: the median over samples, and the 10th and 90th percentile."""
+    rows, numbers = fixed(study)[0], []
+    rows = rows[rows["seed"] == rows["seed"].min()]
+    for row in rows[rows.groupby("steps")["reuse"].transform("nunique") == 2].itertuples():
+        kept = np.load(row.folder / "iterates.npz")
+        residual, t = kept[f"residual_{row.position}"], kept[f"t_{row.position}"]  # (3, S, K), (S,)
+        for s, k in zip(*np.nonzero(np.isfinite(residual[1]))):
+            numbers.append((row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]]))
+    columns = ["steps", "each", "reuse", "t", "iteration", "residual", "residual_10", "residual_90"]
+    return pd.DataFrame(numbers, columns=columns)
 
 
 def trainings(study: Chains, confidence: float) -> pd.DataFrame:

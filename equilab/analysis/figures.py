@@ -164,6 +164,7 @@ def changes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
         logarithmic(ax, y=False)
     named = [f"{row.unchanged}: {row.what}" for row in found.itertuples()]
     grid[0, 0].set_yticks(height, named)
+    grid[0, 0].set_ylim(-0.6, len(found) - 0.4)
     return figure, found
 
 

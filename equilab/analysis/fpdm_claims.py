@@ -1,0 +1,209 @@
+"""The claims of the FPDM paper, its limitation included, as tests on a study's results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from equilab.analysis import chains
+from equilab.analysis.chains import Chains
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Config, Found, listed, seeds_of, span, verdict
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the claims are tested on."""
+
+    config: Config
+    chains: Chains
+
+    def averaged(self, rows: pd.DataFrame, among: int = 1) -> pd.DataFrame:
+        """Return rows with their seeds averaged, with intervals that hold for `among` of them at once."""
+        return self.chains.averaged(rows, 1 - (1 - self.config.rule.confidence) / among)
+
+    def gain(self, first: pd.Series, last: pd.Series) -> tuple[float, float]:
+        """Return between which bounds the distance of `first` over that of `last` lies: above 1, `last` is better."""
+        measure = self.chains.distance
+        spreads = [row[f"{measure}_half"] / row[measure] for row in (first, last)]
+        reach = np.exp(self.config.rule.tolerance(measure, *spreads))
+        return first[measure] / last[measure] / reach, first[measure] / last[measure] * reach
+
+    def compared(self, told: str, first: pd.Series, last: pd.Series) -> Found:
+        """Return what comes of the claim that `last` is better than `first`."""
+        bounds = self.gain(first, last)
+        seeds = seeds_of(pd.DataFrame([first, last]))
+        return Found(f"{self.chains.score} {told}", f"{span(*bounds)} times", seeds, verdict(*bounds))
+
+    def value(self, row: pd.Series) -> str:
+        """Return the distance of a row as people write it."""
+        return f"{row[self.chains.distance]:.3g}"
+
+
+Test = Callable[[Study], Found | None]  # None: the study trains nothing that could tell
+
+
+def at_blocks(method: str, few: bool) -> Test:
+    """Return the test of FPDM against DiT at the fewest blocks that both were sampled with, or the reverse at the most."""
+
+    def test(study: Study) -> Found | None:
+        rows = study.averaged(chains.usual(study.chains))
+        rows = rows[rows["method"] == method]
+        both = [rows[rows["family"] == family].drop_duplicates("block_evals").set_index("block_evals") for family in ("DiT", "FPDM")]
+        common = sorted(set(both[0].index) & set(both[1].index))
+        if not common:
+            return None
+        dit, fpdm = (rows.loc[common[0 if few else -1]] for rows in both)
+        told = "; ".join(f"{blocks:.0f} blocks: DiT {study.value(both[0].loc[blocks])}, FPDM {study.value(both[1].loc[blocks])}"
+                         for blocks in common)  # fmt: skip
+        return study.compared(told, *((dit, fpdm) if few else (fpdm, dit)))
+
+    return test
+
+
+def parameters(study: Study) -> Found | None:
+    """Test that FPDM has fewer parameters than the DiT it is compared with."""
+    rows = study.chains.rows.drop_duplicates("model").set_index("family")["parameters"]
+    if not {"DiT", "FPDM"} <= set(rows.index):
+        return None
+    dit, fpdm = (rows.loc[[family]].iloc[0] for family in ("DiT", "FPDM"))
+    return Found(f"FPDM {fpdm:,} parameters, DiT {dit:,}: {fpdm / dit:.0%}", "counted", "1", HOLDS if fpdm < dit else FAILS)
+
+
+def own_size(study: Study) -> Found | None:
+    """Test FPDM against the DiT nearest in parameters, where that is within a quarter, at about equal sampling FLOPs."""
+    rows = study.averaged(chains.usual(study.chains)).query("method == 'ddim'")
+    fpdm, dit = (rows[rows["family"] == family] for family in ("FPDM", "DiT"))
+    if fpdm.empty or dit.empty:
+        return None
+    head = fpdm[fpdm["model"] == chains.base(study.chains)].sort_values("flops").iloc[-1]
+    dit = dit[np.abs(np.log(dit["parameters"] / head["parameters"])) < 0.25]
+    if dit.empty:
+        return None
+    other = dit.loc[np.abs(np.log(dit["flops"] / head["flops"])).idxmin()]
+    told = f"{study.value(other)} of {other['label']} ({other['parameters']:,} parameters), {study.value(head)} of {head['label']}"
+    return study.compared(f"{told} ({head['parameters']:,}), at {head['flops']:.3g} and {other['flops']:.3g} FLOPs", other, head)
+
+
+def middle(study: Study) -> Found | None:
+    """Test that the best number of iterations a step, at equal blocks, is neither the fewest nor the most."""
+    rows, blocks = chains.fixed(study.chains)
+    rows = rows[rows["reuse"] == True]  # noqa: E712
+    if rows["steps"].nunique() < 3:
+        return None
+    rows = study.averaged(rows, rows["steps"].nunique()).sort_values("each").reset_index(drop=True)
+    best = rows[study.chains.distance].idxmin()
+    bounds = np.array([study.gain(rows.iloc[end], rows.iloc[best]) for end in (0, -1)]).min(0)
+    told = FAILS if best in (0, len(rows) - 1) else verdict(*bounds)
+    if told == FAILS:  # an end is ahead: of all in between, or the claim stays open
+        nearest = rows.iloc[1:-1].sort_values(study.chains.distance).iloc[0]
+        told = FAILS if study.gain(nearest, rows.iloc[best])[0] > 1 else OPEN
+    ours = f"{study.chains.score} at {blocks:.0f} blocks: {listed(rows, study.chains.distance, 'each')} iterations a step"
+    return Found(ours, f"{span(*bounds)} times, against both ends", seeds_of(rows), told)
+
+
+def reuse(few: bool) -> Test:
+    """Return the test that reuse helps at the fewest iterations a step, or that it helps less at the most."""
+
+    def test(study: Study) -> Found | None:
+        rows, blocks = chains.fixed(study.chains)
+        rows = study.averaged(rows)
+        paired = rows[rows.groupby("steps")["reuse"].transform("nunique") == 2]
+        if paired["steps"].nunique() < 2:
+            return None
+        told, bounds = [], []
+        for steps in (paired["steps"].max(), paired["steps"].min()):
+            without, with_ = (paired[(paired["steps"] == steps) & (paired["reuse"] == one)].iloc[0] for one in (False, True))
+            bounds.append(study.gain(without, with_))
+            told.append(f"{with_['each']:.3g} iterations a step: {study.value(without)} without, {study.value(with_)} with")
+        ours = f"{study.chains.score} at {blocks:.0f} blocks; {'; '.join(told)}"
+        if few:
+            return Found(ours, f"{span(*bounds[0])} times", seeds_of(paired), verdict(*bounds[0]))
+        low, high = bounds[0][0] / bounds[1][1], bounds[0][1] / bounds[1][0]
+        return Found(ours, f"{span(low, high)} times more with few", seeds_of(paired), verdict(low, high))
+
+    return test
+
+
+def less_noisy(study: Study) -> Found | None:
+    """Test that reuse lowers the residual more in the less noisy half of the timesteps than in the other."""
+    found = chains.residuals(study.chains)
+    if found.empty:
+        return None
+    last = found.sort_values("iteration").groupby(["steps", "reuse", "t"])["residual"].last().unstack("reuse")
+    last = last.loc[last.index.get_level_values("steps").max()].rename(columns={False: "without", True: "with"})
+    gain = (last["without"] / last["with"]).sort_index()
+    clean, noisy = (np.exp(np.log(part).mean()) for part in (gain.iloc[: len(gain) // 2], gain.iloc[-(len(gain) // 2) :]))
+    ours = f"reuse divides the residual by {clean:.3g} in the less noisy half of the timesteps, by {noisy:.3g} in the other"
+    return Found(ours, "geometric means of medians over samples", "1", HOLDS if clean > noisy else FAILS)
+
+
+def kinds(kind: str) -> Test:
+    """Return the test that a budget of this kind is better than a constant one of the same total."""
+
+    def test(study: Study) -> Found | None:
+        rows = study.averaged(chains.alike(study.chains))
+        named = rows.drop_duplicates("budget").set_index("budget")
+        if not {kind, "constant"} <= set(named.index):
+            return None
+        told = f"at {named.loc[kind, 'blocks']:.0f} blocks: constant {study.value(named.loc['constant'])}, "
+        return study.compared(told + f"{kind} {study.value(named.loc[kind])}", named.loc["constant"], named.loc[kind])
+
+    return test
+
+
+def _models(study: Study, but: str) -> pd.DataFrame:
+    """Return the FPDMs that differ in one thing from the base at their headline setting, averaged."""
+    rows = study.chains.rows[(study.chains.rows["family"] == "FPDM") & (study.chains.rows["position"] == 0)]
+    key = rows.loc[rows["model"] == chains.base(study.chains), but].iloc[0] if len(rows) else ""
+    return study.averaged(rows[rows[but] == key])
+
+
+def layers(study: Study) -> Found | None:
+    """Test that one layer before and after the fixed point is better than none."""
+    rows = _models(study, "but_layers").drop_duplicates("pre").set_index("pre").sort_index()
+    if not {0, 1} <= set(rows.index):
+        return None
+    return study.compared(listed(rows.reset_index(), study.chains.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
+
+
+def few_iterations(study: Study) -> Found | None:
+    """Test that the fewest iterations in training are better than the most, drawn as S-JFB does."""
+    rows = _models(study, "but_training").query("gradient == 's_jfb'").sort_values("without")
+    if rows["without"].nunique() < 2:
+        return None
+    return study.compared(f"{listed(rows, study.chains.distance, 'without')} = N", rows.iloc[-1], rows.iloc[0])
+
+
+def gradients(worse: str, better: str) -> Test:
+    """Return the test that one gradient is better than another with as many iterations before it."""
+
+    def test(study: Study) -> Found | None:
+        rows = _models(study, "but_training")
+        rows = rows[rows.groupby("without")["gradient"].transform("nunique") > 1]
+        named = rows.drop_duplicates("gradient").set_index("gradient")
+        if not {worse, better} <= set(named.index):
+            return None
+        told = f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])}, N = {rows['without'].iloc[0]:.0f}"
+        return study.compared(told, named.loc[worse], named.loc[better])
+
+    return test
+
+
+COUNTED: dict[tuple[str, str], Test] = {
+    **{("FPDM-1", f"{name} blocks, {chains.METHODS[method]}"): at_blocks(method, name == "few")
+       for name in ("few", "many") for method in ("ddpm", "ddim")},
+    ("FPDM-2", "parameters"): parameters,
+    ("FPDM-4", ""): own_size,
+    ("FPDM-5", ""): middle,
+    ("FPDM-6", "few iterations"): reuse(few=True),
+    ("FPDM-6", "many iterations"): reuse(few=False),
+    ("FPDM-6", "less noisy"): less_noisy,
+    ("FPDM-7", ""): layers,
+    ("FPDM-8", ""): few_iterations,
+    ("FPDM-9", "one step"): gradients("jfb", "multi_step"),
+    ("FPDM-9", "stochastic"): gradients("multi_step", "s_jfb"),
+    **{("FPDM-10", kind): kinds(kind) for kind in chains.KINDS[1:]},
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""What a claim's test found, and the rows of the claims table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from equilab import config as configs
+from equilab.analysis.scaling import Rule
+from equilab.analysis.tables import short
+
+TEXTS = Path(configs.__file__).with_name("claims.yaml")
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
+COLUMNS = ("id", "part", "claim", "where", "published", "ours", "interval", "seeds", "verdict", "reason")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `claims`."""
+
+    rule: Rule  # when a difference counts
+    larger: float  # GET-2: times the parameters of a GET that a ViT as good must need
+    keeps: float  # GET-9: share of the training speed that O(1) memory must keep
+    iterations: tuple[int, int]  # GET-5: fewest and most iterations of the claim
+
+    def __post_init__(self):
+        if self.larger < 1 or not 0 < self.keeps <= 1 or not 1 <= self.iterations[0] < self.iterations[1]:
+            raise ValueError("larger must be >= 1, keeps between 0 and 1, iterations rising from 1 or more")
+
+
+class Found(NamedTuple):
+    """What a test found: in words, as an interval, over how many seeds, with which verdict."""
+
+    ours: str
+    interval: str
+    seeds: str
+    verdict: str
+    note: str = ""  # what else the study shows about the reason
+
+
+def rows(study: Any, tests: Mapping[tuple[str, str], Callable[[Any], Found | None]]) -> pd.DataFrame:
+    """Return a row for each test, by (id, part), with the words of `claims.yaml`; a test returns None where the study
+    trains nothing that could tell."""
+    texts, table = {(text["id"], text["part"]): text for text in configs.read(TEXTS)["claims"]}, []
+    for key, test in tests.items():
+        text, found = texts[key], test(study)
+        reason = text[{HOLDS: "holds", FAILS: "fails", OPEN: "open"}[found.verdict]] if found else text["missing"]
+        found = found or Found("–", "–", "0", OPEN)
+        table.append([text[column] for column in COLUMNS[:5]] + [*found[:4], reason + found.note])
+    return pd.DataFrame(table, columns=COLUMNS)
+
+
+def verdict(low: float, high: float, target: float = 1.0) -> str:
+    """Return whether something that lies in low..high is at least `target`."""
+    return HOLDS if low >= target else FAILS if high < target else OPEN
+
+
+def span(low: float, high: float) -> str:
+    """Return an interval in words."""
+    if not np.isfinite(high):
+        return f"more than {low:.3g}" if low else "not bounded"
+    return f"{low:.3g} to {high:.3g}" if low else f"less than {high:.3g}"
+
+
+def seeds_of(frame: pd.DataFrame) -> str:
+    """Return over how many seeds the rows were averaged."""
+    low, high = frame["n"].min(), frame["n"].max()
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+
+
+def listed(frame: pd.DataFrame, measure: str, at: str) -> str:
+    """Return "value at cost" of every row."""
+    name = lambda value: value if isinstance(value, str) else short(value)  # noqa: E731
+    return ", ".join(f"{row[measure]:.3g} at {name(row[at])}" for _, row in frame.iterrows())
