@@ -127,6 +127,8 @@ def _processes(study: Study) -> None:
     torch.set_num_threads(study.threads)
     if "RANK" in os.environ:
         cuda = study.device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
 

@@ -35,7 +35,7 @@ def run(config: Config, job: Job) -> None:
         "compared. Published numbers: CIFAR-10, FID. Reasons are likely ones: what was not compared is not tested."
     )
     counted, timed = rows(study, get_claims.COUNTED), rows(study, get_claims.MEASURED if len(study.tables.costs) else {})
-    if list(folder.glob("diffusion/*/summary.json")):
+    if chains.evaluated(folder):
         denoisers = fpdm_claims.Study(config, chains.read(folder))
         counted = pd.concat([counted, rows(denoisers, fpdm_claims.COUNTED)])
     for name, title, table in (("claims", "Claims", counted), ("measured", "Claims on seconds and memory", timed)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,7 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a result that it reads is missing or damaged, or the settings do not fit the run.
     """
+    plan(config, job, job.read)  # refuses what cannot be
     device = device_of(job)
     scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device)
     samples = read_json(results("evaluator") / "summary.json", "samples")["samples"]
@@ -211,12 +213,11 @@ def _chains(config: Config, job: Job, generator: Generator) -> dict[str, np.ndar
         found |= {f"image_{k}": np.concatenate(images)[:SHOWN], f"diverged_{k}": np.concatenate(diverged)[:SHOWN]}
         found[f"t_{k}"] = np.array(evenly(generator.config.diffusion.timesteps, setting.steps)[::-1])
         if steps[0]:
-            most = max(one.shape[1] for one in steps[0])
-            spread = np.full((3, len(steps[0]), most), np.nan, np.float32)
-            for s, parts in enumerate(zip(*steps)):
-                residual = np.concatenate(parts)  # (B, K)
-                spread[:, s, : residual.shape[1]] = np.nanpercentile(residual, (10, 50, 90), axis=0)
-            found[f"residual_{k}"] = spread
+            most = max(one.shape[1] for batch in steps for one in batch)
+            wide = [[np.pad(one, ((0, 0), (0, most - one.shape[1])), constant_values=np.nan) for one in batch] for batch in steps]
+            residual = np.concatenate(wide, 1)  # (S, B, K)
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # iterations that no sample made
+                found[f"residual_{k}"] = np.nanpercentile(residual, (10, 50, 90), axis=1).astype(np.float32)
     return found
 
 

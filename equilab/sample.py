@@ -62,7 +62,7 @@ class Guidance:
 class Along:
     """How the fixed points along a chain are solved, and what they may cost."""
 
-    blocks: int  # transformer blocks applied for an image, over all steps, those before and after the fixed point included
+    blocks: int  # of a chain without guidance (which takes two): over all steps, explicit layers included
     budget: Literal["constant", "increasing", "decreasing", "adaptive"]  # how the iterations are spread over the steps
     reuse: bool  # each step starts from the solution of the one before
     method: Literal["iterate", "anderson", "broyden"]
@@ -110,6 +110,8 @@ def budget(config: diffusion.Config, setting: ChainSampler) -> Budget | None:
     if (along is None) != (config.fixed_point is None):
         raise ValueError(f"fixed_point must be given for fpdm and null for dit, this is a {config.network.kind}")
     evenly(config.diffusion.timesteps, setting.steps)
+    if setting.guidance and not config.label_dropout:
+        raise ValueError("guidance needs a run with conditional true and label_dropout above 0; set guidance to null")
     if along is None:
         return None
     explicit = config.network.arguments["pre"] + config.network.arguments["post"]

@@ -24,7 +24,7 @@ def setting(steps, blocks=None, method="ddim", reuse=True, budget="constant", ex
 
 FPDM = [setting(10, 40), setting(4, 16), setting(20, 80), *(setting(s, 40) for s in (13, 8, 4)),
         *(setting(s, 40, reuse=False) for s in (10, 8, 4)), *(setting(8, 40, budget=k) for k in chains.KINDS[1:]),
-        setting(10, 40, "ddpm")]  # fmt: skip
+        setting(10, 40, "ddpm"), setting(20, 80, "ddpm")]  # fmt: skip
 DIT = [setting(steps, method=method, explicit=8) for method in ("ddim", "ddpm") for steps in (5, 2, 10)]
 
 
@@ -124,7 +124,7 @@ def test_claims_follow_the_distances(tmp_path, factor, expected):
     dit = ("dit", "dit", dits, {})
     for k, (key, alike) in enumerate({
         ("FPDM-1", "few blocks, DDIM"): {"blocks": 16},
-        ("FPDM-1", "few blocks, DDPM"): {"method": "ddpm"},
+        ("FPDM-1", "few blocks, DDPM"): {"method": "ddpm", "blocks": 40},
         ("FPDM-6", "few iterations"): {"reuse": True, "blocks": 40, "steps": 10},
         ("FPDM-5", ""): {"reuse": True, "blocks": 40, "steps": 8},
         ("FPDM-10", "adaptive"): {"budget": "adaptive"},

@@ -16,7 +16,9 @@ from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarith
 from equilab.analysis.tables import read_table, replicated, short
 from equilab.config import UserError, digest, read_json
 
-SETTING = ("method", "steps", "eta", "guidance_scale", "blocks", "budget", "reuse", "solver", "tolerance")
+SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
+           "tolerance", "memory", "mixing")  # fmt: skip
+FREE = ("method", "eta", "steps", "blocks", "budget", "reuse")  # what the analyses vary; all else is as in the headline
 METHODS = {"ddpm": "DDPM", "ddim": "DDIM"}
 LOOKS = {"FPDM": {"color": BLUE, "marker": "o", "label": "FPDM"}, "DiT": {"color": ORANGE, "marker": "^", "label": "DiT"}}
 REUSE = {True: {"color": BLUE, "marker": "o", "label": "with reuse"},
@@ -43,8 +45,15 @@ class Chains:
     def averaged(self, rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
         """Return rows with the seeds of a model and setting averaged."""
         filled = rows.assign(**{name: rows[name].astype(object).where(rows[name].notna(), "-") for name in SETTING})
+        filled = filled.drop_duplicates(["run", *SETTING])
         found = replicated(filled, ["model", *SETTING], [self.distance], confidence)
         return found.sort_values(["family", "parameters", "block_evals", "steps"], kind="stable").reset_index(drop=True)
+
+
+def evaluated(folder: Path) -> list[Path]:
+    """Return the metrics.json of every evaluated run of diffusion."""
+    found = sorted(folder.glob("evaluate/*/metrics.json"))
+    return [path for path in found if read_json(path, "of", "kind", "run")["of"].startswith("diffusion/")]
 
 
 def read(folder: Path | str) -> Chains:
@@ -53,12 +62,11 @@ def read(folder: Path | str) -> Chains:
     Raises: UserError if it has evaluated none.
     """
     folder, parts = Path(folder), []
-    for path in sorted(folder.glob("evaluate/*/metrics.json")):
-        found = read_json(path, "of", "kind", "run")
-        if found["of"].startswith("diffusion/"):
-            sweep = read_table(path.with_name("sweep.csv"))
-            sweep = sweep.reindex(columns=list(dict.fromkeys([*SETTING, *sweep])))
-            parts.append(sweep.assign(position=sweep.index, folder=path.parent, **_about(folder / found["of"] / "summary.json")))
+    for path in evaluated(folder):
+        sweep = read_table(path.with_name("sweep.csv"))
+        sweep = sweep.reindex(columns=list(dict.fromkeys([*SETTING, *sweep])))
+        about = _about(folder / read_json(path, "of")["of"] / "summary.json")
+        parts.append(sweep.assign(position=sweep.index, folder=path.parent, **about))
     if not parts:
         raise UserError(f"{folder} holds no evaluated run of diffusion; run `dvc repro`, or give another results folder")
     rows = pd.concat(parts, ignore_index=True)
@@ -66,8 +74,16 @@ def read(folder: Path | str) -> Chains:
     first = rows.sort_values(["seed", "run"]).groupby("model")["run"].first()
     about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
     distance = "fid_train" if "fid_train" in rows else "fd_train"
-    rows = rows.assign(label=rows["model"].map(first))
+    rows = rows.assign(label=rows["model"].map(first), plain=_plain(rows))
     return Chains(folder, distance, about["floor"]["bootstrap"][distance], about["samples"], rows)
+
+
+def _plain(rows: pd.DataFrame) -> pd.Series:
+    """Return which rows differ from their run's headline in nothing but what the analyses vary, and add little noise."""
+    kept = rows[[name for name in SETTING if name not in FREE]].astype(object)
+    kept = kept.where(kept.notna(), "-")
+    first = kept[rows["position"] == 0].set_index(rows.loc[rows["position"] == 0, "run"])
+    return (kept.to_numpy() == first.loc[rows["run"]].to_numpy()).all(1) & (rows["eta"].fillna(0) == 0)
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -90,11 +106,11 @@ def _about(path: Path) -> dict[str, Any]:
 def usual(study: Chains) -> pd.DataFrame:
     """Return the rows at the usual setting, whatever the number of steps and blocks: DiT's, and FPDM's with as many
     iterations a step as the headline, reuse and a constant budget."""
-    rows = study.rows[study.rows["guidance_scale"].isna() & (study.rows["eta"].fillna(0) == 0)]
+    rows = study.rows[study.rows["plain"]]
     head = rows[(rows["family"] == "FPDM") & (rows["position"] == 0)].groupby("model")["each"].first()
     near = (rows["each"] - rows["model"].map(head)).abs() <= 0.5
-    plain = (rows["budget"] == "constant") & (rows["reuse"] == True) & (rows["tolerance"] == 0)  # noqa: E712
-    return rows[(rows["family"] == "DiT") | (near & plain)]
+    constant = (rows["budget"] == "constant") & (rows["reuse"] == True)  # noqa: E712
+    return rows[(rows["family"] == "DiT") | (near & constant)]
 
 
 def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
@@ -152,22 +168,25 @@ def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
 
 def fixed(study: Chains) -> tuple[pd.DataFrame, float]:
     """Return the rows of constant budgets at the number of blocks that was spent over the most numbers of steps."""
-    rows = study.rows[(study.rows["budget"] == "constant") & (study.rows["method"] == "ddim") & (study.rows["tolerance"] == 0)]
-    rows = rows[rows["guidance_scale"].isna() & (rows["model"] == base(study))]
+    rows = study.rows[study.rows["plain"] & (study.rows["model"] == base(study))]
+    rows = rows[(rows["budget"] == "constant") & (rows["method"] == "ddim")]
+    if rows.empty:
+        return rows, 0.0
     blocks = rows.groupby("blocks")["steps"].nunique().idxmax()
     return rows[rows["blocks"] == blocks], float(blocks)
 
 
-def base(study: Chains) -> str:
-    """Return the FPDM that was sampled in the most ways."""
-    return study.rows[study.rows["family"] == "FPDM"].groupby("model", sort=False)["position"].max().idxmax()
+def base(study: Chains, family: str = "FPDM") -> str:
+    """Return the model of a family that was sampled in the most ways; nothing without any."""
+    found = study.rows[study.rows["family"] == family].groupby("model", sort=False)["position"].max()
+    return found.idxmax() if len(found) else ""
 
 
 def alike(study: Chains) -> pd.DataFrame:
     """Return the rows that differ in nothing but the kind of budget, where the most kinds were tried."""
-    rows = study.rows[(study.rows["model"] == base(study)) & study.rows["guidance_scale"].isna()]
-    kinds = rows.groupby(["method", "steps", "blocks", "reuse", "tolerance"])["budget"]
-    return rows[kinds.transform("nunique") == kinds.nunique().max()]
+    rows = study.rows[(study.rows["model"] == base(study)) & study.rows["plain"]]
+    groups = [group for _, group in rows.groupby(["method", "steps", "blocks", "reuse"]) if group["budget"].nunique() > 1]
+    return max(groups, key=lambda group: group["budget"].nunique(), default=rows.iloc[:0])
 
 
 def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
@@ -198,6 +217,7 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
     """Return the residual of each timestep's last iteration, and along the iterations of some timesteps, with and
     without reuse (figures 6b and 6c): medians and 10th to 90th percentile over samples; and its numbers."""
     found = residuals(study)
+    found = found[found["seed"] == found["seed"].min()]
     figure, grid = axes(1, 2, 2.9, sharey=True)
     for reuse, rows in found[found["steps"] == found["steps"].max()].groupby("reuse", sort=False):
         last = rows.sort_values("iteration").groupby("t").last().reset_index()
@@ -223,13 +243,12 @@ def residuals(study: Chains) -> pd.DataFrame:
     """Return the residual after each iteration at each timestep, with and without reuse, of the chains of equal cost that
     were sampled both ways: the median over samples, and the 10th and 90th percentile."""
     rows, numbers = fixed(study)[0], []
-    rows = rows[rows["seed"] == rows["seed"].min()]
     for row in rows[rows.groupby("steps")["reuse"].transform("nunique") == 2].itertuples():
         kept = np.load(row.folder / "iterates.npz")
         residual, t = kept[f"residual_{row.position}"], kept[f"t_{row.position}"]  # (3, S, K), (S,)
         for s, k in zip(*np.nonzero(np.isfinite(residual[1]))):
-            numbers.append((row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]]))
-    columns = ["steps", "each", "reuse", "t", "iteration", "residual", "residual_10", "residual_90"]
+            numbers.append((row.seed, row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]]))
+    columns = ["seed", "steps", "each", "reuse", "t", "iteration", "residual", "residual_10", "residual_90"]
     return pd.DataFrame(numbers, columns=columns)
 
 

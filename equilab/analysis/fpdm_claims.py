@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from equilab.analysis import chains
 from equilab.analysis.chains import Chains
@@ -49,11 +50,12 @@ def at_blocks(method: str, few: bool) -> Test:
     """Return the test of FPDM against DiT at the fewest blocks that both were sampled with, or the reverse at the most."""
 
     def test(study: Study) -> Found | None:
-        rows = study.averaged(chains.usual(study.chains))
-        rows = rows[rows["method"] == method]
-        both = [rows[rows["family"] == family].drop_duplicates("block_evals").set_index("block_evals") for family in ("DiT", "FPDM")]
+        rows = chains.usual(study.chains)
+        rows = rows.assign(spent=rows["blocks"].fillna(rows["block_evals"]))[rows["method"] == method]
+        rows = study.averaged(rows)
+        both = [rows[rows["model"] == chains.base(study.chains, family)].set_index("spent") for family in ("DiT", "FPDM")]
         common = sorted(set(both[0].index) & set(both[1].index))
-        if not common:
+        if len(common) < 2:
             return None
         dit, fpdm = (rows.loc[common[0 if few else -1]] for rows in both)
         told = "; ".join(f"{blocks:.0f} blocks: DiT {study.value(both[0].loc[blocks])}, FPDM {study.value(both[1].loc[blocks])}"
@@ -65,24 +67,28 @@ def at_blocks(method: str, few: bool) -> Test:
 
 def parameters(study: Study) -> Found | None:
     """Test that FPDM has fewer parameters than the DiT it is compared with."""
-    rows = study.chains.rows.drop_duplicates("model").set_index("family")["parameters"]
-    if not {"DiT", "FPDM"} <= set(rows.index):
+    counts = study.chains.rows.drop_duplicates("model").set_index("model")["parameters"]
+    models = [chains.base(study.chains, family) for family in ("DiT", "FPDM")]
+    if not all(models):
         return None
-    dit, fpdm = (rows.loc[[family]].iloc[0] for family in ("DiT", "FPDM"))
+    dit, fpdm = counts[models]
     return Found(f"FPDM {fpdm:,} parameters, DiT {dit:,}: {fpdm / dit:.0%}", "counted", "1", HOLDS if fpdm < dit else FAILS)
 
 
 def own_size(study: Study) -> Found | None:
-    """Test FPDM against the DiT nearest in parameters, where that is within a quarter, at about equal sampling FLOPs."""
+    """Test FPDM against the DiT nearest in parameters, and at sampling FLOPs about as many: within a factor of 1.28."""
     rows = study.averaged(chains.usual(study.chains)).query("method == 'ddim'")
     fpdm, dit = (rows[rows["family"] == family] for family in ("FPDM", "DiT"))
     if fpdm.empty or dit.empty:
         return None
     head = fpdm[fpdm["model"] == chains.base(study.chains)].sort_values("flops").iloc[-1]
-    dit = dit[np.abs(np.log(dit["parameters"] / head["parameters"])) < 0.25]
+    dit = dit[np.abs(np.log(dit["parameters"] / head["parameters"])) <= 0.25]
     if dit.empty:
         return None
-    other = dit.loc[np.abs(np.log(dit["flops"] / head["flops"])).idxmin()]
+    apart = np.abs(np.log(dit["flops"] / head["flops"]))
+    if apart.min() > 0.25:
+        return None
+    other = dit.loc[apart.idxmin()]
     told = f"{study.value(other)} of {other['label']} ({other['parameters']:,} parameters), {study.value(head)} of {head['label']}"
     return study.compared(f"{told} ({head['parameters']:,}), at {head['flops']:.3g} and {other['flops']:.3g} FLOPs", other, head)
 
@@ -130,14 +136,23 @@ def reuse(few: bool) -> Test:
 def less_noisy(study: Study) -> Found | None:
     """Test that reuse lowers the residual more in the less noisy half of the timesteps than in the other."""
     found = chains.residuals(study.chains)
-    if found.empty:
+    found = found[found["steps"] == found["steps"].max()]
+    found = found[found["t"] < found["t"].max()]  # the first step has nothing to reuse
+    if found["t"].nunique() < 2:
         return None
-    last = found.sort_values("iteration").groupby(["steps", "reuse", "t"])["residual"].last().unstack("reuse")
-    last = last.loc[last.index.get_level_values("steps").max()].rename(columns={False: "without", True: "with"})
-    gain = (last["without"] / last["with"]).sort_index()
-    clean, noisy = (np.exp(np.log(part).mean()) for part in (gain.iloc[: len(gain) // 2], gain.iloc[-(len(gain) // 2) :]))
-    ours = f"reuse divides the residual by {clean:.3g} in the less noisy half of the timesteps, by {noisy:.3g} in the other"
-    return Found(ours, "geometric means of medians over samples", "1", HOLDS if clean > noisy else FAILS)
+    last = found.sort_values("iteration").groupby(["seed", "t", "reuse"])["residual"].last().unstack("reuse")
+    last = last.rename(columns={False: "without", True: "with"})
+    gain, half = np.log(last["without"] / last["with"]).unstack("t").sort_index(axis=1), found["t"].nunique() // 2
+    clean, noisy = gain.iloc[:, :half].mean(axis=1), gain.iloc[:, -half:].mean(axis=1)
+    more, count = clean - noisy, len(gain)
+    rule = study.config.rule
+    reach = np.log1p(rule.margin_distance)
+    if count > 1:
+        reach = stats.t.ppf((1 + rule.confidence) / 2, count - 1) * more.std(ddof=1) / np.sqrt(count)
+    low, high = np.exp(more.mean() - reach), np.exp(more.mean() + reach)
+    ours = (f"reuse divides the residual by {np.exp(clean.mean()):.3g} in the less noisy half of the timesteps, by "
+            f"{np.exp(noisy.mean()):.3g} in the other")  # fmt: skip
+    return Found(ours, f"{span(low, high)} times more", str(count), verdict(low, high))
 
 
 def kinds(kind: str) -> Test:
@@ -157,13 +172,16 @@ def kinds(kind: str) -> Test:
 def _models(study: Study, but: str) -> pd.DataFrame:
     """Return the FPDMs that differ in one thing from the base at their headline setting, averaged."""
     rows = study.chains.rows[(study.chains.rows["family"] == "FPDM") & (study.chains.rows["position"] == 0)]
-    key = rows.loc[rows["model"] == chains.base(study.chains), but].iloc[0] if len(rows) else ""
-    return study.averaged(rows[rows[but] == key])
+    rows = rows.astype({name: object for name in chains.SETTING}).fillna({name: "-" for name in chains.SETTING})
+    head = rows[rows["model"] == chains.base(study.chains)].iloc[:1]
+    same = rows.merge(head[[but, *chains.SETTING]].drop(columns="blocks"), how="inner")
+    return study.averaged(same)
 
 
 def layers(study: Study) -> Found | None:
     """Test that one layer before and after the fixed point is better than none."""
-    rows = _models(study, "but_layers").drop_duplicates("pre").set_index("pre").sort_index()
+    rows = _models(study, "but_layers")
+    rows = rows[rows["pre"] == rows["post"]].set_index("pre").sort_index()
     if not {0, 1} <= set(rows.index):
         return None
     return study.compared(listed(rows.reset_index(), study.chains.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
@@ -182,9 +200,10 @@ def gradients(worse: str, better: str) -> Test:
 
     def test(study: Study) -> Found | None:
         rows = _models(study, "but_training")
-        rows = rows[rows.groupby("without")["gradient"].transform("nunique") > 1]
-        named = rows.drop_duplicates("gradient").set_index("gradient")
-        if not {worse, better} <= set(named.index):
+        rows = rows[rows["gradient"].isin((worse, better))].sort_values("without")
+        rows = rows[rows.groupby("without")["gradient"].transform("nunique") == 2].iloc[:2]
+        named = rows.set_index("gradient")
+        if named.empty:
             return None
         told = f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])}, N = {rows['without'].iloc[0]:.0f}"
         return study.compared(told, named.loc[worse], named.loc[better])

@@ -182,15 +182,17 @@ def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], 
     """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half
     the t-interval at `confidence` of the mean; nan where there are no seeds. Other columns are those of the first seed.
 
-    Three seeds tell little of a spread: it is pooled, all rows being taken to vary by the same factor.
+    Three seeds tell little of a spread: it is pooled, all rows being taken to vary by the same factor. Several settings
+    of the same trained models are no more degrees of freedom than one.
     """
     kept = frame.sort_values("seed", kind="stable").groupby(list(keys), sort=False)
     table = kept.first()
     table["n"] = kept.size()
-    freedom = int((table["n"] - 1).sum())
+    freedom = int(min((frame.groupby("model")["seed"].nunique() - 1).sum(), (table["n"] - 1).sum()))
     for value in values:
         table[value] = kept[value].mean()
-        spread = np.sqrt(np.nansum((kept[value].std(ddof=1) / table[value]) ** 2 * (table["n"] - 1)) / max(freedom, 1))
+        squares = np.nansum((kept[value].std(ddof=1) / table[value]) ** 2 * (table["n"] - 1))
+        spread = np.sqrt(squares / max((table["n"] - 1).sum(), 1))
         reach = stats.t.ppf((1 + confidence) / 2, freedom) if freedom else np.nan
         table[f"{value}_half"] = table[value] * spread * reach / np.sqrt(table["n"])
     return table.reset_index()

@@ -88,7 +88,11 @@ class Config:
 
 
 def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs."""
+    """Return what the stage costs.
+
+    Raises: UserError if the data have no classes to condition on.
+    """
+    _check(config, job, job.classes)
     return loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
@@ -98,8 +102,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the data are missing or damaged, or have no classes to condition on.
     """
     data = load(results("data"), "train", verify=True)
-    if config.conditional and not data.classes:
-        raise UserError(f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false")
+    _check(config, job, data.classes)
     shape, seed = data.images.shape[1:], config.seed
     given = config.positional(shape, data.classes)
     net = loop.build(config.network, seed, "weights", *given)
@@ -116,6 +119,11 @@ def run(config: Config, job: Job) -> None:
     about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
     inputs = {"data": sha256_of(results("data") / "meta.json")}
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
+
+
+def _check(config: Config, job: Job, classes: int) -> None:
+    if config.conditional and not classes:
+        raise UserError(f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false")
 
 
 def _labels(config: Config, label: np.ndarray, positions: range, classes: int) -> torch.Tensor:
