@@ -63,7 +63,7 @@ BOTH = (("fpdm", "fpdm", FPDM, {}), ("dit", "dit", DIT, {}))
 def test_the_usual_chains_have_the_iterations_of_the_headline_whatever_their_length(tmp_path):
     found = chains.usual(study(tmp_path, *BOTH))
     fpdm = found[found["family"] == "FPDM"]
-    assert sorted(fpdm["block_evals"]) == [16, 40, 40, 80] and (fpdm["each"] == 2).all()
+    assert sorted(fpdm["block_evals"]) == [16, 40, 40, 80, 80] and (fpdm["each"] == 2).all()
     assert len(found[found["family"] == "DiT"]) == len(DIT)
 
 
