@@ -1,5 +1,7 @@
 """Pairs and the runs made from them: by index, checked, the same bytes from any number of processes."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from equilab import __main__, config, pairs, rng
+from equilab import __main__, config, evaluate, pairs, rng
 from equilab.config import UserError
 from equilab.data import to_uint8
 from equilab.diffusion.samplers import finish
@@ -145,3 +147,11 @@ def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["pairs"]) == 2
     assert "was trained under another configuration than params.yaml gives now" in capsys.readouterr().err
+
+
+def test_arrays_are_packed_to_the_same_bytes_always():
+    found = {"a": np.arange(6.0).reshape(2, 3).T, "b": np.array([True])}
+    content = evaluate.packed(found)
+    assert hashlib.sha256(content).hexdigest()[:16] == "1829523cb934cd42"
+    with np.load(io.BytesIO(content)) as kept:
+        assert all(np.array_equal(kept[name], array) for name, array in found.items())
