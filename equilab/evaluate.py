@@ -88,7 +88,7 @@ def _chain_work(job: Job, trained: diffusion.Config, setting: ChainSampler) -> f
     except ValueError as error:
         raise UserError(f"evaluate.{job.run}.chain: {error}") from None
     iterations = given.total / setting.steps if given else 0
-    return diffusion.call(trained, job.image, job.classes, iterations) * setting.nfe
+    return float(diffusion.call(trained, job.image, job.classes, iterations) * setting.nfe)
 
 
 def trained_config(of: str, read: Callable) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +134,7 @@ class Made(NamedTuple):
     diverged: Tensor | None = None  # (B,), of a chain
 
 
-class Generator:
+class Generator(ABC):
     """A trained run: what all families share. `make` turns noise into images at a setting, `cost` counts what that takes.
 
     A family names the settings that it takes: their class, and the key of `evaluate` that lists them (none: "").
@@ -146,18 +147,18 @@ class Generator:
         self.net, self.about, self.device, self.config = net.to(device), about, device, config
         self.kind, self.shape, self.classes = config.network.kind, tuple(about["image"]), about["classes"]
 
+    @abstractmethod
     def make(
         self, noise: Tensor, label: Tensor | None, init: Tensor | None, setting: Any, every: bool = False
     ) -> Made:
         """Return the images of `noise` (B, C, H, W); with `every`, those of all steps or iterates (K, B, C, H, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, setting: Any, iterations: float | None = None) -> dict[str, float | None]:
         """Return what an image costs by shape: nfe, iterations, block_evals, flops; solver arithmetic is not counted.
 
         `iterations` is the mean number that was applied, where samples stop by themselves.
         """
-        raise NotImplementedError
 
 
 class Teacher(Generator):

@@ -48,10 +48,18 @@ def timed(call: Callable[[], object], device: torch.device, *, warmup: int, repe
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large square matrix product, the machine's own limit: the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: a @ b, device, warmup=2, repeats=10).fastest
+    """Return the FLOP/s of a large square matrix product, the machine's own limit: the best of ten.
+
+    The matrices are as large as the device needs, smaller where a product would take more than a second: some CPUs
+    have no instructions for bf16.
+    """
+    size, largest = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = timed(lambda: a @ b, device, warmup=1, repeats=1).fastest  # noqa: B023
+        if size == largest or 8 * seconds > 1:
+            return 2 * size**3 / timed(lambda: a @ b, device, warmup=1, repeats=10).fastest
+        size *= 2
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
