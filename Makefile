@@ -4,12 +4,16 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STUDY ?= .
+JOBS ?= 2
+# the runs of a study wait for the pairs and the evaluator, not for each other; DVC itself takes one after another
+RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -n 1 -P $(JOBS) dvc repro --wait-for-lock --single-item
 
 .PHONY: study test bench lab lock
 
 study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
-	cd $(STUDY) && python -m equilab check && dvc repro
+	cd $(STUDY) && python -m equilab check && { dvc status --quiet dvc.yaml || \
+	    { dvc repro pairs evaluator && $(call RUNS,distill|diffusion) && $(call RUNS,evaluate); }; } && dvc repro
 
 test: .venv/installed  ## run the tests
 	python -m pytest

@@ -76,7 +76,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
     settings, module = _config(sections, stage, run, params)
     job = Job(study, stage, run, data.image, data.classes, graph.code(module.__name__), read)
-    _processes(study)
+    _processes(study, study.run_threads if graph.STAGES[stage].each else study.threads)
     if dry_run:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
         _print(module.plan(settings, job, read), job)
@@ -120,11 +120,11 @@ def _config(sections: dict, stage: str, run: str | None, params: Path):
     return config.parse(module.Config, section, path), module
 
 
-def _processes(study: Study) -> None:
+def _processes(study: Study, threads: int) -> None:
     """Fix the number of threads; join the other processes where torchrun started several."""
     import torch
 
-    torch.set_num_threads(study.threads)
+    torch.set_num_threads(threads)
     if "RANK" in os.environ:
         cuda = study.device != "cpu" and torch.cuda.is_available()
         if cuda:

@@ -52,11 +52,14 @@ class Study:
     name: str
     root: str  # path from the study's folder to the repository
     seed: int
-    threads: int  # of the CPU; part of what decides the bits
+    threads: int  # of the CPU, for a stage that runs alone; part of what decides the bits
+    run_threads: int  # the same for a stage that has runs, several of which may run at once
     device: Literal["auto", "cpu", "cuda"]
     def __post_init__(self):
-        if not (0 <= self.seed < 2**63 and 1 <= self.threads <= 4096):
-            raise ValueError(f"seed must be >= 0 and threads >= 1 (both within reason), got {self.seed} and {self.threads}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not (1 <= self.threads <= 4096 and 1 <= self.run_threads <= 4096):
+            raise ValueError(f"threads and run_threads must be >= 1 (within reason), got {self.threads} and {self.run_threads}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -126,7 +126,7 @@ def dvc() -> dict[str, Any]:
         entry = {
             "cmd": f"python -m equilab {name} {run}".strip(),
             "deps": modules + [path.replace("{run}", run) for path in stage.reads],
-            "params": ["study.device", "study.seed", "study.threads", section, *stage.params],
+            "params": ["study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section, *stage.params],
         }
         if stage.cached:
             entry["outs"] = [place(file) for file in stage.cached]

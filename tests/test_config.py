@@ -97,7 +97,7 @@ def test_every_study_passes_its_check(params, monkeypatch, capsys):
         (["techer"], "study.seed", 0, "unknown stage 'techer'; did you mean 'teacher'?"),
         (["teacher"], "teacher.optimisation.batch", 7, "multiple of micro_batch"),
         (["teacher"], "teacher.network.width", 9, "width"),
-        (["teacher"], "study.threads", 0, "threads >= 1"),
+        (["teacher"], "study.threads", 0, "threads and run_threads must be >= 1"),
         (["pairs"], "pairs.sampler.sigma_min", 90.0, "sigma_min"),
         (["pairs"], "pairs.shard", 70, "shard (70) must be a multiple of batch"),
         (["evaluate", "get"], "evaluate.get.batch", 0, "batch must be >= 1"),

@@ -24,7 +24,7 @@ def study(tmp_path, monkeypatch):
 
 def run(settings, seed=0):
     """Run the stage in the working folder and return the folder of its results."""
-    job = Job(Study("test", ".", seed, 1, "cpu"), "data", None, (1, 8, 8), 10, "", print)
+    job = Job(Study("test", ".", seed, 1, 1, "cpu"), "data", None, (1, 8, 8), 10, "", print)
     data.run(settings, job)
     return job.out
 

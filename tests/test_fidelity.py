@@ -27,7 +27,7 @@ def study(tmp_path_factory):
     """A folder with the digits and a classifier of a few seconds of training, as the stages write them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("study"))
-        job = Job(Study("digits", ".", 0, 1, "cpu"), "data", None, (1, 8, 8), 10, "", print)
+        job = Job(Study("digits", ".", 0, 1, 1, "cpu"), "data", None, (1, 8, 8), 10, "", print)
         data.run(data.Config("digits", None, None, 360, (1, 8, 8), 10), job)
         folder = job.out.resolve()
     images, labels, _ = data.load(folder, "train")

@@ -18,7 +18,7 @@ RULE = {"confidence": 0.95, "margin_distance": 0.15, "margin_l1": 0.05, "equal_b
 
 
 def job(stage, run=None, root=ROOT):
-    study = Study(name="made by hand", root=str(root), seed=0, threads=1, device="cpu")
+    study = Study(name="made by hand", root=str(root), seed=0, threads=1, run_threads=1, device="cpu")
     return Job(study, stage, run, (1, 8, 8), 10, "", print)
 
 

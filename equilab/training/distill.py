@@ -133,6 +133,16 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     A step is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
+    what = (config.network.target, config.network.arguments, config.conditional, config.equilibrium, config.loss, image, classes)
+    if (key := repr(what)) not in _COUNTED:
+        _COUNTED[key] = _counted(config, image, classes)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, dict[str, int]] = {}  # counting takes a second; runs that differ in what does not matter to it share it
+
+
+def _counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     solve, adjoint = config.equilibrium, 0
     work, *more = generation(config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1])
     if solve and solve.gradient == "implicit":
