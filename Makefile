@@ -6,7 +6,7 @@ export DVC_NO_ANALYTICS := 1
 STUDY ?= .
 JOBS ?= 2
 # the runs of a study wait for the pairs and the evaluator, not for each other; DVC itself takes one after another
-RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -n 1 -P $(JOBS) dvc repro --wait-for-lock --single-item
+RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -n 1 -P $(JOBS) dvc --wait-for-lock repro --single-item
 
 .PHONY: study test bench lab lock
 

@@ -26,15 +26,17 @@ import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from equilab.diffusion.discrete import Diffusion
 from equilab.diffusion.samplers import finish
 from equilab.evaluate import write_table
 from equilab.graph import PACKAGE
 from equilab.metrics.cost import Seconds, flops, matmul_peak, peak_memory, timed
-from equilab.models import get, unet, vit
+from equilab.models import dit, fpdm, get, unet, vit
 from equilab.models.precond import EDM
 from equilab.pairs import Sampler
 from equilab.progress import bar
 from equilab.solvers import Solver
+from equilab.training import diffusion
 from equilab.training.distill import Config, Equilibrium, loss_of
 from equilab.training.loop import Optimisation, precision
 from equilab.training.state import write
@@ -45,7 +47,7 @@ PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 SWITCHED = {"cpu": "fp32", "cuda": "bf16"}  # the precision in which switches are compared
 PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
 
-IMAGE, DIGIT = (3, 32, 32), (1, 8, 8)
+IMAGE, DIGIT, LATENT = (3, 32, 32), (1, 8, 8), (4, 32, 32)
 SMALL = dict(width=64, depth=1, heads=4, patch=2, expansion=4, equilibrium_depth=1, equilibrium_expansion=6)
 DDPMPP = dict(architecture="ddpmpp", width=128, multipliers=(2, 2, 2), blocks=4, attention=(16,), head_channels=0)
 NETWORKS = {  # class, image, classes, sizes
@@ -56,10 +58,17 @@ NETWORKS = {  # class, image, classes, sizes
     "ViT-S/2": (vit.ViT, IMAGE, 0, vit.SIZES["ViT-S/2"]),
     "ViT-B/2": (vit.ViT, IMAGE, 0, vit.SIZES["ViT-B/2"]),
     "DDPM++": (unet.UNet, IMAGE, 0, {**DDPMPP, "dropout": 0.0, "augment": 9}),
+    "DiT-S/2, 12 blocks": (dit.DiT, LATENT, 1000, dit.SIZES["DiT-S/2"]),
+    "DiT-S/2, 28 blocks": (dit.DiT, LATENT, 1000, {**dit.SIZES["DiT-S/2"], "depth": 28}),  # the depth of XL
+    "FPDM-S/2, 12 blocks": (fpdm.FPDM, LATENT, 1000, fpdm.SIZES["FPDM-S/2"]),
+    "FPDM-S/2, 28 blocks": (fpdm.FPDM, LATENT, 1000, fpdm.SIZES["FPDM-S/2"]),
 }
+BLOCKS = (12, 28)
 QUICK = {  # sizes with which a call takes milliseconds
     get.GET: {"width": 32, "heads": 1, "depth": 1, "equilibrium_depth": 1, "equilibrium_expansion": 2},
     vit.ViT: {"width": 32, "heads": 1, "depth": 1},
+    dit.DiT: {"width": 32, "heads": 1},
+    fpdm.FPDM: {"width": 32, "heads": 1},
     unet.UNet: {"width": 32, "multipliers": (1, 1), "blocks": 1},
 }
 
@@ -68,8 +77,8 @@ QUICK = {  # sizes with which a call takes milliseconds
 class Work:
     """A task of a network: a row in each precision, or where there are switches a row with each of them.
 
-    `what` is sample (noise to images, six iterations of a GET), train (loss of all six iterates, gradient, AdamW) or
-    denoise (a call of the denoiser). Goals are shares of the matmul peak; `gain` is bf16's goal as a multiple of fp32.
+    `what` is sample (noise to images, six iterations of a GET), train (loss of all six iterates, gradient, AdamW; of an
+    FPDM with three iterations before three with gradient) or denoise (a call of the denoiser). Goals are shares of the matmul peak; `gain` is bf16's goal as a multiple of fp32.
     """
 
     what: str
@@ -90,6 +99,8 @@ WORK = (
     Work("sample", "ViT-S/2", {"cpu": 8, "cuda": 512}),
     Work("sample", "ViT-B/2", {"cpu": 8, "cuda": 512}),
     Work("denoise", "DDPM++", {"cpu": 16, "cuda": 256}, {"fp32": 0.75}, gain=2.5),
+    *(Work("denoise", f"{name}-S/2, {blocks} blocks", {"cpu": 8, "cuda": 256}) for name in ("DiT", "FPDM") for blocks in BLOCKS),
+    *(Work("train", f"{name}-S/2, 28 blocks", {"cpu": 8, "cuda": 64}) for name in ("DiT", "FPDM")),
     Work("sample", "GET-M/2", {"cpu": 8, "cuda": 512}, switches=("none", "attention unfused", "compiled")),
     Work("denoise", "DDPM++", {"cpu": 4, "cuda": 256}, switches=("none", "contiguous")),
     Work("denoise", "DDPM++", {"cuda": 256}, switches=("compiled",)),
@@ -102,6 +113,10 @@ OPTIMISATION = Optimisation(
     decay_start_nimg=0, ema_half_life_nimg=1.0, ema_warmup=0.0, precision="fp32", compile=False, report_nimg=1, snapshots=(),
 )  # fmt: skip
 TRAINING = Config(config.Spec("get", "", {}), True, Equilibrium("zeros", 6, "unrolled", 0.8), 1, "l1", 0, OPTIMISATION)
+DENOISING = diffusion.Config(
+    config.Spec("fpdm", "", {"learned_variance": True}), True, 0.0, Diffusion(1000, 1e-4, 2e-2, True, "v", "learned"), "uniform",
+    diffusion.FixedPoint("s_jfb", 3, 3), 0, OPTIMISATION,
+)  # fmt: skip
 HEUN = Sampler("heun", 18, 0.002, 80.0, 7.0)
 
 
@@ -126,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         row["peak_share"] = row["flop_s"] / limit[row["precision"]]
         if isinstance(goal := row.get("goal"), float):
             row |= _goal(row["peak_share"] >= goal, f"{goal:.0%} of peak")
-    facts.append(error(device, given.quick))
+    facts += [*applications(rows), error(device, given.quick)]
     name = machine(device)
     path = given.out / slug(name)
     write_table(path.with_name(f"{path.name}.csv"), rows + facts)
@@ -206,17 +221,23 @@ def task(work: Work, switch: str, batch: int, device: torch.device, context: Cal
     attention = functools.partial(sdpa_kernel, SDPBackend.MATH) if switch == "attention unfused" else nullcontext
     noise = torch.randn(batch, *image, device=device)
     label = torch.arange(batch, device=device) % classes if classes else None
-    loss, target = loss_of(TRAINING), torch.tanh(noise)
+    loss, target, t = loss_of(TRAINING), torch.tanh(noise), torch.full((batch,), 500, device=device)
+    along = (target, label, None)
+    if kind in (dit.DiT, fpdm.FPDM):
+        loss, along = diffusion.loss_of(DENOISING), (noise, t, label, (3, 3) if kind is fpdm.FPDM else None)
+    tied = Solver("iterate", int(work.size.split()[-2]) - 2 if kind is fpdm.FPDM else 1, 0.0, "last", measure=False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=OPTIMISATION.lr, fused=device.type != "meta")
     forward = {
         get.GET: lambda: run(noise, label, None, SOLVER),
         vit.ViT: lambda: run(noise, label),
         unet.UNet: lambda: EDM(run, sigma_data=0.5)(noise, 1.0, label),
+        dit.DiT: lambda: run(noise, t, label),
+        fpdm.FPDM: lambda: run(noise, t, label, None, tied),
     }[kind]
 
     def train() -> None:
         with context(), attention():
-            loss(run, (noise, target, label, None)).backward()
+            loss(run, (target, *along) if kind in (dit.DiT, fpdm.FPDM) else (noise, *along)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -233,6 +254,23 @@ def network(size: str, device: torch.device, quick: bool) -> nn.Module:
     torch.manual_seed(0)
     with device:
         return kind(image, classes, **{**sizes, **(QUICK[kind] if quick else {})})
+
+
+def applications(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what a block of DiT costs beside an iteration of FPDM, which applies the same block after two linear maps: from
+    calls of few and of many blocks."""
+    calls = [row for row in rows if row["what"] == "denoise" and row["size"].endswith("blocks")]
+    for name in dict.fromkeys(row["precision"] for row in calls):
+        of = {row["size"]: row for row in calls if row["precision"] == name}
+        each = {}
+        for family in ("DiT", "FPDM"):
+            few, many = (of[f"{family}-S/2, {blocks} blocks"] for blocks in BLOCKS)
+            work = [row["flop_s"] * row["seconds"] for row in (few, many)]
+            each[family] = [(b - a) / (BLOCKS[1] - BLOCKS[0]) for a, b in ((few["seconds"], many["seconds"]), work)]
+            yield {"what": f"a block of {family}", "precision": name, "seconds": each[family][0], "flop": each[family][1]}
+        seconds, flop = (fpdm / dit for fpdm, dit in zip(each["FPDM"], each["DiT"]))
+        yield {"what": "a block of FPDM over one of DiT", "precision": name, "seconds_times": seconds, "flop_times": flop,
+               **_goal(seconds <= 1.05 * flop, "no more seconds than FLOPs")}  # fmt: skip
 
 
 @torch.inference_mode()

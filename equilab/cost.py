@@ -13,8 +13,9 @@ from equilab.evaluate import trained_config, write_table
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
 from equilab.progress import bar
-from equilab.sample import Generator, Solve, load
-from equilab.training import distill
+from equilab.sample import Denoiser, Generator, Solve, load
+from equilab.solvers import Solver
+from equilab.training import diffusion, distill
 from equilab.training.loop import device_of, environment
 from equilab.training.state import write_json
 
@@ -67,6 +68,8 @@ def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, A
     """Return the measurements of a run: sampling at each number of iterations, and its training step."""
     noise = torch.randn(config.batch, *generator.shape, device=generator.device)
     label = torch.arange(config.batch, device=generator.device) % generator.classes if generator.classes else None
+    if isinstance(generator, Denoiser):
+        return _denoising(config, generator, noise, label, peak)
     rows = []
     for setting in _settings(config, generator):
         cost = generator.cost(setting)
@@ -103,6 +106,33 @@ def _training(config: Config, generator: Generator, batch, peak: float) -> list[
         rows.append({**row, "peak_share": _share(config, work, measured, peak)})
     net.eval().requires_grad_(False)
     return rows
+
+
+def _denoising(config: Config, generator: Generator, noise, label, peak: float) -> list[dict[str, Any]]:
+    """Return a call of a denoiser, at each number of iterations of its fixed point, and its training step at the most
+    iterations that training draws: what there must be memory for."""
+    trained, net, rows = generator.config, generator.net, []
+    t = torch.full((config.batch,), trained.diffusion.timesteps // 2, device=generator.device)
+    for k in config.iterations if trained.fixed_point else (0,):
+        solve = [None, Solver("iterate", k, 0.0, "last", measure=False)] if k else []
+        with torch.inference_mode():
+            measured = _measured(config, generator, lambda: net(noise, t, label, *solve))  # noqa: B023
+        work = diffusion.call(trained, generator.shape, generator.classes, k)
+        cost = {"nfe": 1, "iterations": k or None, "block_evals": net.blocks(k) if k else net.blocks(), "flops": work}
+        rows.append({"what": "call", **cost, **measured, "peak_share": _share(config, work, measured, peak)})
+    fixed, loss = trained.fixed_point, diffusion.loss_of(trained)
+    counts, gradient = ((fixed.without, fixed.steps), fixed.gradient) if fixed else (None, "explicit")
+    net.train().requires_grad_(True)
+
+    def step():
+        loss(net, (torch.tanh(noise), noise, t, label, counts)).backward()
+        net.zero_grad(set_to_none=True)
+
+    work = diffusion.step_flops(trained, generator.shape, generator.classes, counts or (0.0, 0.0))
+    measured = _measured(config, generator, step)
+    row = {"what": "train", "gradient": gradient, "as_trained": True, "nfe": 1, "flops": work, **measured}
+    net.eval().requires_grad_(False)
+    return [*rows, {**row, "peak_share": _share(config, work, measured, peak)}]
 
 
 def _measured(config: Config, generator: Generator, call) -> dict[str, float]:

@@ -55,7 +55,11 @@ STAGES = {
         each=True,
         params=("evaluator",),
     ),
-    "cost": Stage("equilab.cost", reads=("results/teacher", "results/distill"), committed=("cost.csv", "cost.json")),
+    "cost": Stage(
+        "equilab.cost",
+        reads=("results/teacher", "results/distill", "results/evaluate"),
+        committed=("cost.csv", "cost.json"),
+    ),
     "claims": Stage(
         "equilab.claims",
         reads=("${study.root}/equilab/claims.yaml", "results/pairs/meta.json", "results/evaluator/summary.json",

@@ -81,6 +81,15 @@ def test_a_step_of_the_small_get_is_counted_as_published_forward_and_backward():
     assert bench.flops(step) == pytest.approx(5.8e9, rel=0.02)
 
 
+def test_an_iteration_of_fpdm_stands_beside_a_block_of_dit(rows):
+    """As often as the precisions; two linear maps of 4 D^2 beside the 12 D^2 and the attention of a block."""
+    found = [row for row in rows if row["what"] == "a block of FPDM over one of DiT"]
+    assert [row["precision"] for row in found] == [*PRECISIONS["cpu"]]
+    for row in found:
+        assert 1 < float(row["flop_times"]) < 4 / 3  # less where there is more attention
+        assert (row["reached"] == "yes") == (float(row["seconds_times"]) <= 1.05 * float(row["flop_times"]))
+
+
 def test_work_names_networks_that_exist():
     for work in WORK:
         assert work.size in NETWORKS and set(work.batch) <= set(PRECISIONS)

@@ -88,10 +88,11 @@ def test_seeds_are_averaged_and_every_training_is_listed(tmp_path):
 
 
 def test_figures_show_their_numbers(tmp_path):
-    found = study(tmp_path, *BOTH)
+    wide = ("wide", "fpdm", [setting(10, 60), setting(4, 24)], {"network": {"kind": "fpdm", "pre": 2, "post": 2}})
+    found = study(tmp_path, *BOTH, wide)
     drawn = {
         "budgets": chains.budgets(found, 0.95), "smoothing": chains.smoothing(found, 0.95), "smoothed": chains.smoothed(found),
-        "allocations": chains.allocations(found, 0.95), "convergence": chains.convergence(found),
+        "allocations": chains.allocations(found, 0.95), "convergence": chains.convergence(found), "layers": chains.layers(found, 0.95),
     }  # fmt: skip
     for name, (figure, numbers) in drawn.items():
         figures.save(str(tmp_path / "out"), name, figure, numbers)

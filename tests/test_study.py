@@ -53,7 +53,7 @@ def test_one_command_ends_with_figures_tables_notebooks_claims_and_a_book(study)
     for name in ("notebook/scaling/scaling.ipynb", "notebook/sampling_speed/sampling_speed.ipynb", "report/index.html",
                  "claims.md", "claims.csv", "measured.md", "cost/cost.csv", "evaluate/get/metrics.json"):  # fmt: skip
         assert (study / "results" / name).stat().st_size > 100, name
-    for notebook in ("scaling", "sampling_speed"):
+    for notebook in ("scaling", "sampling_speed", "reuse_smoothing"):
         assert list((study / "results/notebook" / notebook).glob("*.png"))
         assert list((study / "results/notebook" / notebook).glob("*.csv"))
 

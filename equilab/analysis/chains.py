@@ -252,6 +252,58 @@ def residuals(study: Chains) -> pd.DataFrame:
     return pd.DataFrame(numbers, columns=columns)
 
 
+def spread(row: Any) -> Figure:
+    """Return how a chain's iterations lie along its steps, and its images; `row` is one of `rows`."""
+    figure, _ = axes(1, 1, 2.4)
+    figure.clear()
+    grid, kept = figure.add_gridspec(2, 10), np.load(row.folder / "iterates.npz")
+    counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
+    ax = figure.add_subplot(grid[:, :5])
+    ax.bar(np.arange(1, len(counts) + 1), counts, color=BLUE)
+    ax.set(xlabel="step, the noisiest first", ylabel="iterations", title=f"{row.steps} steps, {counts.sum()} iterations in all")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(6, integer=True))
+    for k in range(10):
+        marked = bool(kept[f"diverged_{row.position}"][k])
+        figures.picture(figure.add_subplot(grid[k // 5, 5 + k % 5]), kept[f"image_{row.position}"][k], marked=marked)
+    return figure
+
+
+def layers(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
+    """Return quality against blocks for FPDMs that differ in the layers before and after the fixed point (figure 7), and
+    its numbers: chains with about as many iterations a step as each model's headline."""
+    rows = usual(study)
+    same = rows.loc[rows["model"] == base(study), "but_layers"].unique()
+    found = study.averaged(rows[rows["but_layers"].isin(same) & (rows["method"] == "ddim")], confidence)
+    figure, grid = axes(1, 1, 2.9)
+    for k, (layers, one) in enumerate(found.sort_values("pre").groupby("pre")):
+        look = {"color": figures.TONES[k], "marker": "os^Dv"[k % 5], "label": f"{layers:.0f} before, {one['post'].iloc[0]:.0f} after"}
+        curve(grid[0, 0], one.sort_values("block_evals"), "block_evals", study.distance, look)
+    grid[0, 0].set(title=f"ours: DDIM, {study.samples:,} images", xlabel="transformer blocks for an image", ylabel=study.score)
+    if grid[0, 0].has_data():
+        logarithmic(grid[0, 0])
+    legend(figure, grid)
+    return figure, _numbers(study, found)
+
+
+def about(study: Chains) -> str:
+    """Return in a sentence what the results are of."""
+    rows = study.rows.drop_duplicates("run")
+    seeds = rows.groupby("model")["seed"].nunique()
+    return (f"{len(seeds)} denoisers of discrete timesteps, {seeds.min()} to {seeds.max()} seeds each, {rows['nimg'].min():,} to "
+            f"{rows['nimg'].max():,} training images; {study.score} of {study.samples:,} images, real against real "
+            f"{study.floor:.3g}.")  # fmt: skip
+
+
+def costs(study: Chains) -> pd.DataFrame:
+    """Return what was measured of the denoisers (tables 1 and 2): parameters, and memory and seconds of a training step at
+    the most iterations that training draws; no rows if nothing was measured."""
+    path = study.folder / "cost" / "cost.csv"
+    measured = read_table(path) if path.exists() else pd.DataFrame(columns=["run", "what"])
+    rows = measured[measured["what"] == "train"].merge(study.rows.drop_duplicates("run")[["run", "model", "family", "parameters"]])
+    return rows.reindex(columns=["run", "model", "family", "parameters", "batch", "memory_mib", "seconds", "images_s"])
+
+
 def trainings(study: Chains, confidence: float) -> pd.DataFrame:
     """Return the paper's tables 3 to 5 and figure 7 of this study: every model at its headline setting."""
     found = study.averaged(study.rows[study.rows["position"] == 0], confidence)

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from equilab.analysis import figures
+from equilab.analysis import chains, figures
 from equilab.analysis.tables import Tables
 
 
@@ -53,6 +53,30 @@ def settings(tables: Tables) -> widgets.Widget:
 
     run.observe(lambda change: setattr(setting, "options", options(change["new"])), "value")
     return _board([run, setting], [about, picture], show)
+
+
+def budgets(study: chains.Chains) -> widgets.Widget:
+    """Return a slider over the number of steps among which a fixed number of blocks is shared, and a choice of how: the
+    iterations of each step, the images of the same noises, the quality."""
+    rows, blocks = chains.fixed(study)
+    rows = pd.concat([rows, chains.alike(study)]).query("blocks == @blocks and method == 'ddim'")
+    rows = rows.drop_duplicates(["steps", "budget", "reuse"]).reset_index(drop=True)
+
+    def options(steps: int) -> list[tuple[str, int]]:
+        return [(f"{row['budget']}, {'with' if row['reuse'] else 'without'} reuse", k) for k, row in rows.iterrows()
+                if row["steps"] == steps]  # fmt: skip
+
+    steps = widgets.SelectionSlider(options=sorted(rows["steps"].unique().tolist()), description="steps", continuous_update=False)
+    how = widgets.Dropdown(options=options(steps.value), description="spread")
+    about, picture = widgets.HTML(), widgets.Image(format="png")
+
+    def show(_: Any) -> None:
+        row = rows.loc[how.value]
+        picture.value = figures.png(chains.spread(row))
+        about.value = f"{study.score} {row[study.distance]:.3g} at {blocks:.0f} blocks"
+
+    steps.observe(lambda change: setattr(how, "options", options(change["new"])), "value")
+    return _board([steps, how], [about, picture], show)
 
 
 def _name(row: pd.Series) -> str:

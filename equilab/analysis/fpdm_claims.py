@@ -75,6 +75,21 @@ def parameters(study: Study) -> Found | None:
     return Found(f"FPDM {fpdm:,} parameters, DiT {dit:,}: {fpdm / dit:.0%}", "counted", "1", HOLDS if fpdm < dit else FAILS)
 
 
+def memory(study: Study) -> Found | None:
+    """Test that a training step of FPDM takes less memory than one of the DiT it is compared with, at an equal batch."""
+    rows = chains.costs(study.chains)
+    found = [rows[rows["model"] == chains.base(study.chains, family)] for family in ("DiT", "FPDM")]
+    if any(one.empty for one in found):
+        return None
+    dit, fpdm = (one["memory_mib"].iloc[0] for one in found)
+    told = f"FPDM {fpdm:.3g} MiB, DiT {dit:.3g} MiB at a batch of {rows['batch'].iloc[0]}: {fpdm / dit:.0%}"
+    return Found(told, "measured once", "1", HOLDS if fpdm < dit else FAILS)
+
+
+def datasets(study: Study) -> None:
+    """Return None: a study has one dataset."""
+
+
 def own_size(study: Study) -> Found | None:
     """Test FPDM against the DiT nearest in parameters, and at sampling FLOPs about as many: within a factor of 1.28."""
     rows = study.averaged(chains.usual(study.chains)).query("method == 'ddim'")
@@ -174,7 +189,7 @@ def _models(study: Study, but: str) -> pd.DataFrame:
     rows = study.chains.rows[(study.chains.rows["family"] == "FPDM") & (study.chains.rows["position"] == 0)]
     rows = rows.astype({name: object for name in chains.SETTING}).fillna({name: "-" for name in chains.SETTING})
     head = rows[rows["model"] == chains.base(study.chains)].iloc[:1]
-    same = rows.merge(head[[but, *chains.SETTING]].drop(columns="blocks"), how="inner")
+    same = rows.merge(head[[but, *chains.SETTING]].drop(columns="steps"), how="inner")  # at equal blocks
     return study.averaged(same)
 
 
@@ -215,6 +230,7 @@ COUNTED: dict[tuple[str, str], Test] = {
     **{("FPDM-1", f"{name} blocks, {chains.METHODS[method]}"): at_blocks(method, name == "few")
        for name in ("few", "many") for method in ("ddpm", "ddim")},
     ("FPDM-2", "parameters"): parameters,
+    ("FPDM-3", ""): datasets,
     ("FPDM-4", ""): own_size,
     ("FPDM-5", ""): middle,
     ("FPDM-6", "few iterations"): reuse(few=True),
@@ -226,3 +242,4 @@ COUNTED: dict[tuple[str, str], Test] = {
     ("FPDM-9", "stochastic"): gradients("multi_step", "s_jfb"),
     **{("FPDM-10", kind): kinds(kind) for kind in chains.KINDS[1:]},
 }  # fmt: skip
+MEASURED: dict[tuple[str, str], Test] = {("FPDM-2", "training memory"): memory}

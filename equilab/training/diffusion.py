@@ -54,7 +54,7 @@ class FixedPoint:
     @property
     def mean(self) -> tuple[float, float]:
         """The mean of both counts."""
-        return (self.without / 2, (1 + self.steps) / 2) if self.gradient == "s_jfb" else (self.without, self.steps)
+        return (self.without / 2, (1 + self.steps) / 2) if self.gradient == "s_jfb" else (float(self.without), float(self.steps))
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,22 @@ def solver_of(counts: tuple[int, int]) -> Callable:
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     """Return the parameters and, for an image, the FLOPs by shape of a call of the network (at the mean iterations of
     training) and of a training step (likewise), without building the network in memory."""
+    mean = config.fixed_point.mean if config.fixed_point else (0.0, 0.0)
+    return {
+        "parameters": parameters(_meta(config, image, classes)[0]), "flops_image": call(config, image, classes, sum(mean)),
+        "train_flops_image": step_flops(config, image, classes, mean),
+    }  # fmt: skip
+
+
+def step_flops(config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]) -> int | float:
+    """Return the FLOPs by shape of a training step for an image, at so many iterations without and with gradient."""
     net, batch = _meta(config, image, classes)
     if config.fixed_point is None:
-        step = flops(lambda: loss_of(config)(net, (*batch, None)).backward())
-        return {"parameters": parameters(net), "flops_image": call(config, image, classes, 0), "train_flops_image": step}
+        return flops(lambda: loss_of(config)(net, (*batch, None)).backward())
     base, without, more = (
-        flops(lambda: loss_of(config)(net, (*batch, counts)).backward()) for counts in ((0, 1), (1, 1), (0, 2))  # noqa: B023
+        flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in ((0, 1), (1, 1), (0, 2))  # noqa: B023
     )
-    mean = config.fixed_point.mean
-    step = base + (without - base) * mean[0] + (more - base) * (mean[1] - 1)
-    return {"parameters": parameters(net), "flops_image": call(config, image, classes, sum(mean)), "train_flops_image": step}
+    return base + (without - base) * counts[0] + (more - base) * (counts[1] - 1)
 
 
 def call(config: Config, image: tuple[int, ...], classes: int, iterations: int | float) -> int | float:
