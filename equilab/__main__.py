@@ -54,17 +54,16 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     for name in sections:
         if name not in known:
             raise UserError(f"{params}: unknown section {name!r}{config.nearest(name, known)}")
-    for name in known if stage == "check" else ["study", "data", *([stage] if stage in known else [])]:
-        if name not in sections:
-            remedy = " ({} where the study has no such run)" if name in graph.STAGES and graph.STAGES[name].each else ""
-            raise UserError(f"{params}: missing section {name!r}; give it{remedy}")
+    needed = ["study", *(name for name, one in graph.STAGES.items() if not one.optional)]
+    for name in needed if stage == "check" else ["study", "data", *([stage] if stage in known else [])]:
+        _section(sections, name, params)
     study = config.parse(Study, sections["study"], f"{params}: study")
     data = _config(sections, "data", None, params)[0]
-    read = lambda stage, run=None: _config(sections, stage, run, params)[0]  # noqa: E731
+    read = lambda stage, run=None: None if stage == "latents" and stage not in sections else _config(sections, stage, run, params)[0]  # noqa: E731
     if stage == "check":
         from equilab.training.loop import device_of
 
-        for name in graph.STAGES:
+        for name in (name for name in graph.STAGES if sections.get(name)):
             for one in config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]:
                 settings, module = _config(sections, name, one, params)
                 job = Job(study, name, one, data.image, data.classes, "", read)
@@ -104,9 +103,19 @@ def _print(plan: Plan, job: Job) -> None:
     print(f"# time: about {seconds / 60:,.1f} min and 5 s of start, at {USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s")
 
 
+def _section(sections: dict, name: str, params: Path):
+    """Return a section of the params.
+
+    Raises: UserError if it is missing.
+    """
+    if sections.get(name) is None:
+        raise UserError(f"{params}: missing section {name!r}; give it")
+    return sections[name]
+
+
 def _config(sections: dict, stage: str, run: str | None, params: Path):
     """Return the stage's config and its module."""
-    section, path = sections[stage], f"{params}: {stage}"
+    section, path = _section(sections, stage, params), f"{params}: {stage}"
     if graph.STAGES[stage].each:
         config.mapping(section, path)
         if run is None:

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equilab import __main__, config, rng  # before torch: sets how threads wait, as for the stages
+from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
 
 import torch
-import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from equilab.bench_stages import ROOT, columns_of, commands, goal_of, memory
 from equilab.diffusion.discrete import Diffusion
 from equilab.diffusion.samplers import finish
 from equilab.evaluate import write_table
-from equilab.graph import PACKAGE
-from equilab.metrics.cost import Seconds, flops, matmul_peak, peak_memory, timed
+from equilab.metrics.cost import flops, matmul_peak, peak_memory, timed
 from equilab.models import dit, fpdm, get, unet, vit
 from equilab.models.precond import EDM
 from equilab.pairs import Sampler
@@ -41,11 +35,9 @@ from equilab.training.distill import Config, Equilibrium, loss_of
 from equilab.training.loop import Optimisation, precision
 from equilab.training.state import write
 
-ROOT, CPU = PACKAGE.parent, torch.device("cpu")
 SECONDS = 4  # that the timed calls of a row take together, about
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 SWITCHED = {"cpu": "fp32", "cuda": "bf16"}  # the precision in which switches are compared
-PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
 
 IMAGE, DIGIT, LATENT = (3, 32, 32), (1, 8, 8), (4, 32, 32)
 SMALL = dict(width=64, depth=1, heads=4, patch=2, expansion=4, equilibrium_depth=1, equilibrium_expansion=6)
@@ -140,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         row["peak_share"] = row["flop_s"] / limit[row["precision"]]
         if isinstance(goal := row.get("goal"), float):
-            row |= _goal(row["peak_share"] >= goal, f"{goal:.0%} of peak")
+            row |= goal_of(row["peak_share"] >= goal, f"{goal:.0%} of peak")
     facts += [*applications(rows), error(device, given.quick)]
     name = machine(device)
     path = given.out / slug(name)
@@ -184,7 +176,7 @@ def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str
             gain = None if switch else rate[name] / rate["fp32"]
             row |= {"peak_share": None, "times_fp32": gain, "goal": work.goals.get(name)}
             if work.gain and name == "bf16":
-                row |= _goal(gain >= work.gain, f"{work.gain:g} times fp32")
+                row |= goal_of(gain >= work.gain, f"{work.gain:g} times fp32")
             yield row
 
 
@@ -198,18 +190,10 @@ def _row(work: Work, switch: str, name: str, device: torch.device, quick: bool) 
     once = timed(call, device, warmup=1, repeats=1).median if device.type == "cuda" else time.perf_counter() - start
     seconds = timed(call, device, warmup=0, repeats=1 if quick else min(max(int(SECONDS / once), 2), 30))
     return {
-        "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **_columns(seconds),
+        "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **columns_of(seconds),
         "images_s": batch / seconds.median, "flop_s": operations / seconds.median, "memory_mib": most / 2**20,
         "compile_s": compiling,
     }  # fmt: skip
-
-
-def _columns(seconds: Seconds) -> dict[str, float]:
-    return {"seconds": seconds.median, "seconds_min": seconds.fastest, "seconds_max": seconds.slowest}
-
-
-def _goal(reached: bool, goal: str) -> dict[str, str]:
-    return {"goal": goal, "reached": "yes" if reached else "no"}
 
 
 def task(work: Work, switch: str, batch: int, device: torch.device, context: Callable, quick: bool) -> Callable[[], None]:
@@ -270,7 +254,7 @@ def applications(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"what": f"a block of {family}", "precision": name, "seconds": each[family][0], "flop": each[family][1]}
         seconds, flop = (fpdm / dit for fpdm, dit in zip(each["FPDM"], each["DiT"]))
         yield {"what": "a block of FPDM over one of DiT", "precision": name, "seconds_times": seconds, "flop_times": flop,
-               **_goal(seconds <= 1.05 * flop, "no more seconds than FLOPs")}  # fmt: skip
+               **goal_of(seconds <= 1.05 * flop, "no more seconds than FLOPs")}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -287,56 +271,6 @@ def error(device: torch.device, quick: bool) -> dict[str, Any]:
     off, spread = (images["bf16"] - images["fp32"]).abs(), images["fp32"].std().item()
     return {"what": "18 Heun steps in bf16 against fp32", "size": "DDPM++ of random weights", "batch": 1,
             "error_mean": off.mean().item(), "error_max": off.max().item(), "image_std": spread}  # fmt: skip
-
-
-def commands() -> Iterator[dict[str, Any]]:
-    """Yield the seconds of importing the package, and of `dvc repro` where everything is up to date."""
-
-    def call(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-
-    script = "import time; start = time.perf_counter(); import equilab; print(time.perf_counter() - start)"
-    took = sorted(float(call("-c", script).stdout) for _ in range(5))
-    seconds = Seconds(took[2], took[0], took[-1])
-    yield {"what": "import equilab", **_columns(seconds), **_goal(seconds.median <= 0.2, "at most 0.2 s")}
-    if (ROOT / "dvc.lock").exists() and (ROOT / ".dvc").exists() and call("-m", "dvc", "status", "-q").returncode == 0:
-        seconds = timed(lambda: call("-m", "dvc", "repro"), CPU, warmup=0, repeats=3)
-        yield {"what": "dvc repro, nothing to do", **_columns(seconds), **_goal(seconds.median <= 5, "at most 5 s")}
-
-
-def memory() -> Iterator[dict[str, Any]]:
-    """Yield the most memory, tensors and all of Python, that making pairs and training on them takes, few and many."""
-    sections, before, threads = config.read(ROOT / "studies/smoke/params.yaml"), Path.cwd(), torch.get_num_threads()
-    run = next(name for name, entry in sections["distill"].items() if entry["network"]["kind"] == "get")
-    least: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for k, count in enumerate((PAIRS[0], *PAIRS)):  # the first time for what is imported on the way
-            sections["pairs"]["count"] = sections["distill"][run]["pairs"] = count
-            sections["study"]["seed"] += 1  # nothing is resumed
-            Path(folder, "params.yaml").write_text(yaml.safe_dump(sections))
-            for stage in (["data"], ["teacher"], ["pairs"], ["distill", run])[2 if k else 0 :]:
-                most, name = _stage(folder, *stage), stage[0]
-                if k:
-                    row = {"what": f"memory of {name}", "size": f"{count:,} pairs", "memory_mib": most}
-                    yield row | (_goal(most <= 1.05 * least[name], "does not grow") if k == 2 else {})
-                least[name] = most
-        os.chdir(before)
-    torch.set_num_threads(threads)
-
-
-def _stage(folder: str, *arguments: str) -> float:
-    """Run a stage in `folder` and return its peak memory in MiB."""
-    python = []
-
-    def call() -> None:
-        tracemalloc.start()
-        status = __main__.main([*arguments, "--params", f"{folder}/params.yaml"])
-        python.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-        if status:
-            raise SystemExit(f"bench: stage {arguments[0]} of the smoke study failed")
-
-    return (peak_memory(call, CPU) + python[0]) / 2**20
 
 
 def markdown(name: str, rows: list[dict[str, Any]], facts: list[dict[str, Any]]) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from equilab.analysis import chains, fpdm_claims, get_claims
-from equilab.analysis.tables import markdown, read
+from equilab.analysis.tables import evaluated, markdown, read
 from equilab.analysis.verdicts import Config, rows
-from equilab.config import Job, Plan, read_json
+from equilab.config import Job, Plan, UserError, read_json
 from equilab.training.state import write
 
 
@@ -22,23 +22,30 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
 def run(config: Config, job: Job) -> None:
     """Write `results/claims.*`, and `results/measured.*` for what rests on seconds and memory: CSV and Markdown.
 
-    Raises: UserError if the study has no evaluated one-step generator.
+    Raises: UserError if the study has evaluated neither a one-step generator nor a denoiser.
     """
-    folder = Path("results")
-    study = get_claims.Study(config, read(folder), read_json(folder / "pairs" / "meta.json"))
-    rule, score = config.rule, study.tables.score
-    head = (
-        f"GETs and ViTs are compared at {study.regime}, unless a row says otherwise. Intervals are {rule.confidence:.0%} "
-        f"t-intervals over seeds, their spread pooled over all models; of the best of several, intervals that hold for all of "
-        f"them at once. With one seed a difference counts from {rule.margin_distance:.0%} of {score} and "
-        f"{rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} above {rule.ranked:g} is not "
-        "compared. Published numbers: FID, of GET on CIFAR-10, of FPDM on ImageNet 256 where nothing else is said. Reasons are likely ones: what was not compared is not tested."
-    )
-    counted, timed = rows(study, get_claims.COUNTED), rows(study, get_claims.MEASURED if len(study.tables.costs) else {})
-    if chains.evaluated(folder):
+    folder, rule, head, counted, timed = Path("results"), config.rule, "", [], []
+    measured = (folder / "cost" / "cost.csv").exists()
+    if evaluated(folder, "distill"):
+        study = get_claims.Study(config, read(folder), read_json(folder / "pairs" / "meta.json"))
+        head, score = f"GETs and ViTs are compared at {study.regime}, unless a row says otherwise. ", study.tables.score
+        counted.append(rows(study, get_claims.COUNTED))
+        timed.append(rows(study, get_claims.MEASURED if measured else {}))
+    if evaluated(folder, "diffusion"):
         denoisers = fpdm_claims.Study(config, chains.read(folder))
-        counted = pd.concat([counted, rows(denoisers, fpdm_claims.COUNTED)])
-        timed = pd.concat([timed, rows(denoisers, fpdm_claims.MEASURED if len(study.tables.costs) else {})])
-    for name, title, table in (("claims", "Claims", counted), ("measured", "Claims on seconds and memory", timed)):
+        score = denoisers.chains.score
+        counted.append(rows(denoisers, fpdm_claims.COUNTED))
+        timed.append(rows(denoisers, fpdm_claims.MEASURED if measured else {}))
+    if not counted:
+        raise UserError("results/evaluate holds no run of distill or diffusion; evaluate one first")
+    head += (
+        f"Intervals are {rule.confidence:.0%} t-intervals over seeds, their spread pooled over all models; of the best of several, "
+        f"intervals that hold for all of them at once. With one seed a difference counts from {rule.margin_distance:.0%} of "
+        f"{score} and {rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} above {rule.ranked:g} is not "
+        "compared. Published numbers: FID, of GET on CIFAR-10, of FPDM on ImageNet 256 where nothing else is said. Reasons are "
+        "likely ones: what was not compared is not tested."
+    )
+    for name, title, parts in (("claims", "Claims", counted), ("measured", "Claims on seconds and memory", timed)):
+        table = pd.concat(parts)
         write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
         write(folder / f"{name}.md", f"# {title}: {job.study.name}\n\n{head}\n\n{markdown(table)}")

@@ -135,7 +135,7 @@ def _denoising(config: Config, generator: Generator, noise, label, peak: float) 
     return [*rows, {**row, "peak_share": _share(config, work, measured, peak)}]
 
 
-def _measured(config: Config, generator: Generator, call) -> dict[str, float]:
+def _measured(config: Config, generator: Generator, call) -> dict[str, int | float]:
     """Return seconds of a call on a batch and the largest memory that it took beyond what was there."""
     seconds = timed(call, generator.device, warmup=config.warmup, repeats=config.repeats)
     memory = peak_memory(call, generator.device)
@@ -145,5 +145,5 @@ def _measured(config: Config, generator: Generator, call) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _share(config: Config, flops: float, measured: dict[str, float], peak: float) -> float:
+def _share(config: Config, flops: int | float, measured: dict[str, int | float], peak: float) -> float:
     return flops * config.batch / measured["seconds"] / peak

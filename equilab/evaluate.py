@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equilab import data
+from equilab import latents
 from equilab.config import Job, Plan, UserError, plain, read_json, results
 from equilab.diffusion.discrete import evenly
+from equilab.latents import Pixels
 from equilab.metrics import fidelity
 from equilab.pairs import Sampler
 from equilab.pairset import PairSet
@@ -65,11 +66,14 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     if any((name == key) != bool(getattr(config, name)) for name in ("sampler", "solver", "chain")):
         raise UserError(f"evaluate.{job.run}: list the settings of a {trained.network.kind} in "
                         f"{f'{key} and leave the other lists empty' if key else 'no list, leave all empty'}")  # fmt: skip
-    about = MAKERS[config.of.partition("/")[0]].counted(trained, job.image, job.classes)
+    shape = latents.shape_of(read, job.image) if config.chain else job.image
+    if config.chain and shape != job.image and any(setting.clamp for setting in config.chain):
+        raise UserError(f"evaluate.{job.run}.chain: clamp holds images in -1..1, which latents are not; set it to false")
+    about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)
     if config.sampler:
         work, made = [about["flops_image"] * sampler.nfe for sampler in config.sampler], samples
     elif config.chain:
-        work, made = [_chain_work(job, trained, setting) for setting in config.chain], samples
+        work, made = [_chain_work(job, trained, shape, setting) for setting in config.chain], samples
     else:
         iterations = [solve.iterations for solve in config.solver] or [1]
         work = distill.generation(trained, job.image, job.classes, iterations)
@@ -78,7 +82,7 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
 
 
-def _chain_work(job: Job, trained: diffusion.Config, setting: ChainSampler) -> float:
+def _chain_work(job: Job, trained: diffusion.Config, shape: tuple[int, ...], setting: ChainSampler) -> float:
     """Return the FLOPs of an image.
 
     Raises: UserError if the setting does not fit the run.
@@ -88,7 +92,7 @@ def _chain_work(job: Job, trained: diffusion.Config, setting: ChainSampler) -> f
     except ValueError as error:
         raise UserError(f"evaluate.{job.run}.chain: {error}") from None
     iterations = given.total / setting.steps if given else 0
-    return float(diffusion.call(trained, job.image, job.classes, iterations) * setting.nfe)
+    return float(diffusion.call(trained, shape, job.classes, iterations) * setting.nfe)
 
 
 def trained_config(of: str, read: Callable) -> Any:
@@ -116,6 +120,7 @@ def run(config: Config, job: Job) -> None:
     samples = read_json(results("evaluator") / "summary.json", "samples")["samples"]
     folder, trained = results(config.of), trained_config(config.of, job.read)
     generator = load(folder / "weights.safetensors", device, trained)
+    pixels = latents.pixels(job, generator.shape, config.of, device)
     pairs = PairSet(results("pairs")) if config.of.startswith("distill/") else None
     if pairs is not None:
         pairs.verify()
@@ -124,18 +129,18 @@ def run(config: Config, job: Job) -> None:
     with scratch(job.scratch("samples")) as place, precision(config.precision, device)(), bar(job.name, work) as progress:
         rows, along = [], []
         for setting in config.settings:
-            images, solved = _samples(config, job, generator, setting, place / f"{len(rows)}.npy", samples, progress)
+            images, solved = _samples(config, job, generator, pixels, setting, place / f"{len(rows)}.npy", samples, progress)
             row = {**_settings(setting), **generator.cost(setting, solved.get("iterations"))}
             rows.append({**row, **scorer.scores(images), **solved, **_errors(config, job, generator, setting, pairs)})
         for path in curve:
             snapshot, setting = load(path, device, trained), config.settings[0]
-            images, _ = _samples(config, job, snapshot, setting, place / path.with_suffix(".npy").name, samples, progress)
+            images, _ = _samples(config, job, snapshot, pixels, setting, place / path.with_suffix(".npy").name, samples, progress)
             errors = _errors(config, job, snapshot, setting, pairs)
             along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})
         if rank() == 0:
             job.out.mkdir(parents=True, exist_ok=True)
             os.replace(place / "0.npy", job.out / "samples.npy")
-            write(job.out / "iterates.npz", _iterates(config, job, generator))
+            write(job.out / "iterates.npz", _iterates(config, job, generator, pixels))
             write_table(job.out / "sweep.csv", rows)
             write_table(job.out / "curve.csv", along)
             kept = {key: generator.about[key] for key in ("parameters", "nimg")}
@@ -144,19 +149,19 @@ def run(config: Config, job: Job) -> None:
 
 
 def _samples(
-    config: Config, job: Job, generator: Generator, setting, path: Path, samples: int, progress
-) -> tuple[np.ndarray, dict[str, float]]:
+    config: Config, job: Job, generator: Generator, pixels: Pixels, setting, path: Path, samples: int, progress
+) -> tuple[np.ndarray, dict[str, int | float]]:
     """Return the evaluation's images (N, C, H, W) uint8, mapped from `path`, and what the solver did.
 
     Each process makes its share of the blocks: any number of them writes the same bytes.
     """
     if rank() == 0:
-        np.lib.format.open_memmap(path, "w+", np.uint8, (samples, *generator.shape))
+        np.lib.format.open_memmap(path, "w+", np.uint8, (samples, *pixels.shape))
     barrier()
     images, solved = np.load(path, mmap_mode="r+"), torch.zeros(samples, 3, dtype=torch.float64)
     for indices in list(batches(samples, config.batch))[rank() :: world()]:
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
-        images[indices] = data.to_uint8(made.image).cpu().numpy()
+        images[indices] = pixels.decode(made.image).cpu().numpy()
         solved[indices] = _told(made)
         progress.update(len(indices))
     images.flush()
@@ -199,7 +204,7 @@ def _errors(config: Config, job: Job, generator: Generator, setting, pairs: Pair
     return {"l1_held_out": totals[0], "l1_train": totals[1]}
 
 
-def _chains(config: Config, job: Job, generator: Generator) -> dict[str, np.ndarray]:
+def _chains(config: Config, job: Job, generator: Generator, pixels: Pixels) -> dict[str, np.ndarray]:
     """Return what the chains of the same noises do, a set of arrays for each setting: `image_0` (SHOWN, C, H, W) uint8,
     `diverged_0` (SHOWN,), `t_0` (S,) its timesteps, and of an implicit network `residual_0` (3, S, K), the 10th, 50th
     and 90th percentile over TRACED samples of the relative residual after each iteration of each step."""
@@ -208,7 +213,7 @@ def _chains(config: Config, job: Job, generator: Generator) -> dict[str, np.ndar
         images, diverged, steps = [], [], []
         for indices in batches(TRACED, config.batch):
             made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
-            images.append(data.to_uint8(made.image).cpu().numpy())
+            images.append(pixels.decode(made.image).cpu().numpy())
             diverged.append(made.diverged.cpu().numpy())
             steps.append([s.residuals.unflatten(0, (-1, len(indices))).mean(0).cpu().numpy() for s in made.solutions])
         found |= {f"image_{k}": np.concatenate(images)[:SHOWN], f"diverged_{k}": np.concatenate(diverged)[:SHOWN]}
@@ -222,17 +227,17 @@ def _chains(config: Config, job: Job, generator: Generator) -> dict[str, np.ndar
     return found
 
 
-def _iterates(config: Config, job: Job, generator: Generator) -> bytes:
+def _iterates(config: Config, job: Job, generator: Generator, pixels: Pixels) -> bytes:
     """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
     setting, solved, images, traces = config.settings[0], generator.settings is Solve, [], []
     if solved:
         setting = replace(setting, iterations=TRACE)
     for indices in batches(TRACED if solved else SHOWN, config.batch):
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=True)
-        images.append(data.to_uint8(made.image).cpu().numpy())  # (K, B, C, H, W)
+        images.append(pixels.decode(made.image).cpu().numpy())  # (K, B, C, H, W)
         traces += [trace(*made.solutions)] if solved else []
     found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
-    found |= _chains(config, job, generator) if config.chain else {}
+    found |= _chains(config, job, generator, pixels) if config.chain else {}
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]  # (K, SHOWN, C, H, W)
     return packed(found)
 

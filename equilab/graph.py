@@ -6,15 +6,18 @@ import ast
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from equilab import config
+
 PACKAGE = Path(__file__).parent
-HEADER = """# Written by `python -m equilab graph`; the same file serves every study. A stage depends on the modules that it
-# imports, on its section of params.yaml and on the results that it reads. `study.root` leads to the repository.
+HEADER = """# Written by `python -m equilab graph` from the sections of params.yaml. A stage depends on the modules that it imports,
+# on its section of params.yaml and on the results that it reads. `study.root` leads to the repository.
 """
 
 
@@ -32,6 +35,7 @@ class Stage:
     committed: tuple[str, ...] = ()
     each: bool = False
     params: tuple[str, ...] = ()
+    optional: bool = False  # a study may do without
 
 
 TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": ("log.csv", "summary.json")}
@@ -43,33 +47,41 @@ STAGES = {
         cached=("weights.safetensors",),
         committed=("log.csv", "summary.json"),
     ),
-    "teacher": Stage("equilab.training.teacher", reads=("results/data",), **TRAINED),
-    "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",)),
-    "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, **TRAINED),
-    "diffusion": Stage("equilab.training.diffusion", reads=("results/data",), each=True, **TRAINED),
+    "teacher": Stage("equilab.training.teacher", reads=("results/data",), optional=True, **TRAINED),
+    "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True),
+    "latents": Stage("equilab.latents", reads=("results/data",), cached=("",), optional=True),
+    "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, optional=True, **TRAINED),
+    "diffusion": Stage(
+        "equilab.training.diffusion",
+        reads=("results/data", "results/latents"),
+        each=True,
+        params=("latents",),
+        optional=True,
+        **TRAINED,
+    ),
     "evaluate": Stage(
         "equilab.evaluate",
         reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}"),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
         each=True,
-        params=("evaluator",),
+        params=("evaluator", "latents"),
     ),
     "cost": Stage(
         "equilab.cost",
-        reads=("results/teacher", "results/distill", "results/evaluate"),
+        reads=("results/teacher", "results/distill", "results/diffusion"),
         committed=("cost.csv", "cost.json"),
     ),
     "claims": Stage(
         "equilab.claims",
         reads=("${study.root}/equilab/claims.yaml", "results/pairs/meta.json", "results/evaluator/summary.json",
-               "results/distill", "results/evaluate", "results/cost"),
+               "results/distill", "results/diffusion", "results/evaluate", "results/cost"),
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
     ),
     "notebook": Stage(
         "equilab.notebook",
         reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill",
-               "results/evaluate", "results/cost", "results/claims.csv", "results/measured.csv"),
+               "results/diffusion", "results/evaluate", "results/cost", "results/claims.csv", "results/measured.csv"),
         committed=("",),
         each=True,
     ),
@@ -118,10 +130,13 @@ def _imports(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "equilab" and _file(name).exists()}
 
 
-def dvc() -> dict[str, Any]:
-    """Return the content of dvc.yaml."""
-    stages = {}
+def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of dvc.yaml for a study with these sections: a stage without one is left out."""
+    stages, absent = {}, [name for name in STAGES if not sections.get(name)]
+    there = lambda path: not re.match(rf"results/({'|'.join(absent)})(/|$)", path) if absent else True  # noqa: E731
     for name, stage in STAGES.items():
+        if name in absent:
+            continue
         run = "${key}" if stage.each else ""
         out = f"results/{name}/{run}".rstrip("/")
         place = lambda file: os.path.normpath(f"{out}/{file}")  # noqa: B023, E731
@@ -129,8 +144,9 @@ def dvc() -> dict[str, Any]:
         section = f"{name}.{run}" if stage.each else name
         entry = {
             "cmd": f"python -m equilab {name} {run}".strip(),
-            "deps": modules + [path.replace("{run}", run) for path in stage.reads],
-            "params": ["study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section, *stage.params],
+            "deps": modules + [path.replace("{run}", run) for path in stage.reads if there(path)],
+            "params": ["study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section,
+                       *(key for key in stage.params if key not in absent)],
         }
         if stage.cached:
             entry["outs"] = [place(file) for file in stage.cached]
@@ -144,9 +160,9 @@ def dvc() -> dict[str, Any]:
 
 
 def write(root: Path) -> list[Path]:
-    """Write dvc.yaml into the repository's root and into every study; return the paths."""
-    text = HEADER + yaml.safe_dump(dvc(), sort_keys=False, width=120)
-    paths = [root / "dvc.yaml", *(params.parent / "dvc.yaml" for params in sorted(root.glob("studies/*/params.yaml")))]
-    for path in paths:
-        path.write_text(text)
-    return paths
+    """Write dvc.yaml beside the params.yaml of the repository's root and of every study; return the paths."""
+    studies = [root / "params.yaml", *sorted(root.glob("studies/*/params.yaml"))]
+    for params in studies:
+        text = HEADER + yaml.safe_dump(dvc(config.read(params)), sort_keys=False, width=120)
+        params.with_name("dvc.yaml").write_text(text)
+    return [params.with_name("dvc.yaml") for params in studies]

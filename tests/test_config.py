@@ -80,7 +80,11 @@ def test_yaml_numbers_are_those_of_version_1_2_and_keys_are_given_once(tmp_path)
 @pytest.mark.parametrize("params", [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))], ids=str)
 def test_every_study_passes_its_check(params, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert __main__.main(["check", "--params", str(params)]) == 0, capsys.readouterr().err
+    status, told = __main__.main(["check", "--params", str(params)]), capsys.readouterr().err
+    if params.parent.name == "fpdm-paper":  # its VAE is not part of the repository
+        assert status == 2 and "vae holds no VAE; place there" in told
+    else:
+        assert status == 0, told
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,19 @@ LAYERS = [
     ["equilab.models", "equilab.published", "equilab.diffusion.samplers", "equilab.diffusion.discrete_samplers"],
     ["equilab.losses", "equilab.adversarial", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.state",
      "equilab.training"],
-    ["equilab.data", "equilab.metrics", "equilab.pairset", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
+    ["equilab.data", "equilab.latents", "equilab.metrics", "equilab.pairset", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
      "equilab.training.teacher", "equilab.training.distill", "equilab.training.diffusion",
      "equilab.training.evaluator"],
     ["equilab.analysis"],
     ["equilab.notebook", "equilab.claims", "equilab.report"],
-    ["equilab.graph", "equilab.__main__", "equilab.bench"],
+    ["equilab.graph", "equilab.__main__", "equilab.bench", "equilab.bench_stages"],
 ]  # fmt: skip
 HEAVY = {
     "torchdeq": ["equilab.solvers.library"],
     "torch_fidelity": ["equilab.metrics.fidelity"],
     "torchvision": ["equilab.data", "equilab.models.discriminator"],  # a dataset; networks
     "timm": ["equilab.models.discriminator"],
+    "diffusers": ["equilab.latents"],
 }
 
 
@@ -74,6 +75,7 @@ def test_a_heavy_library_enters_where_it_is_listed(library, places):
 
 def test_every_study_has_the_graph_that_the_table_describes(tmp_path):
     (tmp_path / "studies").mkdir()
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     for params in ROOT.glob("studies/*/params.yaml"):
         (tmp_path / "studies" / params.parent.name).mkdir()
         shutil.copy(params, tmp_path / "studies" / params.parent.name)

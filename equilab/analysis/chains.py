@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import read_table, replicated, short
+from equilab.analysis.tables import evaluated, read_table, replicated, short
 from equilab.config import UserError, digest, read_json
 
 SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
@@ -50,19 +50,13 @@ class Chains:
         return found.sort_values(["family", "parameters", "block_evals", "steps"], kind="stable").reset_index(drop=True)
 
 
-def evaluated(folder: Path) -> list[Path]:
-    """Return the metrics.json of every evaluated run of diffusion."""
-    found = sorted(folder.glob("evaluate/*/metrics.json"))
-    return [path for path in found if read_json(path, "of", "kind", "run")["of"].startswith("diffusion/")]
-
-
 def read(folder: Path | str) -> Chains:
     """Return what a study found about its denoisers of discrete timesteps.
 
     Raises: UserError if it has evaluated none.
     """
     folder, parts = Path(folder), []
-    for path in evaluated(folder):
+    for path in evaluated(folder, "diffusion"):
         sweep = read_table(path.with_name("sweep.csv"))
         sweep = sweep.reindex(columns=list(dict.fromkeys([*SETTING, *sweep])))
         about = _about(folder / read_json(path, "of")["of"] / "summary.json")

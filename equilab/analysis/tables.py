@@ -73,6 +73,12 @@ class Tables:
         return rows.merge(about, on=keys)
 
 
+def evaluated(folder: Path, stage: str) -> list[Path]:
+    """Return the metrics.json of every evaluated run of a stage."""
+    found = sorted(folder.glob("evaluate/*/metrics.json"))
+    return [path for path in found if read_json(path, "of", "kind", "run")["of"].startswith(f"{stage}/")]
+
+
 def read(folder: Path | str) -> Tables:
     """Return the tables of a study's results folder.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from equilab import rng
+from equilab import latents, rng
 from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import load, to_float
 from equilab.diffusion import discrete_losses as losses
@@ -93,7 +93,7 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     Raises: UserError if the data have no classes to condition on.
     """
     _check(config, job, job.classes)
-    return loop.plan(config.optimisation, counted(config, job.image, job.classes))
+    return loop.plan(config.optimisation, counted(config, latents.shape_of(read, job.image), job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -103,13 +103,14 @@ def run(config: Config, job: Job) -> None:
     """
     data = load(results("data"), "train", verify=True)
     _check(config, job, data.classes)
-    shape, seed = data.images.shape[1:], config.seed
+    encoded = None if job.read("latents") is None else latents.Encoded(results("latents"))
+    shape, seed = encoded.shape if encoded else data.images.shape[1:], config.seed
     given = config.positional(shape, data.classes)
     net = loop.build(config.network, seed, "weights", *given)
 
     def batch_of(positions: range):
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        image = to_float(torch.from_numpy(data.images[items]))
+        image = encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items]))
         noise = torch.from_numpy(rng.noise(seed, "noise", positions, shape))
         t = torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps))
         label = _labels(config, data.labels[items], positions, data.classes) if config.conditional else None
@@ -117,7 +118,7 @@ def run(config: Config, job: Job) -> None:
         return image, noise, t, label, config.fixed_point.counts(seed, update) if config.fixed_point else None
 
     about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
-    inputs = {"data": sha256_of(results("data") / "meta.json")}
+    inputs = {name: sha256_of(results(name) / "meta.json") for name in ("data", *(["latents"] if encoded else []))}
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 

@@ -1,0 +1,82 @@
+"""What `make bench` measures beside networks: commands, and the memory of stages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from equilab import __main__, config  # before torch, as for the stages
+
+import torch
+import yaml
+from equilab.graph import PACKAGE
+from equilab.metrics.cost import Seconds, peak_memory, timed
+
+ROOT, CPU = PACKAGE.parent, torch.device("cpu")
+PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
+
+
+def columns_of(seconds: Seconds) -> dict[str, float]:
+    """Return the columns of a time."""
+    return {"seconds": seconds.median, "seconds_min": seconds.fastest, "seconds_max": seconds.slowest}
+
+
+def goal_of(reached: bool, goal: str) -> dict[str, str]:
+    """Return the columns of a goal."""
+    return {"goal": goal, "reached": "yes" if reached else "no"}
+
+
+def commands() -> Iterator[dict[str, Any]]:
+    """Yield the seconds of importing the package, and of `dvc repro` where everything is up to date."""
+
+    def call(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+    script = "import time; start = time.perf_counter(); import equilab; print(time.perf_counter() - start)"
+    took = sorted(float(call("-c", script).stdout) for _ in range(5))
+    seconds = Seconds(took[2], took[0], took[-1])
+    yield {"what": "import equilab", **columns_of(seconds), **goal_of(seconds.median <= 0.2, "at most 0.2 s")}
+    if (ROOT / "dvc.lock").exists() and (ROOT / ".dvc").exists() and call("-m", "dvc", "status", "-q").returncode == 0:
+        seconds = timed(lambda: call("-m", "dvc", "repro"), CPU, warmup=0, repeats=3)
+        yield {"what": "dvc repro, nothing to do", **columns_of(seconds), **goal_of(seconds.median <= 5, "at most 5 s")}
+
+
+def memory() -> Iterator[dict[str, Any]]:
+    """Yield the most memory, tensors and all of Python, that making pairs and training on them takes, few and many."""
+    sections, before, threads = config.read(ROOT / "studies/smoke/params.yaml"), Path.cwd(), torch.get_num_threads()
+    run = next(name for name, entry in sections["distill"].items() if entry["network"]["kind"] == "get")
+    least: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for k, count in enumerate((PAIRS[0], *PAIRS)):  # the first time for what is imported on the way
+            sections["pairs"]["count"] = sections["distill"][run]["pairs"] = count
+            sections["study"]["seed"] += 1  # nothing is resumed
+            Path(folder, "params.yaml").write_text(yaml.safe_dump(sections))
+            for stage in (["data"], ["teacher"], ["pairs"], ["distill", run])[2 if k else 0 :]:
+                most, name = _stage(folder, *stage), stage[0]
+                if k:
+                    row = {"what": f"memory of {name}", "size": f"{count:,} pairs", "memory_mib": most}
+                    yield row | (goal_of(most <= 1.05 * least[name], "does not grow") if k == 2 else {})
+                least[name] = most
+        os.chdir(before)
+    torch.set_num_threads(threads)
+
+
+def _stage(folder: str, *arguments: str) -> float:
+    """Run a stage in `folder` and return its peak memory in MiB."""
+    python = []
+
+    def call() -> None:
+        tracemalloc.start()
+        status = __main__.main([*arguments, "--params", f"{folder}/params.yaml"])
+        python.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        if status:
+            raise SystemExit(f"bench: stage {arguments[0]} of the smoke study failed")
+
+    return (peak_memory(call, CPU) + python[0]) / 2**20

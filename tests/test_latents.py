@@ -1,0 +1,156 @@
+"""Latents: a small VAE of our own making, saved to disk and loaded; encoding, training, sampling, and what can go wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+
+from equilab import __main__, config, data, graph, latents, rng
+
+SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The folder of a VAE of 8x8 grey images to latents 2x4x4."""
+    torch.manual_seed(0)
+    made = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=8,
+        scaling_factor=0.5,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, vae):
+    """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
+    monkeypatch.chdir(tmp_path)
+    sections = config.read(SMOKE)
+    for name in ("teacher", "pairs", "distill"):
+        del sections[name]
+    sections["latents"] = {"vae": str(vae), "shape": [2, 4, 4], "batch": 64}
+    sections["evaluate"] = {name: sections["evaluate"][name] for name in ("fpdm", "dit")}
+    for entry in sections["evaluate"].values():
+        entry["chain"] = [{**entry["chain"][0], "clamp": False}]
+    sections["cost"]["runs"] = ["diffusion/fpdm", "diffusion/dit"]
+    sections["notebook"] = {}
+    keep(sections)
+    called("data")
+    return tmp_path
+
+
+def keep(sections):
+    Path("params.yaml").write_text(yaml.safe_dump(sections))
+
+
+def called(*command):
+    assert __main__.main(list(command)) == 0
+
+
+def refused(capsys, *command):
+    """Return the sentence with which a command is refused."""
+    capsys.readouterr()
+    assert __main__.main(list(command)) == 2
+    return capsys.readouterr().err
+
+
+def content():
+    return {path.name: path.read_bytes() for path in sorted(Path("results/latents").iterdir())}
+
+
+def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, vae):
+    called("latents")
+    items = np.array([3, 700, 1500])
+    found = latents.Encoded(Path("results/latents")).read(items)
+    images = data.load(Path("results/data"), "train").images
+    net = AutoencoderKL.from_pretrained(vae).eval()
+    with torch.inference_mode():
+        moments = net.quant_conv(net.encoder(data.to_float(torch.from_numpy(images[items]))))  # mean and log variance
+    mean, log_variance = moments.chunk(2, 1)
+    noise = torch.from_numpy(rng.noise(0, "latents", items, (2, 4, 4)))
+    torch.testing.assert_close(found, 0.5 * (mean + (log_variance / 2).exp() * noise))
+    meta = json.loads(Path("results/latents/meta.json").read_text())
+    assert meta["count"] == len(images) == 1597 and len(meta["shards"]) == 2
+
+
+def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_bytes(study, monkeypatch):
+    called("latents")
+    whole, encoded, calls = content(), latents._encoded, []
+
+    def counted(*given):
+        calls.append(len(given[1]))
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return encoded(*given)
+
+    monkeypatch.setattr(latents, "_encoded", counted)
+    assert __main__.main(["latents"]) == 130 and content() == whole  # what was there is still there
+    called("latents")
+    assert content() == whole and sum(calls[20:]) == 1597 - 1024
+
+
+def test_samples_are_decoded_to_pixels(study):
+    called("check")
+    for command in (["evaluator"], ["latents"], ["diffusion", "fpdm"], ["diffusion", "dit"], ["evaluate", "fpdm"],
+                    ["evaluate", "dit"], ["cost"], ["claims"]):  # fmt: skip
+        called(*command)
+    samples = np.load("results/evaluate/fpdm/samples.npy")
+    assert samples.shape == (100, 1, 8, 8) and samples.dtype == np.uint8
+    with np.load("results/evaluate/fpdm/iterates.npz") as kept:
+        assert kept["images"].shape == (4, 16, 1, 8, 8) and kept["image_0"].shape == (16, 1, 8, 8)
+        assert np.array_equal(kept["images"][-1], samples[:16])  # the last prediction is the image
+    summary = json.loads(Path("results/diffusion/fpdm/summary.json").read_text())
+    assert summary["image"] == [2, 4, 4] and set(summary["inputs"]) == {"data", "latents"}
+    assert "FPDM-1" in Path("results/claims.md").read_text() and "GET-1" not in Path("results/claims.md").read_text()
+
+
+def test_the_graph_has_the_stages_of_the_study_alone(study):
+    stages = graph.dvc(config.read(Path("params.yaml")))["stages"]
+    assert list(stages) == ["data", "evaluator", "latents", "diffusion", "evaluate", "cost", "claims", "report"]
+    assert "results/latents" in stages["diffusion"]["do"]["deps"] and "latents" in stages["evaluate"]["do"]["params"]
+    assert not [path for stage in stages.values() for path in stage.get("do", stage)["deps"] if "pairs/" in path or "distill" in path and "results" in path]
+    assert "latents" not in graph.dvc(config.read(SMOKE))["stages"]
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "sentence"),
+    [
+        ({"vae": "nowhere"}, ["check"], "nowhere holds no VAE; place there the files config.json and diffusion_pytorch_model"),
+        ({"shape": [4, 4, 4]}, ["latents"], "latents.shape is [4, 4, 4], the VAE in"),
+        ({"batch": 100}, ["latents"], "batch a divisor of 1024"),
+    ],
+)
+def test_a_vae_that_is_missing_or_does_not_fit_is_named(study, capsys, change, command, sentence):
+    sections = config.read(Path("params.yaml"))
+    sections["latents"] |= change
+    keep(sections)
+    assert sentence in refused(capsys, *command)
+    assert not Path("results/latents").exists()
+
+
+def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study, capsys, vae, tmp_path):
+    called("latents")
+    shard = Path("results/latents/latents-0000000000.npy")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"x")
+    assert f"{shard} is missing or damaged; run the stage latents again" in refused(capsys, "diffusion", "dit")
+    shard.write_bytes(whole)
+    sections = config.read(Path("params.yaml"))
+    sections["evaluate"]["dit"]["chain"][0]["clamp"] = True
+    keep(sections)
+    assert "clamp holds images in -1..1, which latents are not; set it to false" in refused(capsys, "check")
+    meta = Path("results/data/meta.json")
+    meta.write_text(meta.read_text() + " ")
+    assert "holds latents of other images than results/data" in refused(capsys, "diffusion", "dit")
+    sections["latents"]["vae"] = "broken"
+    keep(sections)
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text((vae / "config.json").read_text())
+    assert "the VAE in broken cannot be read" in refused(capsys, "check")
