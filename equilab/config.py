@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
-                if not isinstance(key.value, str):
+                if key.tag != "tag:yaml.org,2002:str":
                     raise yaml.YAMLError(f"a key must be a word, line {key.start_mark.line + 1}")
                 if key.value in seen:
                     raise yaml.YAMLError(f"key {key.value!r} is given twice, line {key.start_mark.line + 1}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from equilab.progress import bar
 from equilab.sample import Denoiser, Generator, Solve, load
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill
-from equilab.training.loop import device_of, environment
+from equilab.training.loop import device_of, environment, precision
 from equilab.training.state import write_json
 
 
@@ -69,7 +69,7 @@ def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, A
     noise = torch.randn(config.batch, *generator.shape, device=generator.device)
     label = torch.arange(config.batch, device=generator.device) % generator.classes if generator.classes else None
     if isinstance(generator, Denoiser):
-        return _denoising(config, generator, noise, label, peak)
+        return list(_denoising(config, generator, noise, label, peak))
     rows = []
     for setting in _settings(config, generator):
         cost = generator.cost(setting)
@@ -86,53 +86,50 @@ def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | No
     return [config.sampler if generator.settings is Sampler else None]
 
 
-def _training(config: Config, generator: Generator, batch, peak: float) -> list[dict[str, Any]]:
-    """Return the training step, forward and backward, as trained; of an implicit generator unrolled and in O(1) memory too."""
+def _training(config: Config, generator: Generator, batch, peak: float) -> Iterator[dict[str, Any]]:
+    """Yield the training step, forward and backward, as trained; of an implicit generator unrolled and in O(1) memory too."""
     trained, ways = generator.config, [generator.config]
     if trained.equilibrium:
         others = (replace(trained.equilibrium, gradient=gradient) for gradient in ("unrolled", "o1"))
         ways += [replace(trained, equilibrium=other) for other in others if other != trained.equilibrium]
-    net, rows = generator.net.train().requires_grad_(True), []
     for way in ways:
-        loss = distill.loss_of(way)
-
-        def step():
-            loss(net, batch).backward()
-            net.zero_grad(set_to_none=True)
-
         work = distill.counted(way, generator.shape, generator.classes)["train_flops_image"]
-        measured, gradient = _measured(config, generator, step), way.equilibrium.gradient if way.equilibrium else "explicit"
-        row = {"what": "train", "gradient": gradient, "as_trained": way is trained, "nfe": 1, "flops": work, **measured}
-        rows.append({**row, "peak_share": _share(config, work, measured, peak)})
-    net.eval().requires_grad_(False)
-    return rows
+        about = {"gradient": way.equilibrium.gradient if way.equilibrium else "explicit", "as_trained": way is trained}
+        yield _step(config, generator, distill.loss_of(way), batch, about, work, peak)
 
 
-def _denoising(config: Config, generator: Generator, noise, label, peak: float) -> list[dict[str, Any]]:
-    """Return a call of a denoiser, at each number of iterations of its fixed point, and its training step at the most
+def _denoising(config: Config, generator: Generator, noise, label, peak: float) -> Iterator[dict[str, Any]]:
+    """Yield a call of a denoiser, at each number of iterations of its fixed point, and its training step at the most
     iterations that training draws: what there must be memory for."""
-    trained, net, rows = generator.config, generator.net, []
+    trained, net, fixed = generator.config, generator.net, generator.config.fixed_point
     t = torch.full((config.batch,), trained.diffusion.timesteps // 2, device=generator.device)
-    for k in config.iterations if trained.fixed_point else (0,):
+    for k in config.iterations if fixed else (0,):
         solve = [None, Solver("iterate", k, 0.0, "last", measure=False)] if k else []
         with torch.inference_mode():
             measured = _measured(config, generator, lambda: net(noise, t, label, *solve))  # noqa: B023
         work = diffusion.call(trained, generator.shape, generator.classes, k)
         cost = {"nfe": 1, "iterations": k or None, "block_evals": net.blocks(k) if k else net.blocks(), "flops": work}
-        rows.append({"what": "call", **cost, **measured, "peak_share": _share(config, work, measured, peak)})
-    fixed, loss = trained.fixed_point, diffusion.loss_of(trained)
+        yield {"what": "call", **cost, **measured, "peak_share": _share(config, work, measured, peak)}
     counts, gradient = ((fixed.without, fixed.steps), fixed.gradient) if fixed else (None, "explicit")
-    net.train().requires_grad_(True)
+    work = diffusion.step_flops(trained, generator.shape, generator.classes, counts or (0.0, 0.0))
+    batch, about = (torch.tanh(noise), noise, t, label, counts), {"gradient": gradient, "as_trained": True}
+    yield _step(config, generator, diffusion.loss_of(trained), batch, about, work, peak)
+
+
+def _step(config: Config, generator: Generator, loss, batch, about: dict, work: int | float, peak: float) -> dict[str, Any]:
+    """Return the row of a training step, forward and backward, in the precision of the training."""
+    net = generator.net.train().requires_grad_(True)
 
     def step():
-        loss(net, (torch.tanh(noise), noise, t, label, counts)).backward()
+        with precision(generator.config.optimisation.precision, generator.device)():
+            value = loss(net, batch)
+        value.backward()
         net.zero_grad(set_to_none=True)
 
-    work = diffusion.step_flops(trained, generator.shape, generator.classes, counts or (0.0, 0.0))
     measured = _measured(config, generator, step)
-    row = {"what": "train", "gradient": gradient, "as_trained": True, "nfe": 1, "flops": work, **measured}
     net.eval().requires_grad_(False)
-    return [*rows, {**row, "peak_share": _share(config, work, measured, peak)}]
+    row = {"what": "train", **about, "nfe": 1, "flops": work, **measured}
+    return {**row, "peak_share": _share(config, work, measured, peak)}
 
 
 def _measured(config: Config, generator: Generator, call) -> dict[str, int | float]:

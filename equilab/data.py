@@ -131,6 +131,8 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError naming the key or the file that is wrong, and what to do.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes the first one does it
     splits = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[config.source](config, job.study.seed)
     labels = {split: images.labels[indices] for split, (images, indices) in splits.items() if images.labels is not None}
     if len(labels) == 1:

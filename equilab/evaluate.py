@@ -27,7 +27,7 @@ from equilab.progress import bar
 from equilab.sample import FAMILIES, ChainSampler, Generator, Made, Solve, batches, budget, inputs, load
 from equilab.training import diffusion, distill, teacher
 from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
-from equilab.training.state import scratch, write, write_json
+from equilab.training.state import require_disk, scratch, write, write_json
 
 MAKERS = {"teacher": teacher, "distill": distill, "diffusion": diffusion}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
@@ -67,7 +67,7 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
         raise UserError(f"evaluate.{job.run}: list the settings of a {trained.network.kind} in "
                         f"{f'{key} and leave the other lists empty' if key else 'no list, leave all empty'}")  # fmt: skip
     shape = latents.shape_of(read, job.image) if config.chain else job.image
-    if config.chain and shape != job.image and any(setting.clamp for setting in config.chain):
+    if shape != job.image and any(setting.clamp for setting in config.chain):
         raise UserError(f"evaluate.{job.run}.chain: clamp holds images in -1..1, which latents are not; set it to false")
     about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)
     if config.sampler:
@@ -126,17 +126,20 @@ def run(config: Config, job: Job) -> None:
         pairs.verify()
     curve = [folder / "snapshots" / f"{nimg:010d}.safetensors" for nimg in trained.optimisation.snapshots]
     work = (len(config.settings) + len(curve)) * samples
+    require_disk(job.out, 3 * samples * int(np.prod(pixels.shape)))  # the headline's, those being made, and the rest
     with scratch(job.scratch("samples")) as place, precision(config.precision, device)(), bar(job.name, work) as progress:
         rows, along = [], []
         for setting in config.settings:
             images, solved = _samples(config, job, generator, pixels, setting, place / f"{len(rows)}.npy", samples, progress)
             row = {**_settings(setting), **generator.cost(setting, solved.get("iterations"))}
             rows.append({**row, **scorer.scores(images), **solved, **_errors(config, job, generator, setting, pairs)})
+            _done(place / f"{len(rows) - 1}.npy", keep=len(rows) == 1)
         for path in curve:
             snapshot, setting = load(path, device, trained), config.settings[0]
             images, _ = _samples(config, job, snapshot, pixels, setting, place / path.with_suffix(".npy").name, samples, progress)
             errors = _errors(config, job, snapshot, setting, pairs)
             along.append({"nimg": snapshot.about["nimg"], **scorer.distances(images), **errors})
+            _done(place / path.with_suffix(".npy").name, keep=False)
         if rank() == 0:
             job.out.mkdir(parents=True, exist_ok=True)
             os.replace(place / "0.npy", job.out / "samples.npy")
@@ -146,6 +149,13 @@ def run(config: Config, job: Job) -> None:
             kept = {key: generator.about[key] for key in ("parameters", "nimg")}
             about = {"run": job.run, "of": config.of, "kind": generator.kind, **kept, "environment": environment(job)}
             write_json(job.out / "metrics.json", {**about, **rows[0]})
+
+
+def _done(path: Path, keep: bool) -> None:
+    """Remove images that have been scored, when all processes have done so."""
+    barrier()
+    if rank() == 0 and not keep:
+        path.unlink()
 
 
 def _samples(
@@ -213,7 +223,7 @@ def _chains(config: Config, job: Job, generator: Generator, pixels: Pixels) -> d
         images, diverged, steps = [], [], []
         for indices in batches(TRACED, config.batch):
             made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
-            images.append(pixels.decode(made.image).cpu().numpy())
+            images.append(pixels.decode(made.image[:SHOWN]).cpu().numpy())
             diverged.append(made.diverged.cpu().numpy())
             steps.append([s.residuals.unflatten(0, (-1, len(indices))).mean(0).cpu().numpy() for s in made.solutions])
         found |= {f"image_{k}": np.concatenate(images)[:SHOWN], f"diverged_{k}": np.concatenate(diverged)[:SHOWN]}
@@ -234,7 +244,7 @@ def _iterates(config: Config, job: Job, generator: Generator, pixels: Pixels) ->
         setting = replace(setting, iterations=TRACE)
     for indices in batches(TRACED if solved else SHOWN, config.batch):
         made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting, every=True)
-        images.append(pixels.decode(made.image).cpu().numpy())  # (K, B, C, H, W)
+        images.append(pixels.decode(made.image[:, :SHOWN]).cpu().numpy())  # (K, B, C, H, W)
         traces += [trace(*made.solutions)] if solved else []
     found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
     found |= _chains(config, job, generator, pixels) if config.chain else {}

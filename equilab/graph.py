@@ -49,7 +49,7 @@ STAGES = {
     ),
     "teacher": Stage("equilab.training.teacher", reads=("results/data",), optional=True, **TRAINED),
     "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True),
-    "latents": Stage("equilab.latents", reads=("results/data",), cached=("",), optional=True),
+    "latents": Stage("equilab.latents", reads=("results/data", "${latents.vae}"), cached=("",), optional=True),
     "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, optional=True, **TRAINED),
     "diffusion": Stage(
         "equilab.training.diffusion",
@@ -61,7 +61,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         "equilab.evaluate",
-        reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}"),
+        reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}", "${latents.vae}"),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
         each=True,
@@ -133,7 +133,7 @@ def _imports(path: Path) -> set[str]:
 def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of dvc.yaml for a study with these sections: a stage without one is left out."""
     stages, absent = {}, [name for name in STAGES if not sections.get(name)]
-    there = lambda path: not re.match(rf"results/({'|'.join(absent)})(/|$)", path) if absent else True  # noqa: E731
+    there = lambda path: not re.match(rf"(results/|\$\{{)({'|'.join(absent)})(/|\.|$)", path) if absent else True  # noqa: E731
     for name, stage in STAGES.items():
         if name in absent:
             continue

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,8 @@ from equilab import data, rng
 from equilab.config import Job, Plan, UserError, digest, read_json, results
 from equilab.data import to_float, to_uint8
 from equilab.progress import bar
-from equilab.training.loop import device_of, environment
-from equilab.training.state import checksum, require_disk, scratch, sha256_of, write, write_array, write_json
+from equilab.training.loop import barrier, device_of, environment, rank, world
+from equilab.training.state import checksum, link, require_disk, scratch, sha256_of, whole, write, write_array, write_json
 
 SHARD = 1024  # latents in a file
 
@@ -91,10 +89,10 @@ def run(config: Config, job: Job) -> None:
     key = digest(job.code, job.study.seed, about, config.batch, environment(job))
     with scratch(job.scratch(key)) as folder:
         shards = [folder / f"latents-{start:010d}.npy" for start in range(0, len(images), SHARD)]
-        missing = [k for k, path in enumerate(shards) if not path.with_suffix(".sha256").exists()]
+        missing = [k for k, path in enumerate(shards) if not whole(path)]
         require_disk(folder, 4 * int(np.prod(config.shape)) * SHARD * len(missing))
         with bar(job.name, len(images), done=min((len(shards) - len(missing)) * SHARD, len(images))) as progress:
-            for k in missing:
+            for k in missing[rank() :: world()]:
                 blocks = []
                 for start in range(k * SHARD, min((k + 1) * SHARD, len(images)), config.batch):
                     items = np.arange(start, min(start + config.batch, (k + 1) * SHARD, len(images)))
@@ -102,12 +100,17 @@ def run(config: Config, job: Job) -> None:
                     blocks.append(_encoded(vae, to_float(torch.from_numpy(images[items])).to(device), noise))
                     progress.update(len(items))
                 write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
-        shutil.rmtree(job.out, ignore_errors=True)
-        job.out.mkdir(parents=True)
-        about["shards"] = {path.name: path.with_suffix(".sha256").read_text() for path in shards}
-        for path in shards:
-            os.replace(path, job.out / path.name)
-    write_json(job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)})
+        barrier()
+        if rank() == 0:
+            job.out.mkdir(parents=True, exist_ok=True)
+            for path in shards:
+                link(path, job.out)
+            about["shards"] = {path.name: path.with_suffix(".sha256").read_text() for path in shards}
+            write_json(job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)})
+            for path in job.out.glob("latents-*.npy"):
+                if path.name not in about["shards"]:
+                    path.unlink()
+        barrier()
 
 
 @torch.inference_mode()
@@ -125,12 +128,15 @@ def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
 def pixels(job: Job, shape: tuple[int, ...], of: str, device: torch.device) -> Pixels:
     """Return how the images of a run, the folder `of` below results/, become pixels.
 
-    Raises: UserError if there is no such VAE.
+    Raises: UserError if there is no such VAE, or it is not the one that made the latents.
     """
     config = job.read("latents") if of.startswith("diffusion/") else None
     if config is None:
         return Pixels(shape, to_uint8)
-    vae = _vae(config, job.image).to(device)
+    vae, path = _vae(config, job.image), results("latents") / "meta.json"
+    if read_json(path, "vae")["vae"] != checksum(vae.state_dict()):
+        raise UserError(f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again")
+    vae.to(device)
 
     @torch.inference_mode()
     def decode(image: Tensor) -> Tensor:
@@ -155,10 +161,13 @@ def _vae(config: Config, image: tuple[int, ...]) -> Any:
             "AutoencoderKL, for the paper's latents those of stabilityai/sd-vae-ft-ema, or change the key"
         )
     try:
-        vae = AutoencoderKL.from_pretrained(str(path), local_files_only=True, low_cpu_mem_usage=False).eval().requires_grad_(False)
+        vae, told = AutoencoderKL.from_pretrained(
+            str(path), local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"latents.vae: the VAE in {path} cannot be read ({told}); fetch its files again") from None
+        raise UserError(f"latents.vae: the VAE in {path} cannot be read ({str(error).splitlines()[0]}); fetch its files again") from None
+    if told["missing_keys"]:
+        raise UserError(f"latents.vae: the weights in {path} lack {sorted(told['missing_keys'])[0]}; fetch its files again")
     shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
     found = (vae.config.latent_channels, *(size // shrinks for size in image[1:]))
     if vae.config.in_channels != image[0] or any(size % shrinks for size in image[1:]):
@@ -166,4 +175,4 @@ def _vae(config: Config, image: tuple[int, ...]) -> Any:
                         f"{shrinks} divides, data.image is {list(image)}; give another VAE")  # fmt: skip
     if found != config.shape:
         raise UserError(f"latents.shape is {list(config.shape)}, the VAE in {path} makes {list(found)}; set it to that")
-    return vae
+    return vae.eval().requires_grad_(False)

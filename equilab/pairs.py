@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from equilab.models.precond import EDM
 from equilab.pairset import NOISE, labels, noise_checksum
 from equilab.progress import bar
 from equilab.training.loop import barrier, device_of, environment, precision, rank, world
-from equilab.training.state import load_network, require_disk, scratch, sha256_of, write, write_array, write_json
+from equilab.training.state import link, load_network, require_disk, scratch, whole, write, write_array, write_json
 from equilab.training.teacher import UNETS, counted
 
 
@@ -101,7 +99,7 @@ def run(config: Config, job: Job) -> None:
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
     with scratch(job.scratch(key), keep=True) as folder:
         shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
-        missing = [k for k, path in enumerate(shards) if not _whole(path)]
+        missing = [k for k, path in enumerate(shards) if not whole(path)]
         require_disk(folder, len(missing) * config.shard * size)
         with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
             for k in missing[rank() :: world()]:
@@ -131,11 +129,7 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
     job.out.mkdir(parents=True, exist_ok=True)
     described = {}
     for path in shards:
-        (job.out / path.name).unlink(missing_ok=True)
-        try:
-            os.link(path, job.out / path.name)
-        except OSError:  # another disk
-            shutil.copyfile(path, job.out / path.name)
+        link(path, job.out)
         described[path.name] = {"images": config.shard, "sha256": path.with_suffix(".sha256").read_text()}
     total = config.held_out + config.count
     meta = {
@@ -149,8 +143,3 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
     for path in job.out.glob("images-*.npy"):
         if path.name not in described:
             path.unlink()
-
-
-def _whole(path: Path) -> bool:
-    stamp = path.with_suffix(".sha256")
-    return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()

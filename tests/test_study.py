@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-MEASURED = ("results/cost/", "results/measured.", "results/notebook/sampling_speed", "results/report/")
+MEASURED = ("results/cost/", "results/measured.", "results/notebook/sampling_speed", "results/notebook/reuse_smoothing",
+            "results/report/")  # fmt: skip
 
 
 def clone(folder):

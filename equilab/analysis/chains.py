@@ -19,6 +19,7 @@ from equilab.config import UserError, digest, read_json
 SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
            "tolerance", "memory", "mixing")  # fmt: skip
 FREE = ("method", "eta", "steps", "blocks", "budget", "reuse")  # what the analyses vary; all else is as in the headline
+MEASURED = ["run", "what", "batch", "memory_mib", "seconds", "images_s"]  # columns of cost.csv
 METHODS = {"ddpm": "DDPM", "ddim": "DDIM"}
 LOOKS = {"FPDM": {"color": BLUE, "marker": "o", "label": "FPDM"}, "DiT": {"color": ORANGE, "marker": "^", "label": "DiT"}}
 REUSE = {True: {"color": BLUE, "marker": "o", "label": "with reuse"},
@@ -91,7 +92,7 @@ def _about(path: Path) -> dict[str, Any]:
         "run": summary["run"], "seed": config["seed"], "model": digest(seedless), "nimg": summary["nimg"],
         "family": {"dit": "DiT", "fpdm": "FPDM"}[network["kind"]], "parameters": summary["parameters"],
         "explicit": layers, "pre": network.get("pre"), "post": network.get("post"), "gradient": fixed.get("gradient"),
-        "without": fixed.get("without"), "with": fixed.get("steps"), "train_flops": summary["train_flops_image"] * summary["nimg"],
+        "weight": config["weight"], "without": fixed.get("without"), "with": fixed.get("steps"), "train_flops": summary["train_flops_image"] * summary["nimg"],
         "but_layers": digest({**seedless, "network": {**network, "pre": None, "post": None}}),
         "but_training": digest({**seedless, "fixed_point": None}),
     }  # fmt: skip
@@ -109,7 +110,8 @@ def usual(study: Chains) -> pd.DataFrame:
 
 def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     """Return quality against blocks for DDPM and DDIM, beside the paper's (table 1), and its numbers."""
-    found = study.averaged(usual(study), confidence)
+    rows = usual(study)
+    found = study.averaged(rows[(rows["family"] == "DiT") | (rows["model"] == base(study))], confidence)
     figure, grid = axes(1, 3, 2.9)
     for name, rows in paper.FPDM_BLOCKS.groupby("model", sort=False):
         for method, line in (("DDPM", ":"), ("DDIM", "-")):
@@ -118,6 +120,7 @@ def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     for ax, method in zip(grid[0, 1:], ("ddpm", "ddim")):
         for model, rows in found[found["method"] == method].groupby("model", sort=False):
             look = {**LOOKS[rows["family"].iloc[0]], "label": _named(rows.iloc[0])}
+            look |= {} if model in (base(study), base(study, "DiT")) else {"markerfacecolor": "white", "linestyle": "--"}
             curve(ax, rows.sort_values("block_evals"), "block_evals", study.distance, look)
         ax.set(title=f"ours: {METHODS[method]}, {study.samples:,} images", xlabel="transformer blocks for an image",
                ylabel=study.score)  # fmt: skip
@@ -151,7 +154,7 @@ def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
     """Return the images of the same noises at a fixed number of blocks, a row for each number of steps (figure 5)."""
     rows, _ = fixed(study)
     rows = rows[rows["reuse"] == True].sort_values(["seed", "each"]).drop_duplicates("each")  # noqa: E712
-    figure, grid = axes(len(rows), 12, 0.15 + figures.WIDTH / 13 * len(rows))
+    figure, grid = axes(max(len(rows), 1), 12, 0.15 + figures.WIDTH / 13 * len(rows))
     for line, row in zip(grid, rows.itertuples()):
         kept = np.load(row.folder / "iterates.npz")
         for ax, image, diverged in zip(line, kept[f"image_{row.position}"], kept[f"diverged_{row.position}"]):
@@ -201,6 +204,8 @@ def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]
     grid[0, 0].set(xlabel="step, the noisiest first", ylabel="iterations")
     grid[0, 1].set(ylabel=study.score, title=f"ours: {study.samples:,} images")
     grid[0, 1].set_xticks(range(len(KINDS)), KINDS, rotation=30)
+    if len(found):
+        grid[0, 1].set_ylim(0.8 * found[study.distance].min(), 1.2 * found[study.distance].max())  # small gaps look small
     for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
     legend(figure, grid)
@@ -213,13 +218,15 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
     found = residuals(study)
     found = found[found["seed"] == found["seed"].min()]
     figure, grid = axes(1, 2, 2.9, sharey=True)
+    if found.empty:
+        return figure, found
     for reuse, rows in found[found["steps"] == found["steps"].max()].groupby("reuse", sort=False):
         last = rows.sort_values("iteration").groupby("t").last().reset_index()
         look = {**REUSE[reuse], "markersize": 3}
         grid[0, 0].plot(last["t"], last["residual"], **look)
         grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
     longest = found[found["steps"] == found["steps"].min()]
-    tones = dict(zip(sorted(longest["t"].unique()), figures.TONES))
+    tones = dict(zip(sorted(longest["t"].unique()), figures.TONES[2:]))
     for (reuse, t), rows in longest.groupby(["reuse", "t"], sort=False):
         named = {"color": tones.get(t, figures.TONES[-1]), "label": f"t = {t}" if reuse else None, "markersize": 3}
         grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
@@ -284,18 +291,18 @@ def about(study: Chains) -> str:
     """Return in a sentence what the results are of."""
     rows = study.rows.drop_duplicates("run")
     seeds = rows.groupby("model")["seed"].nunique()
-    return (f"{len(seeds)} denoisers of discrete timesteps, {seeds.min()} to {seeds.max()} seeds each, {rows['nimg'].min():,} to "
-            f"{rows['nimg'].max():,} training images; {study.score} of {study.samples:,} images, real against real "
-            f"{study.floor:.3g}.")  # fmt: skip
+    within = lambda values: " to ".join(dict.fromkeys(f"{value:,}" for value in (values.min(), values.max())))  # noqa: E731
+    return (f"{len(seeds)} denoisers of discrete timesteps; seeds: {within(seeds)}; training images seen: {within(rows['nimg'])}; "
+            f"{study.score} of {study.samples:,} images, real against real {study.floor:.3g}.")  # fmt: skip
 
 
 def costs(study: Chains) -> pd.DataFrame:
     """Return what was measured of the denoisers (tables 1 and 2): parameters, and memory and seconds of a training step at
     the most iterations that training draws; no rows if nothing was measured."""
     path = study.folder / "cost" / "cost.csv"
-    measured = read_table(path) if path.exists() else pd.DataFrame(columns=["run", "what"])
+    measured = (read_table(path) if path.exists() else pd.DataFrame()).reindex(columns=MEASURED)
     rows = measured[measured["what"] == "train"].merge(study.rows.drop_duplicates("run")[["run", "model", "family", "parameters"]])
-    return rows.reindex(columns=["run", "model", "family", "parameters", "batch", "memory_mib", "seconds", "images_s"])
+    return rows.drop(columns="what")
 
 
 def trainings(study: Chains, confidence: float) -> pd.DataFrame:
@@ -305,7 +312,7 @@ def trainings(study: Chains, confidence: float) -> pd.DataFrame:
     shown = found.assign(parameters=found["parameters"].map(short), train_flops=found["train_flops"].map(short))
     shown[study.distance] = found[study.distance].map("{:.4g}".format) + half
     names = {"label": "run", "parameters": "parameters", "pre": "pre", "post": "post", "gradient": "gradient",
-             "without": "N", "with": "M", "train_flops": "training FLOPs", "block_evals": "blocks", study.distance: study.score,
+             "without": "N", "with": "M", "weight": "weight", "train_flops": "training FLOPs", "block_evals": "blocks", study.distance: study.score,
              "residual": "residual", "n": "seeds"}  # fmt: skip
     return shown[list(names)].rename(columns=names)
 

@@ -61,6 +61,8 @@ def budgets(study: chains.Chains) -> widgets.Widget:
     rows, blocks = chains.fixed(study)
     rows = pd.concat([rows, chains.alike(study)]).query("blocks == @blocks and method == 'ddim'")
     rows = rows.drop_duplicates(["steps", "budget", "reuse"]).reset_index(drop=True)
+    if rows.empty:
+        return widgets.HTML("This study samples no FPDM by DDIM at several numbers of steps.")
 
     def options(steps: int) -> list[tuple[str, int]]:
         return [(f"{row['budget']}, {'with' if row['reuse'] else 'without'} reuse", k) for k, row in rows.iterrows()

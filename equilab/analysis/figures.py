@@ -160,7 +160,8 @@ def changes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
             ax.errorbar(ratio, height[at], xerr=reach, color=COLOURS[family], marker=MARKERS[family], linestyle="none",
                         capsize=2, elinewidth=0.8)  # fmt: skip
         ax.axvline(1, color=GREY, linewidth=0.9)
-        ax.set(title=ours(tables, measure, tables.runs.groupby("model").size()), xlabel="changed / unchanged; below 1: better")
+        title = ours(tables, measure, tables.runs.groupby("model").size()).removeprefix("ours: ")  # there is no paper's panel
+        ax.set(title=title, xlabel="changed / unchanged; below 1: better")
         logarithmic(ax, y=False)
     named = [f"{row.unchanged}: {row.what}" for row in found.itertuples()]
     grid[0, 0].set_yticks(height, named)

@@ -53,6 +53,7 @@ def at_blocks(method: str, few: bool) -> Test:
         rows = chains.usual(study.chains)
         rows = rows.assign(spent=rows["blocks"].fillna(rows["block_evals"]))[rows["method"] == method]
         rows = study.averaged(rows)
+        rows = rows.drop_duplicates(["model", "spent"])
         both = [rows[rows["model"] == chains.base(study.chains, family)].set_index("spent") for family in ("DiT", "FPDM")]
         common = sorted(set(both[0].index) & set(both[1].index))
         if len(common) < 2:
@@ -86,24 +87,20 @@ def memory(study: Study) -> Found | None:
     return Found(told, "measured once", "1", HOLDS if fpdm < dit else FAILS)
 
 
-def datasets(study: Study) -> None:
-    """Return None: a study has one dataset."""
-
-
 def own_size(study: Study) -> Found | None:
-    """Test FPDM against the DiT nearest in parameters, and at sampling FLOPs about as many: within a factor of 1.28."""
+    """Test FPDM against DiTs of about as many parameters (within a factor of 1.6, as in the paper) at about as many sampling
+    FLOPs (within 1.28): the dearest of the chains that match."""
     rows = study.averaged(chains.usual(study.chains)).query("method == 'ddim'")
     fpdm, dit = (rows[rows["family"] == family] for family in ("FPDM", "DiT"))
     if fpdm.empty or dit.empty:
         return None
-    head = fpdm[fpdm["model"] == chains.base(study.chains)].sort_values("flops").iloc[-1]
-    dit = dit[np.abs(np.log(dit["parameters"] / head["parameters"])) <= 0.25]
-    if dit.empty:
+    both = fpdm[fpdm["model"] == chains.base(study.chains)].merge(dit, how="cross", suffixes=("", "_dit"))
+    apart = {name: np.abs(np.log(both[f"{name}_dit"] / both[name])) for name in ("parameters", "flops")}
+    both = both[(apart["parameters"] <= np.log(1.6)) & (apart["flops"] <= np.log(1.28))].sort_values(["flops", "flops_dit"])
+    if both.empty:
         return None
-    apart = np.abs(np.log(dit["flops"] / head["flops"]))
-    if apart.min() > 0.25:
-        return None
-    other = dit.loc[apart.idxmin()]
+    head = both.iloc[-1]
+    other = head.filter(regex="_dit$").rename(lambda name: name.removesuffix("_dit"))
     told = f"{study.value(other)} of {other['label']} ({other['parameters']:,} parameters), {study.value(head)} of {head['label']}"
     return study.compared(f"{told} ({head['parameters']:,}), at {head['flops']:.3g} and {other['flops']:.3g} FLOPs", other, head)
 
@@ -230,7 +227,7 @@ COUNTED: dict[tuple[str, str], Test] = {
     **{("FPDM-1", f"{name} blocks, {chains.METHODS[method]}"): at_blocks(method, name == "few")
        for name in ("few", "many") for method in ("ddpm", "ddim")},
     ("FPDM-2", "parameters"): parameters,
-    ("FPDM-3", ""): datasets,
+    ("FPDM-3", ""): lambda study: None,  # a study has one dataset
     ("FPDM-4", ""): own_size,
     ("FPDM-5", ""): middle,
     ("FPDM-6", "few iterations"): reuse(few=True),

@@ -16,6 +16,10 @@ FPDM_BLOCKS = pd.DataFrame(
 FPDM_COSTS = pd.DataFrame(  # table 1: XL/2, training memory as printed
     [("DiT", 674, 25.2), ("FPDM", 85, 10.2)], columns=["model", "parameters (M)", "training memory (GB)"]
 )
+FPDM_DATASETS = pd.DataFrame(  # table 2: FID at 280 blocks
+    [("CelebA-HQ", 65.2, 11.1), ("FFHQ", 58.1, 18.2), ("LSUN-Church", 65.6, 22.7), ("ImageNet", 80.9, 43.3)],
+    columns=["dataset", "DiT", "FPDM"],
+)
 FPDM_TRAININGS = pd.DataFrame(  # tables 3 to 5: at 280 blocks; parameters in millions as printed
     [("table 3", "DiT-XL/2, 3 layers", 86, 350.6), ("table 3", "DiT-B/2, 11 layers", 130, 55.9), ("table 3", "FPDM-XL/2", 86, 31.5),
      *(("table 4", f"S-JFB, M = N = {n}", 86, fid) for n, fid in ((3, 43.0), (6, 43.2), (12, 61.5), (24, 567.6))),

@@ -161,10 +161,8 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     """Return the parameters and, for an image, the FLOPs by shape of a call of the network (at the mean iterations of
     training) and of a training step (likewise), without building the network in memory."""
     mean = config.fixed_point.mean if config.fixed_point else (0.0, 0.0)
-    return {
-        "parameters": parameters(_meta(config, image, classes)[0]), "flops_image": call(config, image, classes, sum(mean)),
-        "train_flops_image": step_flops(config, image, classes, mean),
-    }  # fmt: skip
+    work = {"flops_image": call(config, image, classes, sum(mean)), "train_flops_image": step_flops(config, image, classes, mean)}
+    return {"parameters": parameters(_meta(config, image, classes)[0]), **work}
 
 
 def step_flops(config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]) -> int | float:

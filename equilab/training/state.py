@@ -67,6 +67,21 @@ def sha256_of(path: Path) -> str:
     return total.hexdigest()
 
 
+def whole(path: Path) -> bool:
+    """Return whether a file is there, with the sha256 that was written beside it."""
+    stamp = path.with_suffix(".sha256")
+    return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
+
+
+def link(path: Path, folder: Path) -> None:
+    """Put a file into a folder as well, without a second copy where the disk allows it."""
+    (folder / path.name).unlink(missing_ok=True)
+    try:
+        os.link(path, folder / path.name)
+    except OSError:  # another disk
+        shutil.copyfile(path, folder / path.name)
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 over names, types, shapes and bytes of the tensors."""
     total = hashlib.sha256()
