@@ -96,6 +96,35 @@ def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_by
     assert content() == whole and sum(calls[20:]) == 1597 - 1024
 
 
+def test_a_run_killed_while_it_publishes_ends_in_the_same_bytes(study, monkeypatch):
+    called("latents")
+    whole, written = content(), latents.write_json
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    for path in Path("results/latents").iterdir():
+        path.unlink()
+    monkeypatch.setattr(latents, "write_json", killed)
+    assert __main__.main(["latents"]) == 130 and "meta.json" not in content()
+    monkeypatch.setattr(latents, "write_json", written)
+    called("latents")
+    assert content() == whole
+
+
+def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_path):
+    for command in (["evaluator"], ["latents"], ["diffusion", "dit"]):
+        called(*command)
+    net = AutoencoderKL.from_pretrained(vae)
+    net.decoder.conv_out.bias.data += 1
+    net.save_pretrained("other")
+    sections = config.read(Path("params.yaml"))
+    sections["latents"]["vae"] = "other"
+    keep(sections)
+    assert "was made by another VAE than other holds; run the stage latents again" in refused(capsys, "evaluate", "dit")
+    assert not Path("results/evaluate").exists()
+
+
 def test_samples_are_decoded_to_pixels(study):
     called("check")
     for command in (["evaluator"], ["latents"], ["diffusion", "fpdm"], ["diffusion", "dit"], ["evaluate", "fpdm"],

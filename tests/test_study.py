@@ -46,7 +46,7 @@ def content(study):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = clone(tmp_path_factory.mktemp("first"))
-    call(folder, "dvc", "repro")
+    call(folder, "make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke")  # this environment's
     return folder
 
 
