@@ -126,7 +126,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(stage, path, val
 def test_every_key_of_params_reaches_a_config():
     """No leaf is unread: what `parse` returns holds exactly what params give."""
     sections = config.read(SMOKE)
-    for name, stage in graph.STAGES.items():
+    for name, stage in ((name, stage) for name, stage in graph.STAGES.items() if name in sections):
         for run in sections[name] if stage.each else [None]:
             settings, _ = __main__._config(sections, name, run, SMOKE)
             given = sections[name][run] if stage.each else sections[name]
