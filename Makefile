@@ -6,14 +6,14 @@ export DVC_NO_ANALYTICS := 1
 STUDY ?= .
 JOBS ?= 2
 # the runs of a study wait for the pairs and the evaluator, not for each other; DVC itself takes one after another
-RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -n 1 -P $(JOBS) dvc --wait-for-lock repro --single-item
+RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -r -n 1 -P $(JOBS) dvc --wait-for-lock repro --single-item
 
 .PHONY: study test bench lab lock
 
 study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	cd $(STUDY) && python -m equilab check && { dvc status --quiet dvc.yaml || \
-	    { dvc stage list --name-only | grep -xE "evaluator|pairs|latents" | xargs dvc repro && $(call RUNS,distill|diffusion) && $(call RUNS,evaluate); }; } && dvc repro
+	    { dvc stage list --name-only | grep -xE "evaluator|pairs|latents" | xargs -r dvc repro && $(call RUNS,distill|diffusion) && $(call RUNS,evaluate); }; } && dvc repro
 
 test: .venv/installed  ## run the tests
 	python -m pytest

@@ -59,7 +59,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         _section(sections, name, params)
     study = config.parse(Study, sections["study"], f"{params}: study")
     data = _config(sections, "data", None, params)[0]
-    read = lambda stage, run=None: None if stage == "latents" and stage not in sections else _config(sections, stage, run, params)[0]  # noqa: E731
+    read = lambda stage, run=None: _config(sections, stage, run, params)[0] if stage != "latents" or sections.get(stage) else None  # noqa: E731
     if stage == "check":
         from equilab.training.loop import device_of
 
