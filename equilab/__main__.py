@@ -78,9 +78,9 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     _processes(study, study.run_threads if graph.STAGES[stage].each else study.threads)
     if dry_run:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
-        _print(module.plan(settings, job, read), job)
+        _print(module.plan(settings, job, read)(), job)
         return 0
-    from equilab.training.state import locked
+    from equilab.files import locked
 
     with locked(job.name):
         module.run(settings, job)
@@ -131,8 +131,8 @@ def _config(sections: dict, stage: str, run: str | None, params: Path):
 
 def _processes(study: Study, threads: int) -> None:
     """Fix the number of threads; join the other processes where torchrun started several."""
-    import torch
-
+    if (torch := sys.modules.get("torch")) is None:
+        return  # a stage without networks
     torch.set_num_threads(threads)
     if "RANK" in os.environ:
         cuda = study.device != "cpu" and torch.cuda.is_available()

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
-
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
 from equilab.bench_stages import ROOT, columns_of, commands, goal_of, memory
 from equilab.diffusion.discrete import Diffusion
 from equilab.diffusion.samplers import finish
 from equilab.evaluate import write_table
+from equilab.files import write
 from equilab.metrics.cost import flops, matmul_peak, peak_memory, timed
 from equilab.models import dit, fpdm, get, unet, vit
 from equilab.models.precond import EDM
@@ -33,7 +33,6 @@ from equilab.solvers import Solver
 from equilab.training import diffusion
 from equilab.training.distill import Config, Equilibrium, loss_of
 from equilab.training.loop import Optimisation, precision
-from equilab.training.state import write
 
 SECONDS = 4  # that the timed calls of a row take together, about
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
@@ -166,12 +165,15 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """Yield the rows of a work, none if it is not for this type of device; compiled where there is a compiler."""
-    rate = {}
-    for switch in (work.switches or ("",)) if device.type in work.batch else ():
+    if device.type not in work.batch:
+        return
+    rate, batch = {}, 2 if quick else work.batch[device.type]
+    operations = flops(task(work, "", batch, torch.device("meta"), nullcontext, quick))
+    for switch in work.switches or ("",):
         if switch == "compiled" and (quick or not shutil.which("c++")):
             continue
         for name in [SWITCHED[device.type]] if switch else PRECISIONS[device.type]:
-            row = _row(work, switch, name, device, quick)
+            row = _row(work, switch, name, device, quick, batch, operations)
             rate[name] = row["flop_s"]
             gain = None if switch else rate[name] / rate["fp32"]
             row |= {"peak_share": None, "times_fp32": gain, "goal": work.goals.get(name)}
@@ -180,9 +182,9 @@ def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str
             yield row
 
 
-def _row(work: Work, switch: str, name: str, device: torch.device, quick: bool) -> dict[str, Any]:
-    batch = 2 if quick else work.batch[device.type]
-    operations = flops(task(work, "", batch, torch.device("meta"), nullcontext, quick))
+def _row(
+    work: Work, switch: str, name: str, device: torch.device, quick: bool, batch: int, operations: int
+) -> dict[str, Any]:
     call = task(work, switch, batch, device, precision(name, device), quick)
     compiling = timed(call, device, warmup=0, repeats=1).median if switch == "compiled" else None
     start = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 
 from equilab.config import Job, Plan, plain, results
 from equilab.evaluate import trained_config, write_table
+from equilab.files import write_json
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
 from equilab.progress import bar
@@ -17,7 +18,6 @@ from equilab.sample import Denoiser, Generator, Solve, load
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill
 from equilab.training.loop import device_of, environment, precision
-from equilab.training.state import write_json
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Config:
             raise ValueError("batch, repeats and iterations must be >= 1, warmup >= 0")
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs; it is small beside all others.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost; it is small beside all others.
 
     Raises: UserError if `runs` names no run of the study.
     """
     for name in config.runs:
         trained_config(name, read)
-    return Plan()
+    return Plan
 
 
 def run(config: Config, job: Job) -> None:

@@ -13,18 +13,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
 from tqdm import tqdm
 
 from equilab import rng
 from equilab.config import Job, Plan, UserError
+from equilab.files import require_disk, scratch, sha256_of, write_array, write_json
 from equilab.progress import bar
-from equilab.training.state import require_disk, scratch, sha256_of, write_array, write_json
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
 READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
@@ -75,7 +73,7 @@ class Images(NamedTuple):
     labels: np.ndarray | None
 
 
-def to_float(image: UInt8[Tensor, "..."] | UInt8[np.ndarray, "..."]) -> Float[Tensor, "..."] | Float[np.ndarray, "..."]:
+def to_float(image: UInt8[Any, "..."]) -> Float[Any, "..."]:
     """Return uint8 pixels 0..255 as float32 -1..1: u / 127.5 - 1, for tensors and for arrays.
 
     Source: EDM, the training loop of NVlabs/edm.
@@ -83,8 +81,8 @@ def to_float(image: UInt8[Tensor, "..."] | UInt8[np.ndarray, "..."]) -> Float[Te
     return (image.astype(np.float32) if isinstance(image, np.ndarray) else image.float()) / 127.5 - 1
 
 
-def to_uint8(image: Float[Tensor, "..."] | Float[np.ndarray, "..."]) -> UInt8[Tensor, "..."] | UInt8[np.ndarray, "..."]:
-    """Return float pixels -1..1 as uint8: x * 127.5 + 128 clipped to 0..255 and cut to whole numbers.
+def to_uint8(image: Float[Any, "..."]) -> UInt8[Any, "..."]:
+    """Return float pixels -1..1 as uint8, for tensors and for arrays: x * 127.5 + 128 clipped to 0..255 and cut to whole numbers.
 
     This rounds to the nearest level, so that to_uint8(to_float(u)) is u for every u.
 
@@ -95,7 +93,7 @@ def to_uint8(image: Float[Tensor, "..."] | Float[np.ndarray, "..."]) -> UInt8[Te
     level = (image.astype(np.float32) if as_array else image.float()) * 127.5 + 128
     if (level != level).any():
         raise ValueError("images hold pixels that are not numbers; what made them has diverged")
-    return level.clip(0, 255).astype(np.uint8) if as_array else level.clip(0, 255).to(torch.uint8)
+    return level.clip(0, 255).astype(np.uint8) if as_array else level.clip(0, 255).byte()
 
 
 def load(folder: Path, split: str, verify: bool = False) -> Dataset:
@@ -118,9 +116,9 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     return Dataset(images, labels, classes)
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs; how many images there are is not known before they are read."""
-    return Plan(disk=None)
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost; how many images there are is not known before they are read."""
+    return lambda: Plan(disk=None)
 
 
 def run(config: Config, job: Job) -> None:

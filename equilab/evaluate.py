@@ -19,6 +19,7 @@ from torch import Tensor
 from equilab import latents
 from equilab.config import Job, Plan, UserError, plain, read_json, results
 from equilab.diffusion.discrete import evenly
+from equilab.files import require_disk, scratch, write, write_json
 from equilab.latents import Pixels
 from equilab.metrics import fidelity
 from equilab.pairs import Sampler
@@ -27,7 +28,6 @@ from equilab.progress import bar
 from equilab.sample import FAMILIES, ChainSampler, Generator, Made, Solve, batches, budget, inputs, load
 from equilab.training import diffusion, distill, teacher
 from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
-from equilab.training.state import require_disk, scratch, write, write_json
 
 MAKERS = {"teacher": teacher, "distill": distill, "diffusion": diffusion}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
@@ -56,12 +56,12 @@ class Config:
         return self.sampler or self.solver or self.chain or (None,)
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs: the FLOPs of all images at all settings and snapshots, features not counted.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: the FLOPs of all images at all settings and snapshots, features not counted.
 
     Raises: UserError if `of` names no run of the study, or one that is evaluated otherwise.
     """
-    trained, samples = trained_config(config.of, read), read("evaluator").samples
+    trained = trained_config(config.of, read)
     key = FAMILIES[trained.network.kind].key
     if any((name == key) != bool(getattr(config, name)) for name in ("sampler", "solver", "chain")):
         raise UserError(f"evaluate.{job.run}: list the settings of a {trained.network.kind} in "
@@ -69,30 +69,27 @@ def plan(config: Config, job: Job, read: Callable) -> Plan:
     shape = latents.shape_of(read, job.image) if config.chain else job.image
     if shape != job.image and any(setting.clamp for setting in config.chain):
         raise UserError(f"evaluate.{job.run}.chain: clamp holds images in -1..1, which latents are not; set it to false")
-    about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)
-    if config.sampler:
-        work, made = [about["flops_image"] * sampler.nfe for sampler in config.sampler], samples
-    elif config.chain:
-        work, made = [_chain_work(job, trained, shape, setting) for setting in config.chain], samples
-    else:
-        iterations = [solve.iterations for solve in config.solver] or [1]
-        work = distill.generation(trained, job.image, job.classes, iterations)
-        made = samples + read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
-    work = float(sum(work) + work[0] * len(trained.optimisation.snapshots)) * made
-    return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
-
-
-def _chain_work(job: Job, trained: diffusion.Config, shape: tuple[int, ...], setting: ChainSampler) -> float:
-    """Return the FLOPs of an image.
-
-    Raises: UserError if the setting does not fit the run.
-    """
     try:
-        given = budget(trained, setting)
+        budgets = [budget(trained, setting) for setting in config.chain]
     except ValueError as error:
         raise UserError(f"evaluate.{job.run}.chain: {error}") from None
-    iterations = given.total / setting.steps if given else 0
-    return float(diffusion.call(trained, shape, job.classes, iterations) * setting.nfe)
+
+    def count() -> Plan:
+        about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)
+        samples = made = read("evaluator").samples
+        if config.sampler:
+            work = [about["flops_image"] * sampler.nfe for sampler in config.sampler]
+        elif config.chain:
+            iterations = [given.total / setting.steps if given else 0 for given, setting in zip(budgets, config.chain)]
+            calls = [diffusion.call(trained, shape, job.classes, each) for each in iterations]
+            work = [call * setting.nfe for call, setting in zip(calls, config.chain)]
+        else:
+            work = distill.generation(trained, job.image, job.classes, [solve.iterations for solve in config.solver] or [1])
+            made += read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
+        work = float(sum(work) + work[0] * len(trained.optimisation.snapshots)) * made
+        return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
+
+    return count
 
 
 def trained_config(of: str, read: Callable) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from equilab import data, rng
 from equilab.config import Job, Plan, UserError, digest, read_json, results
 from equilab.data import to_float, to_uint8
+from equilab.files import link, require_disk, scratch, sha256_of, whole, write, write_array, write_json
 from equilab.progress import bar
 from equilab.training.loop import barrier, device_of, environment, rank, world
-from equilab.training.state import checksum, link, require_disk, scratch, sha256_of, whole, write, write_array, write_json
+from equilab.training.state import checksum
 
 SHARD = 1024  # latents in a file
 
@@ -65,13 +66,13 @@ class Encoded:
         return torch.from_numpy(np.stack([self.shards[item // SHARD][item % SHARD] for item in items]))
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs; how many images there are is not known before they are read.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost; how many images there are is not known before they are read.
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """
     _vae(config, job.image)
-    return Plan(disk=None)
+    return lambda: Plan(disk=None)
 
 
 def run(config: Config, job: Job) -> None:

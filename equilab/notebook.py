@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 
 from equilab.config import Job, Plan, UserError, nearest
-from equilab.training.state import write
+from equilab.files import write
 
 ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read")  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -27,13 +27,13 @@ class Config:
     parameters: dict[str, float]  # of the notebook's `parameters` cell, beside `results` and `out`
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs: no networks.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: no networks.
 
     Raises: UserError if the repository has no such notebook, or it has no such parameter.
     """
     _checked(config, job)
-    return Plan()
+    return Plan
 
 
 def run(config: Config, job: Job) -> None:

@@ -16,11 +16,12 @@ from equilab.config import Job, Plan, digest, plain, results
 from equilab.data import to_uint8
 from equilab.diffusion.samplers import Step, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
+from equilab.files import link, require_disk, scratch, whole, write, write_array, write_json
 from equilab.models.precond import EDM
 from equilab.pairset import NOISE, labels, noise_checksum
 from equilab.progress import bar
 from equilab.training.loop import barrier, device_of, environment, precision, rank, world
-from equilab.training.state import link, load_network, require_disk, scratch, whole, write, write_array, write_json
+from equilab.training.state import load_network
 from equilab.training.teacher import UNETS, counted
 
 
@@ -72,12 +73,15 @@ class Config:
             raise ValueError(f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})")
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs: the teacher's calls for all pairs, those that are already there included."""
-    total = config.count + config.held_out
-    about = counted(read("teacher"), job.image, job.classes)
-    work = float(about["flops_image"]) * config.sampler.nfe * total
-    return Plan(about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize)
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: the teacher's calls for all pairs, those that are already there included."""
+
+    def count() -> Plan:
+        total, about = config.count + config.held_out, counted(read("teacher"), job.image, job.classes)
+        work = float(about["flops_image"]) * config.sampler.nfe * total
+        return Plan(about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize)
+
+    return count
 
 
 def run(config: Config, job: Job) -> None:

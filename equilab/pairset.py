@@ -13,7 +13,7 @@ from torch import Tensor
 from equilab import rng
 from equilab.config import UserError, read_json
 from equilab.data import to_float
-from equilab.training.state import sha256_of
+from equilab.files import sha256_of
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
 

@@ -14,6 +14,12 @@ install_import_hook("equilab", "beartype.beartype")
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that both processes have work until the end."""
+    longest = ["test_study", "test_killed", "test_pairs", "test_latents", "test_bench", "test_notebooks", "test_config"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
 def golden(name: str):
     """Return the tensors and the metadata (JSON where it is JSON) of a file of reference values."""
     from safetensors import safe_open

@@ -1,47 +1,14 @@
 """Killed at any moment and run again with the same command: the same bytes as an uninterrupted run."""
 
-import multiprocessing
-import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from forked import context, run, work
 
 SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
 STAGES = {"data": ["data"], "teacher": ["teacher"], "pairs": ["pairs"], "distill": ["distill", "get-noise"]}
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["warm", "sklearn.datasets"])
-
-
-def work(folder, command, what="", count=0, after=False):
-    """Run a command of the study in `folder`; with `what`, die of SIGKILL at its count-th call (or right after it)."""
-    os.chdir(folder)
-    os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    from equilab import __main__, rng
-
-    if what:
-        place = {"noise": rng, "replace": os, "link": os}[what]
-        original, calls = getattr(place, what), []
-
-        def counted(*arguments):
-            calls.append(1)
-            if len(calls) == count and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*arguments)
-            if len(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(place, what, counted)
-    raise SystemExit(__main__.main(command))
-
-
-def run(*arguments):
-    process = context.Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 def content(folder):

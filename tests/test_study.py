@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ("results/cost/", "results/measured.", "results/notebook/sampling_speed", "results/notebook/reuse_smoothing",
@@ -66,7 +67,7 @@ def test_with_nothing_to_do_nothing_is_done(study):
 def test_a_second_clone_without_dvc_has_the_same_bytes(study, tmp_path):
     other = clone(tmp_path)
     for stage in (["data"], ["evaluator"], ["teacher"], ["pairs"], ["distill", "get"], ["evaluate", "get"]):
-        call(other, sys.executable, "-m", "equilab", *stage)
+        assert run(other, stage) == 0, (other / "log").read_text()
     first, second = content(study), content(other)
     assert len(second) > 25
     assert {name: first[name] for name in second} == second

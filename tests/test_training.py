@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from equilab import files
 from equilab.config import UserError
 from equilab.training import loop, state
 from equilab.training.loop import Optimisation, Run, ema_decay, fit, learning_rate
@@ -166,11 +167,11 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
 
 def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with state.locked("teacher"):
+    with files.locked("teacher"):
         with pytest.raises(UserError, match="another process is working on teacher"):
-            with state.locked("teacher"):
+            with files.locked("teacher"):
                 pass
-    with state.locked("teacher"), state.scratch(tmp_path / "work"):
+    with files.locked("teacher"), files.scratch(tmp_path / "work"):
         assert (tmp_path / "work").is_dir()
     assert not (tmp_path / "work").exists()
 
@@ -178,12 +179,12 @@ def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path, monkeypatch):
 def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        state.write(tmp_path / "file" / "log.csv", "text")
+        files.write(tmp_path / "file" / "log.csv", "text")
     with pytest.raises(UserError, match="cannot be written"):
-        with state.scratch(tmp_path / "file" / "work"):
+        with files.scratch(tmp_path / "file" / "work"):
             pass
     with pytest.raises(UserError, match="GiB needed, .* GiB free"):
-        state.require_disk(tmp_path / "not" / "yet", 2**60)
+        files.require_disk(tmp_path / "not" / "yet", 2**60)
 
 
 def test_precision_bf16_is_autocast_and_fp32_is_not():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from equilab.config import plain
 
 
 def parameters(module: nn.Module) -> int:
@@ -24,6 +27,24 @@ def flops(call: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+def counted_once(count: Callable) -> Callable:
+    """Return `count(config, image, classes)` with a memory: counting takes a second, and runs share what it depends on.
+
+    It must not depend on the config's seed, optimisation or number of pairs.
+    """
+    known: dict[str, Any] = {}
+
+    @functools.wraps(count)
+    def remembered(config, image: tuple[int, ...], classes: int):
+        matters = {key: value for key, value in plain(config).items() if key not in ("seed", "optimisation", "pairs")}
+        key = repr((matters, tuple(image), classes))
+        if key not in known:
+            known[key] = count(config, image, classes)
+        return known[key]
+
+    return remembered
 
 
 class Seconds(NamedTuple):

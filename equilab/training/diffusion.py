@@ -14,11 +14,11 @@ from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import load, to_float
 from equilab.diffusion import discrete_losses as losses
 from equilab.diffusion.discrete import Diffusion, noised
-from equilab.metrics.cost import flops, parameters
+from equilab.files import sha256_of
+from equilab.metrics.cost import counted_once, flops, parameters
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
-from equilab.training.state import sha256_of
 
 DENOISERS = {"dit": "equilab.models.dit:DiT", "fpdm": "equilab.models.fpdm:FPDM"}
 DROPS = 1 << 20  # label dropout is drawn in so many parts
@@ -87,13 +87,15 @@ class Config:
         return image, classes if self.conditional else 0
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost.
 
     Raises: UserError if the data have no classes to condition on.
     """
     _check(config, job, job.classes)
-    return loop.plan(config.optimisation, counted(config, latents.shape_of(read, job.image), job.classes))
+    shape = latents.shape_of(read, job.image)
+    _meta(config, shape, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, counted(config, shape, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -157,6 +159,7 @@ def solver_of(counts: tuple[int, int]) -> Callable:
     return lambda f, init: equilibrium(f, init, solver, gradient, counts)
 
 
+@counted_once
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     """Return the parameters and, for an image, the FLOPs by shape of a call of the network (at the mean iterations of
     training) and of a training step (likewise), without building the network in memory."""
@@ -167,22 +170,32 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
 
 def step_flops(config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]) -> int | float:
     """Return the FLOPs by shape of a training step for an image, at so many iterations without and with gradient."""
-    net, batch = _meta(config, image, classes)
-    if config.fixed_point is None:
-        return flops(lambda: loss_of(config)(net, (*batch, None)).backward())
-    base, without, more = (
-        flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in ((0, 1), (1, 1), (0, 2))  # noqa: B023
-    )
+    base, without, more = _steps(config, image, classes)
     return base + (without - base) * counts[0] + (more - base) * (counts[1] - 1)
+
+
+@counted_once
+def _steps(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
+    """Return the FLOPs of a training step: with one iteration, one more without gradient, or one more with."""
+    net, batch = _meta(config, image, classes)
+    counts = [(0, 1), (1, 1), (0, 2)] if config.fixed_point else [None]
+    found = [flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in counts]  # noqa: B023
+    return found if config.fixed_point else found * 3
 
 
 def call(config: Config, image: tuple[int, ...], classes: int, iterations: int | float) -> int | float:
     """Return the FLOPs by shape of a call of the network for an image, at so many iterations of its fixed point."""
+    once, twice = _calls(config, image, classes)
+    return once + (twice - once) * (iterations - 1)
+
+
+@counted_once
+def _calls(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
+    """Return the FLOPs of a call with one iteration and with two; an explicit network makes no difference."""
     net, (x, _, t, label) = _meta(config, image, classes)
     if config.fixed_point is None:
-        return flops(lambda: net(x, t, label))
-    once, twice = (flops(lambda: net(x, t, label, None, solver_of((0, k)))) for k in (1, 2))  # noqa: B023
-    return once + (twice - once) * (iterations - 1)
+        return [flops(lambda: net(x, t, label))] * 2
+    return [flops(lambda: net(x, t, label, None, solver_of((0, k)))) for k in (1, 2)]  # noqa: B023
 
 
 def _meta(config: Config, image: tuple[int, ...], classes: int):

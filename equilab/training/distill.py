@@ -10,7 +10,7 @@ import torch
 
 from equilab import losses, rng
 from equilab.config import Job, Plan, Spec, UserError, digest, results
-from equilab.metrics.cost import flops, parameters
+from equilab.metrics.cost import counted_once, flops, parameters
 from equilab.pairset import PairSet
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
@@ -60,13 +60,14 @@ class Config:
         return image, classes if self.conditional else 0
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs.
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost.
 
     Raises: UserError if the study's pairs cannot train it.
     """
     _check(config, job, read("pairs").count, job.classes)
-    return loop.plan(config.optimisation, counted(config, job.image, job.classes))
+    _meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -126,6 +127,7 @@ def solver_of(config: Equilibrium):
     return lambda f, init: equilibrium(f, init, solver, gradient)
 
 
+@counted_once
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     """Return the parameters and, for an image, the FLOPs by shape of generating it and of a training step, without
     building the network in memory.
@@ -133,16 +135,6 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     A step is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    what = (config.network.target, config.network.arguments, config.conditional, config.equilibrium, config.loss, image, classes)
-    if (key := repr(what)) not in _COUNTED:
-        _COUNTED[key] = _counted(config, image, classes)
-    return _COUNTED[key]
-
-
-_COUNTED: dict[str, dict[str, int]] = {}  # counting takes a second; runs that differ in what does not matter to it share it
-
-
-def _counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     solve, adjoint = config.equilibrium, 0
     work, *more = generation(config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1])
     if solve and solve.gradient == "implicit":
@@ -155,11 +147,17 @@ def _counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, 
 
 def generation(config: Config, image: tuple[int, ...], classes: int, iterations: Sequence[int | float]) -> list[int | float]:
     """Return the FLOPs by shape of generating an image at each number of iterations; an explicit network has one."""
+    once, twice = _once_and_twice(config, image, classes)
+    return [once + (twice - once) * (k - 1) for k in iterations]
+
+
+@counted_once
+def _once_and_twice(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
+    """Return the FLOPs of generating an image with one iteration and with two; an explicit network makes no difference."""
     net, noise, label = _meta(config, image, classes)
     if config.equilibrium is None:
-        return [flops(lambda: net(noise, label))] * len(iterations)
-    once, twice = (flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False))) for k in (1, 2))
-    return [once + (twice - once) * (k - 1) for k in iterations]
+        return [flops(lambda: net(noise, label))] * 2
+    return [flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False))) for k in (1, 2)]
 
 
 def _meta(config: Config, image: tuple[int, ...], classes: int):

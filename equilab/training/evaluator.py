@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 from equilab import rng
 from equilab.config import Job, Plan, Spec, UserError, read_json, results
 from equilab.data import Dataset, load, to_float
-from equilab.metrics.cost import flops, parameters
+from equilab.files import sha256_of, write, write_json
+from equilab.metrics.cost import counted_once, flops, parameters
 from equilab.metrics.fidelity import CACHE, CLASSIFIERS, Scorer
 from equilab.training import loop
 from equilab.training.loop import Optimisation, device_of, rank
-from equilab.training.state import load_network, save_tensors, sha256_of, write, write_json
+from equilab.training.state import load_network, save_tensors
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Config:
             raise ValueError(f"samples must be >= 10, got {self.samples}")
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs; Inception is not counted."""
-    return loop.plan(config.optimisation, counted(config, job.image, job.classes)) if config.network else Plan()
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost; Inception is not counted."""
+    if config.network is None:
+        return Plan
+    _meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -84,8 +88,13 @@ def _train(config: Config, job: Job, data: Dataset) -> dict:
     return {**summary, "network": "classifier", "accuracy_test": accuracy}
 
 
+@counted_once
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     """Return the parameters, and the FLOPs for an image by shape, without building the network in memory."""
+    net, given = _meta(config, image, classes)
+    return {"parameters": parameters(net), "flops_image": flops(lambda: net(given))}
+
+
+def _meta(config: Config, image: tuple[int, ...], classes: int):
     with torch.device("meta"):
-        net = config.network.build(image, classes)
-        return {"parameters": parameters(net), "flops_image": flops(lambda: net(torch.empty(1, *image)))}
+        return config.network.build(image, classes), torch.empty(1, *image)

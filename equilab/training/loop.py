@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from equilab import rng
 from equilab.config import Job, Plan, UserError, digest, plain
+from equilab.files import scratch, write, write_json
 from equilab.progress import bar
-from equilab.training.state import load_tensors, save_tensors, scratch, write, write_json
+from equilab.training.state import load_tensors, save_tensors
 
 Batch = Callable[[range], Any]  # positions in the endless stream of images -> what the loss needs, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor]  # (network, batch) -> mean loss over the batch's images

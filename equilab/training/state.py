@@ -1,85 +1,22 @@
-"""What is kept on disk: tensors with their config and checksum, written atomically; scratch folders with a lock."""
+"""Tensors on disk, with their config and checksum, written atomically."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from equilab.config import Spec, UserError, parse, plain
+from equilab.files import write
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file in full or not at all: what was there stays until the new content is on disk.
-
-    Raises: UserError if the folder cannot be written or the disk is full.
-    """
-    content = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}); free disk space or change its permissions") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as sorted, indented JSON, atomically."""
-    write(path, json.dumps(plain(value), indent=1, sort_keys=True) + "\n")
-
-
-def write_array(path: Path, array: np.ndarray) -> str:
-    """Write one `.npy` file atomically; return the sha256 of the file."""
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
-
-
-def whole(path: Path) -> bool:
-    """Return whether a file is there, with the sha256 that was written beside it."""
-    stamp = path.with_suffix(".sha256")
-    return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
-
-
-def link(path: Path, folder: Path) -> None:
-    """Put a file into a folder as well, without a second copy where the disk allows it."""
-    (folder / path.name).unlink(missing_ok=True)
-    try:
-        os.link(path, folder / path.name)
-    except OSError:  # another disk
-        shutil.copyfile(path, folder / path.name)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -130,56 +67,6 @@ def _open(path: Path, content: bool = False) -> tuple[dict[str, Any], dict[str, 
     if KEY not in metadata:
         raise UserError(f"{path} was not written by equilab; read the authors' checkpoints with equilab.published.load")
     return json.loads(metadata[KEY]), tensors
-
-
-@contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold the lock of a stage's run, for one process at a time (the first one of a distributed run holds it for all).
-
-    Raises: UserError if another process holds it, or it cannot be written.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    path = Path(".equilab") / "locks" / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); change its permissions, or what is in its way") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working on {name}; wait for it or stop it") from None
-        yield
-
-
-@contextlib.contextmanager
-def scratch(folder: Path, keep: bool = False) -> Iterator[Path]:
-    """Give a folder for unfinished work; removed when the work is finished, unless `keep`.
-
-    Raises: UserError if it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); change its permissions, or what is in its way") from None
-    yield folder
-    if not keep and os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def require_disk(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes fit on the disk of `folder`.
-
-    Raises: UserError if they do not.
-    """
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(f"{folder}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free; free disk space first")
 
 
 def load_network(path: Path, kinds: Mapping[str, str], config: Any = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -12,11 +12,11 @@ import torch
 from equilab import losses, rng
 from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import load, to_float
-from equilab.metrics.cost import flops, parameters
+from equilab.files import sha256_of
+from equilab.metrics.cost import counted_once, flops, parameters
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
-from equilab.training.state import sha256_of
 
 UNETS = {"unet": "equilab.models.unet:UNet"}
 
@@ -41,9 +41,10 @@ class Config:
         return image, classes if self.conditional else 0
 
 
-def plan(config: Config, job: Job, read: Callable) -> Plan:
-    """Return what the stage costs."""
-    return loop.plan(config.optimisation, counted(config, job.image, job.classes))
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost."""
+    _meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, counted(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -74,11 +75,15 @@ def run(config: Config, job: Job) -> None:
     loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
 
 
+@counted_once
 def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
     """Return the parameters, and the FLOPs of a call for an image by shape, without building the network in memory."""
+    net, given = _meta(config, image, classes)
+    return {"parameters": parameters(net), "flops_image": flops(lambda: net(*given))}
+
+
+def _meta(config: Config, image: tuple[int, ...], classes: int):
     with torch.device("meta"):
-        net = config.network.build(*config.positional(image, classes)).eval()
-        noise = torch.empty(1, *image)
         label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        work = flops(lambda: net(noise, torch.empty(1), label))
-    return {"parameters": parameters(net), "flops_image": work}
+        net = config.network.build(*config.positional(image, classes)).eval()
+        return net, (torch.empty(1, *image), torch.empty(1), label)
