@@ -61,7 +61,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     data = _config(sections, "data", None, params)[0]
     read = lambda stage, run=None: _config(sections, stage, run, params)[0] if stage != "latents" or sections.get(stage) else None  # noqa: E731
     if stage == "check":
-        from equilab.training.loop import device_of
+        from equilab.training.machine import device_of
 
         for name in (name for name in graph.STAGES if sections.get(name)):
             for one in config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]:
@@ -92,11 +92,13 @@ def _print(plan: Plan, job: Job) -> None:
     import torch
 
     from equilab.metrics.cost import matmul_peak
-    from equilab.training.loop import device_of
+    from equilab.training.machine import device_of
 
     peak = matmul_peak(device_of(job), torch.float32)
     seconds = plan.flops / (USUAL_SHARE * peak)
     disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
+    if plan.note:
+        print(plan.note)
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
     print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
     print(f"# results on disk: {disk}")

@@ -6,8 +6,6 @@ discriminator treats each sample alone (batch normalisation and minibatch statis
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,17 +36,15 @@ def discriminator_loss(real: Logits, fake: Logits) -> Float[Tensor, ""]:
     return generator_loss(real) + generator_loss(tuple(-logits for logits in fake))
 
 
-def r1(
-    discriminate: Callable[..., Logits], image: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None
-) -> Float[Tensor, ""]:
+def r1(logits: Logits, image: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """Return the squared norm of the gradient of the sum of an image's logits by the image, its mean over samples.
 
-    `discriminate(image, label)` is evaluated once; the result can be differentiated by its parameters.
+    `logits` are those of `image`, which requires a gradient: no further pass through the discriminator is made. The
+    result can be differentiated by the discriminator's parameters.
 
     Source: Mescheder 2018, equation (9), for GDD's many logits; multiply by `r1_weight`.
     """
-    image = image.detach().requires_grad_()
-    total = torch.stack([logits.sum() for logits in discriminate(image, label)]).sum()
+    total = torch.stack([each.sum() for each in logits]).sum()
     (gradient,) = torch.autograd.grad(total, image, create_graph=True)  # (B, C, H, W)
     return gradient.square().flatten(1).sum(1).mean()
 
@@ -99,7 +95,7 @@ def draws(seed: int, purpose: str, indices: rng.Indices) -> Float[Tensor, "b 10"
 
 
 def augment(
-    image: Float[Tensor, "b c h w"], draws: Float[Tensor, "b 10"], probability: float
+    image: Float[Tensor, "b c h w"], draws: Float[Tensor, "b 10"], probability: float | Float[Tensor, ""]
 ) -> Float[Tensor, "b c h w"]:
     """Return images after colour, translation and cutout, each with `probability` for each image; differentiable.
 

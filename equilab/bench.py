@@ -32,7 +32,8 @@ from equilab.progress import bar
 from equilab.solvers import Solver
 from equilab.training import diffusion
 from equilab.training.distill import Config, Equilibrium, loss_of
-from equilab.training.loop import Optimisation, precision
+from equilab.training.loop import Optimisation
+from equilab.training.machine import precision
 
 SECONDS = 4  # that the timed calls of a row take together, about
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from equilab import __main__, config  # before torch, as for the stages
-
 import torch
 import yaml
+
+from equilab import __main__, config  # before torch, as for the stages
 from equilab.graph import PACKAGE
 from equilab.metrics.cost import Seconds, peak_memory, timed
 

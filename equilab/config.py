@@ -247,6 +247,7 @@ class Plan(NamedTuple):
     parameters: int | None = None
     flops: float = 0.0  # of networks, in all
     disk: int | None = 0  # bytes of results
+    note: str = ""  # lines to print with it
 
 
 def results(stage: str, run: str | None = None) -> Path:

@@ -14,10 +14,10 @@ from equilab.files import write_json
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
 from equilab.progress import bar
-from equilab.sample import Denoiser, Generator, Solve, load
+from equilab.sample import Denoiser, Explicit, Generator, Implicit, Solve, load
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill
-from equilab.training.loop import device_of, environment, precision
+from equilab.training.machine import device_of, environment, precision
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, A
         cost = generator.cost(setting)
         measured = _measured(config, generator, lambda: generator.make(noise, label, None, setting))
         rows.append({"what": "sample", **cost, **measured, "peak_share": _share(config, cost["flops"], measured, peak)})
-    if generator.settings is not Sampler:
+    if isinstance(generator, Explicit | Implicit):
         rows += _training(config, generator, (noise, torch.tanh(noise), label, None), peak)
     return rows
 

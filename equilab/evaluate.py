@@ -25,11 +25,11 @@ from equilab.metrics import fidelity
 from equilab.pairs import Sampler
 from equilab.pairset import PairSet
 from equilab.progress import bar
-from equilab.sample import FAMILIES, ChainSampler, Generator, Made, Solve, batches, budget, inputs, load
-from equilab.training import diffusion, distill, teacher
-from equilab.training.loop import barrier, device_of, environment, precision, rank, to_device, total, world
+from equilab.sample import FAMILIES, ChainSampler, Generator, Made, Solve, batches, budget, inputs, kind, load
+from equilab.training import consistency, diffusion, distill, gan, teacher
+from equilab.training.machine import barrier, device_of, environment, precision, rank, to_device, total, world
 
-MAKERS = {"teacher": teacher, "distill": distill, "diffusion": diffusion}  # stages whose runs make images
+MAKERS = {"teacher": teacher, "distill": distill, "diffusion": diffusion, "gan": gan, "consistency": consistency}  # stages whose runs make images
 SHOWN = 16  # samples whose every iterate is kept as an image
 TRACED = 256  # samples whose every iterate is measured
 TRACE = 24  # iterations of these
@@ -62,9 +62,9 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     Raises: UserError if `of` names no run of the study, or one that is evaluated otherwise.
     """
     trained = trained_config(config.of, read)
-    key = FAMILIES[trained.network.kind].key
+    key = FAMILIES[kind(trained)].key
     if any((name == key) != bool(getattr(config, name)) for name in ("sampler", "solver", "chain")):
-        raise UserError(f"evaluate.{job.run}: list the settings of a {trained.network.kind} in "
+        raise UserError(f"evaluate.{job.run}: list the settings of a {kind(trained)} in "
                         f"{f'{key} and leave the other lists empty' if key else 'no list, leave all empty'}")  # fmt: skip
     shape = latents.shape_of(read, job.image) if config.chain else job.image
     if shape != job.image and any(setting.clamp for setting in config.chain):
@@ -83,6 +83,8 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
             iterations = [given.total / setting.steps if given else 0 for given, setting in zip(budgets, config.chain)]
             calls = [diffusion.call(trained, shape, job.classes, each) for each in iterations]
             work = [call * setting.nfe for call, setting in zip(calls, config.chain)]
+        elif not config.of.startswith("distill/"):
+            work = [about["flops_image"]]
         else:
             work = distill.generation(trained, job.image, job.classes, [solve.iterations for solve in config.solver] or [1])
             made += read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
@@ -99,7 +101,7 @@ def trained_config(of: str, read: Callable) -> Any:
     """
     stage, _, run = of.partition("/")
     if stage not in MAKERS:
-        raise UserError(f"{of!r} is no run that makes images; give teacher, distill/RUN or diffusion/RUN")
+        raise UserError(f"{of!r} is no run that makes images; give teacher, or RUN of a stage: {', '.join(list(MAKERS)[1:])}/RUN")
     return read(stage, run or None)
 
 

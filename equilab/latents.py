@@ -16,7 +16,7 @@ from equilab.config import Job, Plan, UserError, digest, read_json, results
 from equilab.data import to_float, to_uint8
 from equilab.files import link, require_disk, scratch, sha256_of, whole, write, write_array, write_json
 from equilab.progress import bar
-from equilab.training.loop import barrier, device_of, environment, rank, world
+from equilab.training.machine import barrier, device_of, environment, rank, world
 from equilab.training.state import checksum
 
 SHARD = 1024  # latents in a file

@@ -45,6 +45,32 @@ def edm(
     return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
 
 
+def consistency(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, "b"], Float[Tensor, "b"]],
+    label: Int64[Tensor, "b"] | None,
+) -> Float[Tensor, ""]:
+    """Return the squared error between the student at sigma and, without gradient, at the level below it, where Heun's
+    step along the teacher leads: its mean over pixels and samples.
+
+    `sigmas` are the levels of each sample and those below them, all > 0.
+
+    Source: GDD (Zheng 2024), table 5, CD; after "Consistency models" (Song 2023), algorithm 2.
+    Differs: the target is the student itself, as in table 5, not its average; the distance is squared, not LPIPS.
+    """
+    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1)
+    x = image + sigma * noise
+    with torch.no_grad():
+        slope = (x - teacher(x, sigmas[0], label).image) / sigma
+        below = x + (after - sigma) * slope
+        slope = (slope + (below - teacher(below, sigmas[1], label).image) / after) / 2
+        target = student(x + (after - sigma) * slope, sigmas[1], label).image
+    return l2(student(x, sigmas[0], label).image, target)
+
+
 def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """Return the absolute error, mean over pixels and samples.
 

@@ -20,7 +20,7 @@ from equilab.files import link, require_disk, scratch, whole, write, write_array
 from equilab.models.precond import EDM
 from equilab.pairset import NOISE, labels, noise_checksum
 from equilab.progress import bar
-from equilab.training.loop import barrier, device_of, environment, precision, rank, world
+from equilab.training.machine import barrier, device_of, environment, precision, rank, world
 from equilab.training.state import load_network
 from equilab.training.teacher import UNETS, counted
 

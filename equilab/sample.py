@@ -22,7 +22,7 @@ from equilab.pairs import Sampler
 from equilab.pairset import labels
 from equilab.solvers import Solution, Solver
 from equilab.solvers.budget import Budget
-from equilab.training import diffusion, distill
+from equilab.training import diffusion, distill, onestep
 from equilab.training.state import load_network
 from equilab.training.teacher import UNETS
 
@@ -145,7 +145,7 @@ class Generator(ABC):
 
     def __init__(self, net: nn.Module, about: dict[str, Any], device: torch.device, config: Any):
         self.net, self.about, self.device, self.config = net.to(device), about, device, config
-        self.kind, self.shape, self.classes = config.network.kind, tuple(about["image"]), about["classes"]
+        self.kind, self.shape, self.classes = kind(config), tuple(about["image"]), about["classes"]
 
     @abstractmethod
     def make(
@@ -213,6 +213,22 @@ class Implicit(Generator):
         return {"nfe": 1, "iterations": iterations, "block_evals": self.net.blocks(iterations), "flops": work}
 
 
+class Student(Generator):
+    """The teacher's network as a generator of few steps."""
+
+    def __init__(self, net: nn.Module, about: dict[str, Any], device: torch.device, config: onestep.Config):
+        super().__init__(onestep.student(config, net, about["sigma_data"]), about, device, config)
+
+    @torch.inference_mode()
+    def make(self, noise, label, init, setting, every=False):
+        """Return the images of `noise`, or those that it predicts at all its steps."""
+        return Made(self.net(noise, label, every).image, (), len(self.net.sigmas))
+
+    def cost(self, setting, iterations=None):
+        """Return what an image costs."""
+        return {"nfe": len(self.net.sigmas), "iterations": None, "block_evals": None, "flops": self.about["flops_image"]}
+
+
 class Denoiser(Generator):
     """A denoiser of discrete timesteps, followed along a chain as a ChainSampler says."""
 
@@ -246,7 +262,12 @@ class Denoiser(Generator):
 
 
 # of the kinds of networks
-FAMILIES = {"unet": Teacher, "vit": Explicit, "get": Implicit, "dit": Denoiser, "fpdm": Denoiser}
+FAMILIES = {"unet": Teacher, "student": Student, "vit": Explicit, "get": Implicit, "dit": Denoiser, "fpdm": Denoiser}
+
+
+def kind(config: Any) -> str:
+    """Return the family of the run of this config: that of its network, or "student" for a teacher's made into one."""
+    return "student" if isinstance(config, onestep.Config) else config.network.kind
 
 
 def load(weights: Path, device: torch.device, config: Any) -> Generator:
@@ -255,7 +276,7 @@ def load(weights: Path, device: torch.device, config: Any) -> Generator:
     Raises: UserError if the weights are missing, damaged or not of `config`.
     """
     net, about = load_network(weights, UNETS | distill.GENERATORS | diffusion.DENOISERS, config)
-    return FAMILIES[config.network.kind](net, about, device, config)
+    return FAMILIES[kind(config)](net, about, device, config)
 
 
 def inputs(

@@ -22,6 +22,12 @@ def toy(values):
     return (lambda image, label: (image.flatten(1) @ w1.T, image.sin().flatten(1) @ w2.T)), (w1, w2)
 
 
+def r1(discriminate, image, label):
+    """Return R1 of a discriminator at an image."""
+    image = image.detach().requires_grad_()
+    return adversarial.r1(discriminate(image, label), image)
+
+
 def close(ours, reference, tolerance):
     """Compare relative to the reference's largest value."""
     torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
@@ -38,7 +44,7 @@ def test_losses_of_constant_logits():
 def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_summed_weights():
     torch.manual_seed(0)
     w1, w2 = torch.randn(5, 48, dtype=torch.float64, requires_grad=True), torch.randn(2, 48, dtype=torch.float64)
-    penalty = adversarial.r1(linear(w1, w2), torch.randn(3, 3, 4, 4, dtype=torch.float64), None)
+    penalty = r1(linear(w1, w2), torch.randn(3, 3, 4, 4, dtype=torch.float64), None)
     total = w1.sum(0) + w2.sum(0)
     torch.testing.assert_close(penalty, total.square().sum())
     penalty.backward()
@@ -47,7 +53,7 @@ def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_summed_weights(
 
 def test_r1_of_a_quadratic_discriminator_is_four_times_the_squared_norm_of_the_image():
     image = torch.randn(3, 1, 4, 4, dtype=torch.float64)
-    penalty = adversarial.r1(lambda image, label: (image.square().flatten(1),), image, None)
+    penalty = r1(lambda image, label: (image.square().flatten(1),), image, None)
     torch.testing.assert_close(penalty, 4 * image.square().sum() / 3)
 
 
@@ -72,7 +78,7 @@ def test_all_losses_and_their_gradients_do_not_depend_on_how_a_batch_is_split():
         logits = discriminate(real, None), discriminate(fake, None)
         yield adversarial.generator_loss(logits[1])
         yield adversarial.discriminator_loss(*logits)
-        yield adversarial.r1(discriminate, real, None)
+        yield r1(discriminate, real, None)
         yield adversarial.overfitting(logits[0])
 
     whole = list(losses(real, fake))
@@ -108,8 +114,8 @@ def test_r1_and_its_gradients_are_the_published_ones():
     t, _ = golden("gdd_ncsnpp")
     discriminate, ws = toy(t)
     for image, reference in zip(t["in.real_images"], t["out.ns.R1.penalty_per_image"], strict=True):
-        close(adversarial.r1(discriminate, image[None], None), reference, 1e-5)
-    loss = adversarial.r1_weight(0, 1e-4, 16) * adversarial.r1(discriminate, t["in.real_images"], None)
+        close(r1(discriminate, image[None], None), reference, 1e-5)
+    loss = adversarial.r1_weight(0, 1e-4, 16) * r1(discriminate, t["in.real_images"], None)
     close(loss, t["out.ns.R1.loss_times_gain"], 1e-5)
     for gradient, name in zip(torch.autograd.grad(loss, ws), ("w1", "w2")):
         close(gradient, t[f"out.ns.R1.grad.{name}"], 1e-4)
@@ -120,7 +126,7 @@ def test_the_equivalent_gamma_gives_the_published_direction_on_any_number_of_dev
     discriminate, ws = toy(t)
     real, fake = t["in.real_images"], t["in.z_discriminator"]
     main = adversarial.discriminator_loss(discriminate(real, None), discriminate(fake, None))
-    penalty = adversarial.r1(discriminate, real, None)
+    penalty = r1(discriminate, real, None)
     theirs = 3 * main + adversarial.r1_weight(0, 1e-4, 1) * penalty
     ours = main + adversarial.r1_weight(0, adversarial.r1_gamma(1e-4, 3), 1) * penalty
     gradients = [torch.cat(torch.autograd.grad(loss, ws, retain_graph=True)) for loss in (theirs, ours)]

@@ -21,7 +21,7 @@ PUBLISHED = {
     "ffhq64_ncsnpp_uncond": ((3, 64, 64), 0, "ncsnpp", FFHQ),
     "imagenet64_adm_cond": ((3, 64, 64), 1000, "adm", IMAGENET),
 }
-SIGMAS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
+SIGMAS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigmas": (80.0,)}
 
 
 def network(image, classes, architecture, sizes):
@@ -163,7 +163,8 @@ def test_what_freezes_nothing_or_everything_or_is_unknown_is_refused():
         gdd.prepare(net, "gdd_ii")
     with pytest.raises(ValueError, match="'0' belongs to no group"):
         list(gdd.layers(torch.nn.Sequential(torch.nn.Linear(1, 1))))
-    with pytest.raises(ValueError, match="sigma_min is 1.0"):
-        gdd.GDD(net, sigma_data=0.5, sigma_min=1.0, sigma_max=0.5)
+    for sigma_min, sigmas in ((1.0, [0.5]), (0.002, [80.0, 80.0]), (0.002, []), (0.0, [80.0])):
+        with pytest.raises(ValueError, match="give levels that fall"):
+            gdd.GDD(net, sigma_data=0.5, sigma_min=sigma_min, sigmas=sigmas)
     with pytest.raises(ValueError, match="model.enc."):
         published.load("gdd", {})

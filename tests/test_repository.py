@@ -23,11 +23,12 @@ LAYERS = [
     ["equilab.solvers", "equilab.diffusion.schedules", "equilab.diffusion.discrete",
      "equilab.diffusion.discrete_losses"],
     ["equilab.models", "equilab.published", "equilab.diffusion.samplers", "equilab.diffusion.discrete_samplers"],
-    ["equilab.losses", "equilab.adversarial", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.state",
+    ["equilab.losses", "equilab.adversarial", "equilab.metrics.cost", "equilab.training.loop", "equilab.training.machine", "equilab.training.state",
      "equilab.training"],
     ["equilab.data", "equilab.latents", "equilab.metrics", "equilab.pairset", "equilab.pairs", "equilab.sample", "equilab.evaluate", "equilab.cost",
      "equilab.training.teacher", "equilab.training.distill", "equilab.training.diffusion",
-     "equilab.training.evaluator"],
+     "equilab.training.evaluator", "equilab.training.classify", "equilab.training.features", "equilab.training.onestep",
+     "equilab.training.gan", "equilab.training.consistency"],
     ["equilab.analysis"],
     ["equilab.notebook", "equilab.claims", "equilab.report"],
     ["equilab.graph", "equilab.__main__", "equilab.bench", "equilab.bench_stages"],
@@ -63,7 +64,7 @@ def test_a_module_imports_from_its_layer_and_those_below(module):
     if module.startswith("equilab.models"):
         assert not {"equilab.config", "equilab.data"} & set(graph.closure(module))
     if module.startswith("equilab.training.") and module.split(".")[2] not in ("loop", "state"):
-        trainers = {"equilab.training.teacher", "equilab.training.distill", "equilab.training.evaluator"} - {module}
+        trainers = {stage.module for stage in graph.STAGES.values() if stage.module.startswith("equilab.training.")} - {module}
         assert not {name for name in imported(module) if name in trainers}, "trainers do not import each other"
 
 
@@ -153,7 +154,7 @@ def code_lines(module):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) <= 6600
+    assert sum(lines.values()) <= 7400
     assert max(lines.values()) <= 280, max(lines, key=lines.get)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from equilab import files
 from equilab.config import UserError
-from equilab.training import loop, state
+from equilab.training import machine, state
 from equilab.training.loop import Optimisation, Run, ema_decay, fit, learning_rate
 
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):
 
 def test_precision_bf16_is_autocast_and_fp32_is_not():
     a = torch.randn(4, 4)
-    with loop.precision("bf16", CPU)():
+    with machine.precision("bf16", CPU)():
         assert (a @ a).dtype == torch.bfloat16
-    with loop.precision("fp32", CPU)():
+    with machine.precision("fp32", CPU)():
         assert (a @ a).dtype == torch.float32

@@ -21,9 +21,9 @@ from equilab import rng
 from equilab.config import UserError, digest
 from equilab.data import load, to_float
 from equilab.progress import bar
+from equilab.training.classify import CLASSIFIERS
 from equilab.training.state import checksum, load_network, load_tensors, read_metadata, save_tensors
 
-CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,16 @@ VARIANTS = {
 }
 
 
+def check_levels(sigma_min: float, sigmas: Sequence[float]) -> None:
+    """Refuse noise levels that a student cannot step through.
+
+    Raises: ValueError unless they fall and 0 < sigma_min < the last of them.
+    """
+    levels = [*sigmas, sigma_min, 0.0]
+    if not sigmas or any(a <= b for a, b in zip(levels, levels[1:])):
+        raise ValueError(f"sigmas is {list(sigmas)} and sigma_min {sigma_min}; give levels that fall and stay above sigma_min > 0")
+
+
 def coefficients(
     sigma: Float[Tensor, "*b"], *, sigma_data: float, sigma_min: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,27 +62,35 @@ def coefficients(
 
 
 class GDD(nn.Module):
-    """A one-step generator: the consistency function of the teacher's network `net`, applied at sigma_max.
+    """A generator of few steps: the consistency function f of the teacher's network `net`, applied at `sigmas` in turn.
 
-    Build `net` with dropout 0, as published. `generate` is the generator protocol, `denoise` the denoiser's, for losses
-    that compare the consistency function at several noise levels.
+    One noise level makes it a one-step generator. From a level t to the next, s, it goes to f + s/t (x - f), after the
+    last to f. Build `net` with dropout 0, as published. `generate` is the generator protocol, `denoise` the denoiser's,
+    for losses that compare the consistency function at several noise levels.
 
-    Raises: ValueError unless 0 < sigma_min < sigma_max.
-    Source: GDD (Zheng 2024), section 3.1 and appendix B.4.
+    Raises: ValueError unless `sigmas` fall and 0 < sigma_min < the last of them.
+    Source: GDD (Zheng 2024), section 3.1 and appendix B.4; several steps as section 2.2 and table 5.
+    Differs: the last step of several ends at 0, as the only step of one does, not at sigma_min.
     """
 
-    def __init__(self, net: nn.Module, *, sigma_data: float, sigma_min: float, sigma_max: float):
+    def __init__(self, net: nn.Module, *, sigma_data: float, sigma_min: float, sigmas: Sequence[float]):
         super().__init__()
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; give 0 < sigma_min < sigma_max")
-        self.net, self.sigma_data, self.sigma_min, self.sigma_max = net, sigma_data, sigma_min, sigma_max
+        check_levels(sigma_min, sigmas)
+        self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
 
-    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> Generated:
-        """Return Generated(image, None): the consistency function of sigma_max * noise at sigma_max.
+    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None, every: bool = False) -> Generated:
+        """Return Generated(image, None): where the steps from sigmas[0] * noise lead.
+
+        With `every`, the images (S, B, C, H, W) that the consistency function sees at all steps.
 
         Raises: ValueError for a label given to an unconditional network.
         """
-        return Generated(self.denoise(self.sigma_max * noise, self.sigma_max, label).image, None)
+        x, images = self.sigmas[0] * noise, []
+        for sigma, after in zip(self.sigmas, (*self.sigmas[1:], 0.0)):
+            image = self.denoise(x, sigma, label).image
+            x = image + after / sigma * (x - image) if after else image
+            images += [image] if every else []
+        return Generated(torch.stack(images) if every else x, None)
 
     generate = forward
 
@@ -179,4 +197,4 @@ def from_published(
     Raises: ValueError if a tensor that tells a size is missing.
     """
     teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
-    return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigma_max=sigma_max), names
+    return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names

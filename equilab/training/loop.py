@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,10 +17,12 @@ from equilab import rng
 from equilab.config import Job, Plan, UserError, digest, plain
 from equilab.files import scratch, write, write_json
 from equilab.progress import bar
+from equilab.training.machine import barrier, device_of, environment, precision, rank, to_device, total, world
 from equilab.training.state import load_tensors, save_tensors
 
 Batch = Callable[[range], Any]  # positions in the endless stream of images -> what the loss needs, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor]  # (network, batch) -> mean loss over the batch's images
+Watch = Callable[[dict[str, int | float]], str | None]  # row of the log -> what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -97,22 +96,65 @@ def ema_decay(config: Optimisation, nimg: int) -> float:
     return 0.5 ** (config.batch / half_life) if half_life else 0.0
 
 
-class Run:
-    """The state of one run: network, averaged weights, optimiser, images seen, log. `fit` moves it on.
+class Player:
+    """A network that a run trains, with its optimiser. A run has one, or two that are trained in turn.
 
-    `folder` is the run's scratch folder: `state.safetensors` and the snapshots live there.
+    `name` tells the second one's numbers and tensors from the first one's, `lr` is its own peak learning rate.
     """
 
-    def __init__(
-        self, net: nn.Module, config: Optimisation, seed: int, identity: str, folder: Path, device: torch.device
-    ):
-        self.net, self.config, self.seed, self.device = net.to(device), config, seed, device
-        self.identity, self.folder = identity, folder
-        self.ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
-        self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    def __init__(self, net: nn.Module, config: Optimisation, device: torch.device, name: str = "", lr: float | None = None):
+        self.net, self.name, self.lr_share = net.to(device), name, 1.0 if lr is None else lr / config.lr
+        self.named = {key: p for key, p in net.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.named.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what changes in training: trained parameters, buffers, and the optimiser's moments."""
+        frozen = {key for key, p in self.net.named_parameters() if key not in self.named}
+        tensors = {f"net.{key}": value for key, value in self.net.state_dict().items() if key not in frozen}
+        for key, parameter in self.named.items():
+            tensors |= {f"optimizer.{name}.{key}": t for name, t in self.optimizer.state[parameter].items()}
+        return {f"{self.name}.{key}" if self.name else key: value for key, value in tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from the tensors that `state` returned."""
+        part = _part(tensors, f"{self.name}.") if self.name else tensors
+        self.net.load_state_dict(_part(part, "net."), strict=False)  # what is frozen is there already
+        for key, parameter in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
+            moments = {name: part[f"optimizer.{name}.{key}"] for name in ("exp_avg", "exp_avg_sq")}
+            kept = {name: torch.empty_like(parameter).copy_(value).detach() for name, value in moments.items()}
+            self.optimizer.state[parameter] = {"step": part[f"optimizer.step.{key}"].to(parameter.device), **kept}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+class Run:
+    """The state of one run: network, averaged weights, optimiser, images seen, log. `fit` moves it on.
+
+    `folder` is the run's scratch folder: `state.safetensors` and the snapshots live there. `rival` is a second player,
+    (name, network, peak learning rate), whose weights are not averaged.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Optimisation,
+        seed: int,
+        identity: str,
+        folder: Path,
+        device: torch.device,
+        rival: tuple[str, nn.Module, float] | None = None,
+    ):
+        self.config, self.seed, self.device, self.identity, self.folder = config, seed, device, identity, folder
+        self.players = [Player(net, config, device)]
+        if rival is not None:
+            name, other, lr = rival
+            self.players.append(Player(other, config, device, name, lr))
+        self.net, self.named = self.players[0].net, self.players[0].named
+        self.ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
         self.nimg, self.log = 0, []
         if (folder / "state.safetensors").exists():
             self._resume()
@@ -121,22 +163,17 @@ class Run:
         tensors, metadata = load_tensors(self.folder / "state.safetensors")
         if metadata["identity"] != self.identity:
             raise UserError(f"{self.folder} holds a run of another configuration; delete the folder to start anew")
-        part = lambda key: {name[len(key):]: t for name, t in tensors.items() if name.startswith(key)}  # noqa: E731
-        self.net.load_state_dict(part("net."))
-        for name, value in part("ema.").items():
+        for player in self.players:
+            player.restore(tensors)
+        for name, value in _part(tensors, "ema.").items():
             self.ema[name].copy_(value)
-        for name, parameter in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
-            moments = {key: tensors[f"optimizer.{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            kept = {key: torch.empty_like(parameter).copy_(value).detach() for key, value in moments.items()}
-            self.optimizer.state[parameter] = {"step": tensors[f"optimizer.step.{name}"].to(self.device), **kept}
         self.nimg, self.log = metadata["nimg"], metadata["log"]
 
     def save(self) -> None:
-        """Write the whole state, atomically."""
-        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
-        for name, parameter in self.named.items():
-            tensors |= {f"optimizer.{key}.{name}": t for key, t in self.optimizer.state[parameter].items()}
+        """Write the whole state, of both players, atomically."""
+        tensors = {f"ema.{name}": value for name, value in self.ema.items()}
+        for player in self.players:
+            tensors |= player.state()
         metadata = {"identity": self.identity, "nimg": self.nimg, "log": self.log}
         save_tensors(self.folder / "state.safetensors", tensors, metadata)
 
@@ -145,65 +182,91 @@ class Run:
         return self.folder / f"snapshot-{nimg:010d}.safetensors"
 
 
-def fit(run: Run, batch_of: Batch, loss: Loss) -> Iterator[Progress]:
+def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) -> Iterator[Progress]:
     """Train `run` to its end from wherever it stands; yields after every update, saves at every report.
 
-    Each process of a distributed run takes its share of every batch. The batch of the next update is read while
-    this one is computed.
+    `losses` are one for each player; an update moves the players in turn, on the same batch. Each process of a
+    distributed run takes its share of every batch. The batch of the next update is read while this one is computed.
+    `watch` looks at every row of the log and returns what is wrong with it, or None.
 
-    Raises: UserError with the step and the loss, if the loss is not finite; the last good state is kept.
+    Raises: UserError with the step and the loss, if a loss is not finite; the last good state is kept.
     """
     config = run.config
     if config.micro_batch % world():
         raise UserError(f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})")
     share = config.micro_batch // world()
     passes = config.batch // config.micro_batch
-    net = torch.compile(run.net) if config.compile else run.net
-    net = nn.parallel.DistributedDataParallel(net) if world() > 1 else net
+    nets = [torch.compile(player.net) if config.compile else player.net for player in run.players]
     context = precision(config.precision, run.device)
     updates = config.report_nimg // config.batch
-    losses = torch.zeros(updates, device=run.device)
+    seen = torch.zeros(len(run.players), updates, device=run.device)
     decay_targets = [run.ema[name] for name in run.named]
-    run.net.train()
+    for player in run.players:
+        player.net.train()
 
     def positions(nimg: int) -> range:  # of the micro batch that starts there, this process's share
         return range(nimg + rank() * share, nimg + (rank() + 1) * share)
 
+    def submit(nimg: int) -> list:
+        return [reader.submit(batch_of, positions(nimg + k * config.micro_batch)) for k in range(passes)]
+
     with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(batch_of, positions(run.nimg)) if run.nimg < config.nimg else None
+        upcoming = submit(run.nimg) if run.nimg < config.nimg else []
         while run.nimg < config.nimg:
-            rate, seen = learning_rate(config, run.nimg), 0.0
+            rate, k = learning_rate(config, run.nimg), run.nimg // config.batch % updates
             torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))  # dropout alone knows processes
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            for k in range(passes):
-                batch = to_device(upcoming.result(), run.device)
-                upcoming = reader.submit(batch_of, positions(run.nimg + (k + 1) * config.micro_batch))
-                last = k == passes - 1
-                with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), context():
-                    value = loss(net, batch) / passes
-                    value.backward()
-                seen = seen + value.detach()
-            if config.clip is not None:
-                nn.utils.clip_grad_norm_(run.named.values(), config.clip)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
+            batches = [to_device(batch.result(), run.device) for batch in upcoming]
+            upcoming = submit(run.nimg + config.batch)
+            for number, (player, net, loss) in enumerate(zip(run.players, nets, losses, strict=True)):
+                for other in run.players:
+                    for parameter in other.named.values():
+                        parameter.requires_grad_(other is player)
+                seen[number, k] = _update(player, net, loss, batches, context, config.clip, rate)
             torch._foreach_lerp_(decay_targets, list(run.named.values()), 1 - ema_decay(config, run.nimg))
-            losses[run.nimg // config.batch % updates] = seen
             run.nimg += config.batch
-            yield Progress(run.nimg, _report(run, losses, rate) if run.nimg % config.report_nimg == 0 else None)
+            yield Progress(run.nimg, _report(run, seen, rate, watch) if run.nimg % config.report_nimg == 0 else None)
 
 
-def _report(run: Run, losses: Tensor, rate: float) -> dict[str, int | float]:
-    values = (total(losses) / world()).tolist()
-    for k, value in enumerate(values):
-        if not math.isfinite(value):
-            step = run.nimg // run.config.batch - len(values) + k + 1
-            raise UserError(f"the loss became {value} at step {step} ({step * run.config.batch} images); {_remedy(run)}")
-    for name, parameter in run.named.items():
-        if not parameter.isfinite().all():
-            raise UserError(f"{name} is no longer finite after {run.nimg} images, the loss was {values[-1]:.4g}; {_remedy(run)}")
-    row = {"nimg": run.nimg, "loss": sum(values) / len(values), "lr": rate}
+def _update(player: Player, net: nn.Module, loss: Loss, batches, context, clip: float | None, rate: float) -> Tensor:
+    """Move a player by the gradient of its loss over all batches (of all processes); return the loss."""
+    value = 0.0
+    for batch in batches:
+        with context():
+            part = loss(net, batch) / len(batches)
+            part.backward()
+        value = value + part.detach()
+    if world() > 1:
+        gradients = [p.grad for p in player.named.values() if p.grad is not None]
+        mean = torch.cat([g.flatten() for g in gradients])  # one message
+        dist.all_reduce(mean)
+        for gradient, part in zip(gradients, mean.div_(world()).split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+    if clip is not None:
+        nn.utils.clip_grad_norm_(player.named.values(), clip)
+    for group in player.optimizer.param_groups:
+        group["lr"] = rate * player.lr_share
+    player.optimizer.step()
+    player.optimizer.zero_grad(set_to_none=True)
+    return value
+
+
+def _report(run: Run, seen: Tensor, rate: float, watch: Watch | None) -> dict[str, int | float]:
+    values = total(seen) / world()  # (players, updates)
+    for k in range(values.shape[1]):
+        if not values[:, k].isfinite().all():
+            step = run.nimg // run.config.batch - values.shape[1] + k + 1
+            bad = next(value for value in values[:, k].tolist() if not math.isfinite(value))
+            raise UserError(f"the loss became {bad} at step {step} ({step * run.config.batch} images); {_remedy(run)}")
+    for player in run.players:
+        for name, parameter in player.named.items():
+            if not parameter.isfinite().all():
+                last = values[0, -1].item()
+                raise UserError(f"{name} is no longer finite after {run.nimg} images, the loss was {last:.4g}; {_remedy(run)}")
+    means = [sum(row) / len(row) for row in values.tolist()]
+    row = {"nimg": run.nimg, "loss": means[0], "lr": rate}
+    row |= {f"loss_{player.name}": mean for player, mean in zip(run.players[1:], means[1:])}
+    if watch is not None and (wrong := watch(row)):
+        raise UserError(f"{wrong} at step {run.nimg // run.config.batch} ({run.nimg} images); {_remedy(run)}")
     run.log.append(row)
     for name, value in run.net.named_buffers():
         run.ema[name].copy_(value) if name in run.ema else None
@@ -219,45 +282,6 @@ def _remedy(run: Run) -> str:
     return f"{kept}; lower optimisation.lr or clip the gradient"
 
 
-def rank() -> int:
-    """Return this process's number among those that torchrun started; 0 alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """Return how many processes work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def total(values: Tensor) -> Tensor:
-    """Return the sum of `values` over all processes."""
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values)
-    return values.cpu()
-
-
-def precision(name: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return a maker of the context in which a network runs: fp32, tf32 (matmuls of a GPU) or bf16 autocast."""
-    if name == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return contextlib.nullcontext
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the tensors of a (nested) tuple on `device`; None stays None."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    return tuple(to_device(part, device) for part in batch) if isinstance(batch, tuple) else batch
-
-
 def build(spec, seed: int, purpose: str, *given) -> nn.Module:
     """Return a freshly initialised network, a pure function of (seed, purpose)."""
     torch.manual_seed(rng.torch_seed(seed, purpose))
@@ -270,18 +294,27 @@ def identity(job: Job, *values: Any) -> str:
 
 
 def train(
-    job: Job, config: Any, inputs: dict[str, str], net: nn.Module, batch_of: Batch, loss: Loss, about: dict[str, Any]
+    job: Job,
+    config: Any,
+    inputs: dict[str, str],
+    net: nn.Module,
+    batch_of: Batch,
+    loss: Loss,
+    about: dict[str, Any],
+    rival: tuple[str, nn.Module, float, Loss] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`.
 
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
-    what the run depends on beside its config (checksums); `about` is kept with the weights.
+    what the run depends on beside its config (checksums); `about` is kept with the weights. `rival` is a second player:
+    its name, network, peak learning rate and loss.
     """
     key = identity(job, config, inputs)
     with scratch(job.scratch(key)) as folder:
-        run = Run(net, config.optimisation, job.study.seed, key, folder, device_of(job))
+        run = Run(net, config.optimisation, job.study.seed, key, folder, device_of(job), rival and rival[:3])
         with bar(job.name, config.optimisation.nimg, done=run.nimg) as progress:
-            for step in fit(run, batch_of, loss):
+            for step in fit(run, batch_of, loss, *(rival[3:] if rival else ()), watch=watch):
                 progress.update(step.nimg - progress.n)
                 if step.report:
                     progress.set_postfix(loss=f"{step.report['loss']:.4g}")
@@ -294,11 +327,16 @@ def train(
                 tensors, _ = load_tensors(run.snapshot(nimg))
                 save_tensors(job.out / "snapshots" / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
             save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-            rows = ["nimg,loss,lr", *(f"{r['nimg']},{r['loss']:.9g},{r['lr']:.9g}" for r in run.log)]
+            columns = ["nimg", "loss", "lr", *sorted(set(run.log[0]) - {"nimg", "loss", "lr"})]
+            rows = [",".join(columns), *(",".join(_digits(row[key]) for key in columns) for row in run.log)]
             write(job.out / "log.csv", "\n".join(rows) + "\n")
             found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
             write_json(job.out / "summary.json", {**about, **found})
         barrier()
+
+
+def _digits(value: int | float) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def plan(config: Optimisation, about: dict[str, int]) -> Plan:
@@ -306,26 +344,3 @@ def plan(config: Optimisation, about: dict[str, int]) -> Plan:
     kept = 1 + len(config.snapshots)
     step = float(about.get("train_flops_image", 3 * about["flops_image"]))
     return Plan(about["parameters"], step * config.nimg, 4 * about["parameters"] * kept)
-
-
-def device_of(job: Job) -> torch.device:
-    """Return the device that the study asks for.
-
-    Raises: UserError if there is none.
-    """
-    wanted = job.study.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("study.device is cuda, but torch sees no GPU; set it to auto or cpu")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def environment(job: Job) -> dict[str, Any]:
-    """Return what the bits of a result depend on beside its config: versions, device, threads, processes."""
-    device = device_of(job)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": torch.__version__, "numpy": np.__version__, "device": f"{device.type} {name}",
-        "threads": torch.get_num_threads(), "processes": world(),
-    }  # fmt: skip

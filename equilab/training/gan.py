@@ -1,0 +1,269 @@
+"""Stage `gan@RUN`: the teacher turned into a generator of one step or a few by a GAN loss alone, GDD or GDD-I."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from equilab import adversarial, losses, rng
+from equilab.config import Job, Plan, Spec, UserError, results
+from equilab.data import load, to_float
+from equilab.files import sha256_of
+from equilab.metrics.cost import flops
+from equilab.models import discriminator as networks
+from equilab.models.precond import EDM
+from equilab.pairset import labels
+from equilab.training import loop, machine, onestep
+from equilab.training.classify import CLASSIFIERS
+from equilab.training.onestep import Levels, counted, table
+from equilab.training.state import load_network
+
+DISCRIMINATORS = {
+    "features": "equilab.models.discriminator:FeatureDiscriminator",
+    "stylegan2": "equilab.models.discriminator:StyleGAN2",
+}
+OWN = "study"  # the name of the feature network that the stage `features` trained
+
+
+@dataclass(frozen=True)
+class R1:
+    """The penalty on the gradient at real images."""
+
+    gamma: float  # against a loss that is a mean over samples: see equilab.adversarial.r1_gamma for the published one
+    interval: int  # updates from one to the next
+
+    def __post_init__(self):
+        adversarial.r1_weight(0, self.gamma, self.interval)
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """How the probability of augmentation follows the discriminator's overfitting."""
+
+    target: float  # of the mean sign of the logits of real images
+    ramp_nimg: int  # images that it takes from 0 to 1
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A consistency loss beside the GAN's."""
+
+    weight: float
+    levels: Levels
+
+
+@dataclass(frozen=True)
+class Config(onestep.Config):
+    """An entry of the params section `gan`."""
+
+    discriminator: Annotated[Spec, tuple(DISCRIMINATORS.items())]
+    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminator; none for stylegan2
+    discriminator_lr: float
+    r1: R1 | None
+    augment: Literal["none", "diffaugment", "ada"]
+    adaptive: Adaptive | None  # of ada
+    consistency: Consistency | None
+    collapse: float | None  # the run stops when the discriminator's mean loss between two reports falls below this
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.discriminator.kind == "features") != bool(self.features):
+            raise ValueError("features must name networks for a discriminator over features, and be empty for stylegan2")
+        if (self.augment == "ada") != (self.adaptive is not None):
+            raise ValueError("adaptive must be given for augment ada and be null elsewhere")
+        if not self.discriminator_lr > 0:
+            raise ValueError(f"discriminator_lr must be > 0, got {self.discriminator_lr}")
+        for name in self.features:
+            if name == "evaluator":
+                raise ValueError("features names the evaluator, which scores the images: it would leak into the score; use study")
+            if name not in (OWN, *networks.NETWORKS):
+                raise ValueError(f"features: {name!r} is unknown, choose among {', '.join((OWN, *networks.NETWORKS))}")
+
+
+class Critic(nn.Module):
+    """A discriminator behind its augmentation, whose probability it keeps, as training continues from it."""
+
+    def __init__(self, discriminator: nn.Module, config: Config):
+        super().__init__()
+        self.discriminator, self.kind, self.adaptive = discriminator, config.augment, config.adaptive
+        self.register_buffer("probability", torch.tensor(1.0 if config.augment == "diffaugment" else 0.0))
+
+    def forward(self, image: Tensor, label: Tensor | None, draws: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the logits of images after augmentation."""
+        if self.kind != "none":
+            image = adversarial.augment(image, draws, self.probability)
+        return self.discriminator(image, label)
+
+    def adapt(self, real: tuple[Tensor, ...], nimg: int) -> None:
+        """Move the probability by what the logits of `nimg` real images, those of all processes, tell."""
+        if self.adaptive is not None:
+            seen = (machine.total(adversarial.overfitting(real).detach().float()) / machine.world()).item()
+            told = {"target": self.adaptive.target, "nimg": nimg, "ramp_nimg": self.adaptive.ramp_nimg}
+            self.probability.fill_(adversarial.adapt(self.probability.item(), seen, **told))
+
+
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost.
+
+    Raises: UserError if the student is not the study's teacher, or the discriminator cannot take the images.
+    """
+    onestep.check(config, job, read)
+    players = _bare(config, job, read)  # refuses sizes that do not fit
+
+    def count() -> Plan:
+        about = {**counted(config, job.image, job.classes), "train_flops_image": step_flops(config, *players, job.image)}
+        return loop.plan(config.optimisation, about)._replace(note=table(config, job.image, job.classes))
+
+    return count
+
+
+def run(config: Config, job: Job) -> None:
+    """Train the student against a discriminator; write its averaged weights, snapshots and log.
+
+    Raises: UserError if the data, the teacher or the feature network are missing, damaged or not of this study; or if
+    the discriminator collapses.
+    """
+    onestep.check(config, job, job.read)
+    data = load(results("data"), "train", verify=True)
+    shape, seed, size = data.images.shape[1:], config.seed, config.optimisation.batch
+    net, teacher = onestep.build(config, job, data)
+    inputs = {"data": sha256_of(results("data") / "meta.json"), "teacher": sha256_of(results("teacher") / "weights.safetensors")}
+    if OWN in config.features:
+        inputs["features"] = _refuse_leak()
+    torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
+    critic = _critic(config, job, shape, data.classes, lambda name: _trained(job), pretrained=True).to(machine.device_of(job))
+    print(table(config, shape, data.classes))
+    conditional = config.conditional
+
+    def batch_of(positions: range):
+        items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
+        image = to_float(torch.from_numpy(data.images[items]))
+        label = torch.from_numpy(data.labels[items]) if conditional else None
+        made = [_made(seed, player, positions, shape, data.classes if conditional else 0) for player in ("generator", "critic")]
+        augmented = ("generator", "critic", "real") if config.augment != "none" else ()
+        draws = tuple(adversarial.draws(seed, f"{name} augmentation", positions) for name in augmented) or (None,) * 3
+        weight = adversarial.r1_weight(positions.start // size, config.r1.gamma, config.r1.interval) if config.r1 else 0.0
+        along = None
+        if config.consistency:
+            noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
+            along = (noise, config.consistency.levels.draw(seed, positions))
+        return (image, label), *made, draws, weight, along
+
+    generate, criticise = losses_of(config, net, critic, teacher)
+    about = {"image": shape, "classes": data.classes if conditional else 0, "sigma_data": teacher.sigma_data,
+             **counted(config, shape, data.classes), "train_flops_image": step_flops(config, *_bare(config, job, job.read), shape)}  # fmt: skip
+    rival = ("discriminator", critic, config.discriminator_lr, criticise)
+    loop.train(job, config, inputs, net, batch_of, generate, about, rival, lambda row: collapsed(config, row))
+
+
+def _made(seed: int, player: str, positions: range, shape: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor | None]:
+    """Return the noise and the labels of the images that are generated for a player, by position."""
+    noise = torch.from_numpy(rng.noise(seed, f"{player} noise", positions, shape))
+    return noise, labels(seed, positions, classes, f"{player} label")
+
+
+def losses_of(config: Config, net: nn.Module, critic: Critic, teacher: EDM) -> tuple[loop.Loss, loop.Loss]:
+    """Return the losses of generator and discriminator: of (real, made for either, draws, weight of R1, consistency).
+
+    The features of real images are computed once in an update: R1 is taken of the logits that the loss is made of.
+    """
+
+    def generate(net, batch):
+        (image, label), (noise, made_label), _, draws, _, along = batch
+        student = onestep.student(config, net, teacher.sigma_data)
+        value = adversarial.generator_loss(critic(student.generate(noise, made_label).image, made_label, draws[0]))
+        if along is None:
+            return value
+        noise, sigmas = along
+        matched = losses.consistency(student.denoise, teacher.denoise, image, noise, sigmas, label)
+        return value + config.consistency.weight * matched
+
+    def criticise(critic, batch):
+        (image, label), _, (noise, made_label), draws, weight, _ = batch
+        with torch.no_grad():
+            made = onestep.student(config, net, teacher.sigma_data).generate(noise, made_label).image
+        real = critic(image.requires_grad_(weight > 0), label, draws[2])
+        value = adversarial.discriminator_loss(real, critic(made, made_label, draws[1]))
+        critic.adapt(real, len(image) * machine.world())
+        return value + weight * adversarial.r1(real, image) if weight else value
+
+    return generate, criticise
+
+
+def collapsed(config: Config, row: dict[str, int | float]) -> str | None:
+    """Return what to say of a discriminator whose loss has fallen below `collapse`: it tells all images apart."""
+    if config.collapse is None or row["loss_discriminator"] >= config.collapse:
+        return None
+    return (f"the discriminator has collapsed: its loss is {row['loss_discriminator']:.3g}, below gan's collapse of "
+            f"{config.collapse:g}, so that the generator learns nothing; raise r1.gamma or lower discriminator_lr")  # fmt: skip
+
+
+def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int, ...]) -> int:
+    """Return the FLOPs by shape of an update for an image, of both players: networks without memory; R1, which comes
+    once in an interval, is left out."""
+    size = 2  # a batch norm needs two
+    with torch.device("meta"):
+        made = torch.empty(size, *image), torch.zeros(size, dtype=torch.int64) if config.conditional else None
+        levels = (torch.empty(size, *image), (torch.empty(size), torch.empty(size))) if config.consistency else None
+        draws = (torch.empty(size, adversarial.DRAWS),) * 3
+    batch = (made, made, made, draws, 0.0, levels)
+
+    def update():
+        critic.adaptive = None  # no numbers here to adapt to
+        for player, loss in zip((net, critic), losses_of(config, net, critic, EDM(net, sigma_data=1.0))):
+            trained = [p for p in (*net.parameters(), *critic.parameters()) if p.requires_grad]
+            own = {id(p) for p in player.parameters()}
+            for p in trained:
+                p.requires_grad_(id(p) in own)
+            loss(player, batch).backward()
+            for p in trained:
+                p.requires_grad_()
+
+    return flops(update) // size
+
+
+def _critic(
+    config: Config, job: Job, image: tuple[int, ...], classes: int, own: Callable[[str], nn.Module], pretrained: bool
+) -> Critic:
+    """Return the discriminator with its augmentation; `own` gives the feature network that the study trained.
+
+    Raises: UserError if it cannot take the images.
+    """
+    given = (tuple(image), classes if config.conditional else 0)
+    try:
+        if config.features:
+            kinds = {OWN: lambda: networks.classifier_network(own(OWN))}
+            found = [kinds.get(n, lambda n=n: networks.feature_network(n, pretrained=pretrained))() for n in config.features]
+            given = (found, *given)
+        return Critic(config.discriminator.build(*given), config)
+    except ValueError as error:
+        raise UserError(f"gan.{job.run}.discriminator: {error}") from None
+
+
+def _bare(config: Config, job: Job, read: Callable) -> tuple[nn.Module, Critic]:
+    """Return both players without memory."""
+    net, *_ = onestep.meta(config, job.image, job.classes)
+    with torch.device("meta"):
+        untrained = lambda name: read("features").network.build(job.image, job.classes)  # noqa: E731
+        return net, _critic(config, job, job.image, job.classes, untrained, pretrained=False)
+
+
+def _trained(job: Job) -> nn.Module:
+    """Return the network that the stage `features` trained."""
+    return load_network(results("features") / "weights.safetensors", CLASSIFIERS, job.read("features"))[0]
+
+
+def _refuse_leak() -> str:
+    """Return the checksum of the study's feature network.
+
+    Raises: UserError if it is the evaluator.
+    """
+    path, evaluator = (results(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
+    found = sha256_of(path) if path.exists() else ""
+    if evaluator.exists() and found == sha256_of(evaluator):
+        raise UserError(f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again")
+    return found
