@@ -72,7 +72,7 @@ class PairSet:
         return Pairs(noise, image, labels(self.seed, indices, self.classes))
 
 
-def labels(seed: int, indices: np.ndarray, classes: int, purpose: str = LABEL) -> Tensor | None:
+def labels(seed: int, indices: rng.Indices, classes: int, purpose: str = LABEL) -> Tensor | None:
     """Return uniform classes (B,) int64, each a function of its index, or None without classes."""
     return torch.from_numpy(rng.integers(seed, purpose, indices, classes)) if classes else None
 
