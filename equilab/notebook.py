@@ -15,7 +15,8 @@ import nbformat
 from equilab.config import Job, Plan, UserError, nearest
 from equilab.files import write
 
-ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read")  # imported by notebooks: dependencies
+ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read",
+            "equilab.analysis.students:read")  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
 

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from equilab.analysis import chains, figures
+from equilab.analysis import chains, figures, students
 from equilab.analysis.tables import Tables
 
 
@@ -79,6 +79,21 @@ def budgets(study: chains.Chains) -> widgets.Widget:
 
     steps.observe(lambda change: setattr(how, "options", options(change["new"])), "value")
     return _board([steps, how], [about, picture], show)
+
+
+def one_step(study: students.Students) -> widgets.Widget:
+    """Return a slider over noises and a choice of steps and noise levels: the image that every model makes of a noise."""
+    rows = students.first(study)
+    levels = ["all", *dict.fromkeys(rows["sigmas"].dropna())] if "sigmas" in rows else ["all"]
+    noise = widgets.IntSlider(value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False)
+    steps = widgets.Dropdown(options=levels, description="sigmas")
+    picture = widgets.Image(format="png")
+
+    def show(_: Any) -> None:
+        chosen = rows if steps.value == "all" else rows[(rows["sigmas"] == steps.value) | rows["sigmas"].isna()]
+        picture.value = figures.png(students.side_by_side(study, chosen, noise.value))
+
+    return _board([noise, steps], [picture], show)
 
 
 def _name(row: pd.Series) -> str:

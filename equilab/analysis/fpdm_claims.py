@@ -11,11 +11,11 @@ from scipy import stats
 
 from equilab.analysis import chains
 from equilab.analysis.chains import Chains
-from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Config, Found, listed, seeds_of, span, verdict
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, seeds_of, span, verdict
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Comparisons):
     """What the claims are tested on."""
 
     config: Config
@@ -25,22 +25,15 @@ class Study:
         """Return rows with their seeds averaged, with intervals that hold for `among` of them at once."""
         return self.chains.averaged(rows, 1 - (1 - self.config.rule.confidence) / among)
 
-    def gain(self, first: pd.Series, last: pd.Series) -> tuple[float, float]:
-        """Return between which bounds the distance of `first` over that of `last` lies: above 1, `last` is better."""
-        measure = self.chains.distance
-        spreads = [row[f"{measure}_half"] / row[measure] for row in (first, last)]
-        reach = np.exp(self.config.rule.tolerance(measure, *spreads))
-        return first[measure] / last[measure] / reach, first[measure] / last[measure] * reach
+    @property
+    def distance(self) -> str:
+        """The column of the distance."""
+        return self.chains.distance
 
-    def compared(self, told: str, first: pd.Series, last: pd.Series) -> Found:
-        """Return what comes of the claim that `last` is better than `first`."""
-        bounds = self.gain(first, last)
-        seeds = seeds_of(pd.DataFrame([first, last]))
-        return Found(f"{self.chains.score} {told}", f"{span(*bounds)} times", seeds, verdict(*bounds))
-
-    def value(self, row: pd.Series) -> str:
-        """Return the distance of a row as people write it."""
-        return f"{row[self.chains.distance]:.3g}"
+    @property
+    def score(self) -> str:
+        """The distance's name as people write it."""
+        return self.chains.score
 
 
 Test = Callable[[Study], Found | None]  # None: the study trains nothing that could tell
@@ -112,13 +105,13 @@ def middle(study: Study) -> Found | None:
     if rows["steps"].nunique() < 3:
         return None
     rows = study.averaged(rows, rows["steps"].nunique()).sort_values("each").reset_index(drop=True)
-    best = rows[study.chains.distance].idxmin()
+    best = rows[study.distance].idxmin()
     bounds = np.array([study.gain(rows.iloc[end], rows.iloc[best]) for end in (0, -1)]).min(0)
     told = FAILS if best in (0, len(rows) - 1) else verdict(*bounds)
     if told == FAILS:  # an end is ahead: of all in between, or the claim stays open
-        nearest = rows.iloc[1:-1].sort_values(study.chains.distance).iloc[0]
+        nearest = rows.iloc[1:-1].sort_values(study.distance).iloc[0]
         told = FAILS if study.gain(nearest, rows.iloc[best])[0] > 1 else OPEN
-    ours = f"{study.chains.score} at {blocks:.0f} blocks: {listed(rows, study.chains.distance, 'each')} iterations a step"
+    ours = f"{study.score} at {blocks:.0f} blocks: {listed(rows, study.distance, 'each')} iterations a step"
     return Found(ours, f"{span(*bounds)} times, against both ends", seeds_of(rows), told)
 
 
@@ -136,7 +129,7 @@ def reuse(few: bool) -> Test:
             without, with_ = (paired[(paired["steps"] == steps) & (paired["reuse"] == one)].iloc[0] for one in (False, True))
             bounds.append(study.gain(without, with_))
             told.append(f"{with_['each']:.3g} iterations a step: {study.value(without)} without, {study.value(with_)} with")
-        ours = f"{study.chains.score} at {blocks:.0f} blocks; {'; '.join(told)}"
+        ours = f"{study.score} at {blocks:.0f} blocks; {'; '.join(told)}"
         if few:
             return Found(ours, f"{span(*bounds[0])} times", seeds_of(paired), verdict(*bounds[0]))
         low, high = bounds[0][0] / bounds[1][1], bounds[0][1] / bounds[1][0]
@@ -196,7 +189,7 @@ def layers(study: Study) -> Found | None:
     rows = rows[rows["pre"] == rows["post"]].set_index("pre").sort_index()
     if not {0, 1} <= set(rows.index):
         return None
-    return study.compared(listed(rows.reset_index(), study.chains.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
+    return study.compared(listed(rows.reset_index(), study.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
 
 
 def few_iterations(study: Study) -> Found | None:
@@ -204,7 +197,7 @@ def few_iterations(study: Study) -> Found | None:
     rows = _models(study, "but_training").query("gradient == 's_jfb'").sort_values("without")
     if rows["without"].nunique() < 2:
         return None
-    return study.compared(f"{listed(rows, study.chains.distance, 'without')} = N", rows.iloc[-1], rows.iloc[0])
+    return study.compared(f"{listed(rows, study.distance, 'without')} = N", rows.iloc[-1], rows.iloc[0])
 
 
 def gradients(worse: str, better: str) -> Test:

@@ -43,6 +43,31 @@ class Found(NamedTuple):
     note: str = ""  # what else the study shows about the reason
 
 
+class Comparisons:
+    """What tests of distances share: `config` says when a difference counts, `distance` is the column, `score` its name."""
+
+    config: Config
+    distance: str
+    score: str
+
+    def gain(self, first: pd.Series, last: pd.Series) -> tuple[float, float]:
+        """Return between which bounds the distance of `first` over that of `last` lies: above 1, `last` is better."""
+        measure = self.distance
+        spreads = [row[f"{measure}_half"] / row[measure] for row in (first, last)]
+        reach = np.exp(self.config.rule.tolerance(measure, *spreads))
+        return first[measure] / last[measure] / reach, first[measure] / last[measure] * reach
+
+    def compared(self, told: str, first: pd.Series, last: pd.Series) -> Found:
+        """Return what comes of the claim that `last` is better than `first`."""
+        bounds = self.gain(first, last)
+        seeds = seeds_of(pd.DataFrame([first, last]))
+        return Found(f"{self.score} {told}", f"{span(*bounds)} times", seeds, verdict(*bounds))
+
+    def value(self, row: pd.Series) -> str:
+        """Return the distance of a row as people write it."""
+        return f"{row[self.distance]:.3g}"
+
+
 def rows(study: Any, tests: Mapping[tuple[str, str], Callable[[Any], Found | None]]) -> pd.DataFrame:
     """Return a row for each test, by (id, part), with the words of `claims.yaml`; a test returns None where the study
     trains nothing that could tell."""

@@ -268,7 +268,11 @@ class Scorer:
 
     def distances(self, images: Images) -> dict[str, float]:
         """Return `fd_train` and `fd_test` (with Inception `fid_...`) alone, in memory that does not grow."""
-        return self._distances(statistics(features for features, _ in extract(images, self.extractor)), self.references)
+        return self._distances(self.statistics(images), self.references)
+
+    def statistics(self, images: Images) -> Statistics:
+        """Return the statistics of images' features, in memory that does not grow with their number."""
+        return statistics(features for features, _ in extract(images, self.extractor))
 
     def scores(self, images: Images) -> dict[str, float]:
         """Return all scores by name.

@@ -1,0 +1,54 @@
+"""Stage `relative`: the distance between the images that runs made of the same noises, GDD's rel-FID."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from equilab.config import Job, Plan, UserError, read_json, results
+from equilab.evaluate import write_table
+from equilab.metrics import fidelity
+from equilab.training.machine import device_of
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `relative`."""
+
+    runs: tuple[str, ...]  # of the stage evaluate; each is compared with each
+
+    def __post_init__(self):
+        if len(set(self.runs)) < max(len(self.runs), 2):
+            raise ValueError(f"runs must name at least two different runs of evaluate, got {list(self.runs)}")
+
+
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: features alone, small beside sampling.
+
+    Raises: UserError if `runs` names no run of evaluate.
+    """
+    for name in config.runs:
+        read("evaluate", name)
+    return Plan
+
+
+def run(config: Config, job: Job) -> None:
+    """Write `relative.csv`: the distance between the images of each two runs, on the evaluator's features.
+
+    Raises: UserError if the samples of a run are missing.
+    Source: GDD (Zheng 2024), section 2.2, rel-FID.
+    """
+    plan(config, job, job.read)
+    scorer, found = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device_of(job)), {}
+    for name in config.runs:
+        path = results("evaluate", name) / "samples.npy"
+        if not path.exists():
+            raise UserError(f"{path} is not there; run evaluate {name} first")
+        of = read_json(path.with_name("metrics.json"), "of")["of"]
+        found[of.partition("/")[2] or of] = scorer.statistics(np.load(path, mmap_mode="r"))
+    pairs = itertools.permutations(found, 2)
+    rows = [{"first": a, "second": b, "distance": fidelity.frechet(found[a], found[b])} for a, b in pairs]
+    write_table(job.out / "relative.csv", rows)
