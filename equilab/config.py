@@ -122,7 +122,8 @@ def parse(kind: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return parse(next(a for a in arguments if a is not type(None)), value, path)
+        first = next(a for a in arguments if a is not type(None))
+        return parse(str if isinstance(value, str) and str in arguments else first, value, path)
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}{nearest(value, arguments)}")

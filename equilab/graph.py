@@ -94,6 +94,12 @@ STAGES = {
         committed=("relative.csv",),
         optional=True,
     ),
+    "activation": Stage(
+        "equilab.activation",
+        reads=("results/teacher", "results/distill", "results/diffusion", "results/gan", "results/consistency"),
+        committed=("activation.csv",),
+        optional=True,
+    ),
     "cost": Stage(
         "equilab.cost",
         reads=("results/teacher", "results/distill", "results/diffusion", "results/gan", "results/consistency"),
@@ -103,13 +109,13 @@ STAGES = {
         "equilab.claims",
         reads=("${study.root}/equilab/claims.yaml", "results/pairs/meta.json", "results/evaluator/summary.json",
                "results/distill", "results/diffusion", "results/gan", "results/consistency", "results/evaluate",
-               "results/relative", "results/cost"),
+               "results/relative", "results/activation", "results/cost"),
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
     ),
     "notebook": Stage(
         "equilab.notebook",
         reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill",
-               "results/diffusion", "results/gan", "results/consistency", "results/evaluate", "results/relative", "results/cost",
+               "results/diffusion", "results/gan", "results/consistency", "results/evaluate", "results/relative", "results/activation", "results/cost",
                "results/claims.csv", "results/measured.csv"),
         committed=("",),
         each=True,

@@ -16,7 +16,7 @@ from equilab.config import Job, Plan, UserError, nearest
 from equilab.files import write
 
 ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read",
-            "equilab.analysis.students:read")  # imported by notebooks: dependencies
+            "equilab.analysis.students:read", "equilab.analysis.activity:read")  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
 
@@ -25,13 +25,13 @@ NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
 class Config:
     """An entry of the params section `notebook`."""
 
-    parameters: dict[str, float]  # of the notebook's `parameters` cell, beside `results` and `out`
+    parameters: dict[str, float | str]  # of the notebook's `parameters` cell, beside `results` and `out`
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     """Return what counts the stage's cost: no networks.
 
-    Raises: UserError if the repository has no such notebook, or it has no such parameter.
+    Raises: UserError if the repository has no such notebook, or it has no such parameter, or one of another type.
     """
     _checked(config, job)
     return Plan
@@ -79,21 +79,24 @@ def _checked(config: Config, job: Job) -> Path:
         known = [path.stem for path in source.parent.glob("*.ipynb")]
         raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
     known = parameters(nbformat.read(source, 4))
-    for name in config.parameters:
+    for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")
+        if isinstance(value, str) != isinstance(known[name], str):
+            raise UserError(f"notebook.{job.run}.parameters.{name}: expected a value like {known[name]!r}, got {value!r}")
     return source
 
 
-def parameters(notebook: nbformat.NotebookNode) -> list[str]:
-    """Return the names that a notebook's `parameters` cell assigns.
+def parameters(notebook: nbformat.NotebookNode) -> dict[str, float | str]:
+    """Return the names that a notebook's `parameters` cell assigns, with their values there.
 
     Raises: UserError unless exactly one code cell has the tag.
     """
     tagged = [c for c in notebook.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise UserError(f"a notebook needs one code cell with the tag `parameters`, found {len(tagged)}")
-    return [t.id for node in ast.parse(tagged[0].source).body if isinstance(node, ast.Assign) for t in node.targets]
+    assigned = [node for node in ast.parse(tagged[0].source).body if isinstance(node, ast.Assign)]
+    return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
 
 
 def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -61,7 +61,7 @@ def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_
     defaults = {
         t.id: ast.literal_eval(node.value) for node in ast.parse(code(path)[0].source).body for t in node.targets
     }
-    assert list(defaults) == notebook.parameters(nbformat.read(path, 4))
+    assert defaults == notebook.parameters(nbformat.read(path, 4))
     assert (ROOT / "notebooks" / defaults.pop("results")).resolve() == ROOT / "results"
     assert ".equilab" in defaults.pop("out")
     for params in (ROOT / "params.yaml", *ROOT.glob("studies/*/params.yaml")):

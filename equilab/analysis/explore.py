@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from equilab.analysis import chains, figures, students
+from equilab.analysis import activity, chains, figures, students
 from equilab.analysis.tables import Tables
 
 
@@ -94,6 +94,20 @@ def one_step(study: students.Students) -> widgets.Widget:
         picture.value = figures.png(students.side_by_side(study, chosen, noise.value))
 
     return _board([noise, steps], [picture], show)
+
+
+def layers(found: pd.DataFrame) -> widgets.Widget:
+    """Return a choice of a run and a slider over its steps: how active each layer is there."""
+    last = found.groupby("run", sort=False)["step"].max()
+    run = widgets.Dropdown(options=list(last.index), description="run")
+    step = widgets.IntSlider(value=1, min=1, max=int(last.iloc[0]), description="step", continuous_update=False)
+    picture = widgets.Image(format="png")
+
+    def show(_: Any) -> None:
+        picture.value = figures.png(activity.at(found, run.value, min(step.value, int(last[run.value]))))
+
+    run.observe(lambda change: setattr(step, "max", int(last[change["new"]])), "value")
+    return _board([run, step], [picture], show)
 
 
 def _name(row: pd.Series) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from equilab.analysis import students
+from equilab.analysis import activity, students
 from equilab.analysis.students import Students
 from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, seeds_of, span, verdict
 
@@ -188,6 +188,19 @@ def alike(study: Study) -> Found | None:
                  HOLDS if least > 1 else FAILS)  # fmt: skip
 
 
+def layers(study: Study) -> Found | None:
+    """Test that the teacher's deep layers are most active at high noise levels and its shallow ones at low, by the rank
+    correlation of depth and peak, of the root mean square."""
+    if not (study.students.folder / "activation" / "activation.csv").exists():
+        return None
+    found = activity.order(activity.read(study.students.folder, "rms")).query("run == 'teacher' and part == 'all'")
+    if found.empty or not np.isfinite(found["rank correlation"].iloc[0]):
+        return None
+    rho, p, count = found[["rank correlation", "p", "layers"]].iloc[0]
+    sure = p < 1 - study.config.rule.confidence
+    return Found(f"{count:.0f} layers", f"rank correlation {rho:.2f}, p = {p:.2g}", "1", OPEN if not sure else HOLDS if rho > 0 else FAILS)
+
+
 COUNTED: dict[tuple[str, str], Test] = {
     ("GDD-1", "alike but apart"): alike,
     ("GDD-1", "steps"): relative("steps"),
@@ -195,6 +208,7 @@ COUNTED: dict[tuple[str, str], Test] = {
     ("GDD-2", ""): judges,
     ("GDD-3", "augmentation"): penalties(True),
     ("GDD-3", "R1"): penalties(False),
+    ("GDD-4", ""): layers,
     ("GDD-5", "convolutions"): better("GDD", "GDD-I"),
     ("GDD-5", "QKV"): better("GDD-I, QKV frozen", "GDD-I"),
     ("GDD-5", "skips"): better("GDD-I, QKV and skips frozen", "GDD-I, QKV frozen"),

@@ -58,9 +58,13 @@ class Students:
         return self.rows[self.rows["stage"].isin(("gan", "consistency"))]
 
     def headline(self, family: str) -> str | None:
-        """Return the model of a family: of one step, from the teacher, that most of the others of its stage vary."""
-        found = self.rows[(self.rows["family"] == family) & (self.rows["plain"])]
-        return found.sort_values(["position", "run"])["model"].iloc[0] if len(found) else None
+        """Return the model of a family: of one step, from the teacher, and of these the one that most others vary."""
+        found = self.rows[(self.rows["family"] == family) & (self.rows["plain"])].sort_values(["position", "run"])
+        if found.empty:
+            return None
+        keys = [key for key in self.rows if key.startswith("but_")]
+        like = [sum((self.rows[key] == row[key]).sum() for key in keys) for _, row in found.iterrows()]
+        return found["model"].iloc[int(np.argmax(like))]
 
 
 def read(folder: Path | str) -> Students:
@@ -83,8 +87,9 @@ def read(folder: Path | str) -> Students:
             row["nfe"] = int(row["nfe"])
             rows.append({**row[[c for c in sweep if c not in about]], **about, **told, "position": k, "folder": path.parent})
         snapshots = read_table(path.with_name("curve.csv"))
-        curves.append(snapshots.assign(**{k: v for k, v in about.items() if k not in snapshots}))
-    rows, curves = pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
+        curves += [snapshots.assign(**{k: v for k, v in about.items() if k not in snapshots})] if len(snapshots) else []
+    rows = pd.DataFrame(rows)
+    curves = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=[*rows, "nimg"])
     first = rows[rows["stage"] != "teacher"].sort_values(["seed", "run"]).groupby("model")["run"].first()
     rows["label"] = rows["model"].map(first).fillna(rows["label"])
     curves["label"] = curves["model"].map(first)

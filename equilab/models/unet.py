@@ -110,7 +110,10 @@ class Block(nn.Module):
             self.qkv = nn.Conv2d(cout, 3 * cout, 1)
             self.proj = nn.Conv2d(cout, cout, 1)
 
-    def forward(self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]) -> Float[Tensor, "b d h2 w2"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], told: list[Tensor] | None = None
+    ) -> Float[Tensor, "b d h2 w2"]:
+        """Return the map; the last convolution's output is appended to `told`, if that is given."""
         h = self.conv0(F.silu(self.norm0(x), inplace=True))  # (B, D, H', W')
         condition = self.affine(embedding)[:, :, None, None]  # (B, D or 2D, 1, 1)
         if self.adm:
@@ -119,6 +122,8 @@ class Block(nn.Module):
         else:
             h = self.norm1(h.add_(condition))
         h = self.conv1(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))
+        if told is not None:
+            told.append(h.clone())  # what follows writes into it
         x = h.add_(self.skip(x)).mul_(self.scale)
         return self._attention(x).add_(x).mul_(self.scale) if self.heads else x
 
@@ -215,26 +220,33 @@ class UNet(nn.Module):
         noise_label: Float[Tensor, "b"],
         label: Int64[Tensor, "b"] | None,
         augment_label: Float[Tensor, "b a"] | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+        every: bool = False,
+    ) -> Float[Tensor, "b c h w"] | tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
         """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class or augmentation for the whole batch.
+
+        With `every`, also the output (B, D, H', W') of the last convolution of each block, by "enc" or "dec" and its name.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """
         embedding = self._embed(noise_label, label, augment_label)  # (B, E)
-        skips, side = [], x
+        skips, side, told = [], x, [] if every else None
         for layer in self.enc.values():
             if isinstance(layer, ConvDown):
                 x = skips[-1] = side = (x + layer(side)) * math.sqrt(0.5)
             else:
-                x = layer(x, embedding) if isinstance(layer, Block) else layer(x)  # (B, C', H', W')
+                x = layer(x, embedding, told) if isinstance(layer, Block) else layer(x)  # (B, C', H', W')
                 skips.append(x)
         for name, layer in self.dec.items():
             if "block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, C' + C'', H', W')
             if isinstance(layer, Block):
-                x = layer(x, embedding)  # (B, C', H', W')
+                x = layer(x, embedding, told)  # (B, C', H', W')
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
-        return conv(F.silu(norm(x)))  # (B, C, H, W)
+        out = conv(F.silu(norm(x)))  # (B, C, H, W)
+        if not every:
+            return out
+        names = [f"{part}.{name}" for part in ("enc", "dec") for name, one in getattr(self, part).items() if isinstance(one, Block)]
+        return out, dict(zip(names, told, strict=True))
 
     def _embed(self, noise_label: Tensor, label: Tensor | None, augment_label: Tensor | None) -> Tensor:
         """Return the embedding (B, E) of the noise level, the class and the augmentation."""

@@ -1,0 +1,152 @@
+"""Students' tables, figures and claims on made-up results: what is compared with what, and which verdict follows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from equilab.analysis import gdd_claims, students, verdicts
+from equilab.analysis.scaling import Rule
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN
+from equilab.config import UserError
+from equilab.evaluate import packed
+
+CONFIG = verdicts.Config(Rule(0.95, 0.15, 0.05, 0.05, 300.0), 5.0, 0.7, (2, 6))
+JUDGE = {"kind": "features", "mixing": "projected"}
+USUAL = {"start": "teacher", "freeze": "gdd", "sigma_min": 0.002, "sigmas": [80.0]}
+
+
+def put(folder, name, stage, fd, curve=(2.0, 1.5, 1.0), seed=0, student=None, **changes):
+    """Write an evaluated run of a stage whose distance is `fd`, at its snapshots `fd` times `curve`."""
+    network = {"kind": {"teacher": "unet", "distill": "vit"}.get(stage, "unet")}
+    config = {"network": network, "seed": seed, "conditional": True}
+    if stage in ("gan", "consistency"):
+        config |= {"student": {**USUAL, **(student or {})}, "optimisation": {"nimg": 300}}
+    if stage == "gan":
+        config |= {"discriminator": JUDGE, "features": ["study"], "discriminator_lr": 1e-3, "r1": {"gamma": 1e-4, "interval": 16},
+                   "augment": "none", "adaptive": None, "consistency": None}  # fmt: skip
+    config |= changes
+    run, of = (None, "teacher") if stage == "teacher" else (name, f"{stage}/{name}")
+    nimg = changes.get("nimg", 300)
+    (folder / of).mkdir(parents=True)
+    (folder / of / "summary.json").write_text(json.dumps({"run": run, "config": config, "parameters": 100, "nimg": nimg}))
+    place = folder / "evaluate" / name
+    place.mkdir(parents=True)
+    (place / "metrics.json").write_text(json.dumps({"of": of, "kind": "unet", "run": name}))
+    sweep = pd.DataFrame({"nfe": [35, 11] if stage == "teacher" else [len(config.get("student", USUAL)["sigmas"])]})
+    sweep = sweep.assign(fd_train=[fd, 9.0][: len(sweep)], inception_score=9.0, precision=0.8, recall=0.7)
+    sweep.to_csv(place / "sweep.csv", index=False)
+    along = pd.DataFrame({"nimg": np.arange(1, 4) * nimg // 3, "fd_train": fd * np.array(curve)})
+    along.iloc[: 0 if stage == "teacher" else 3].to_csv(place / "curve.csv", index=False)
+    (place / "iterates.npz").write_bytes(packed({"images": np.zeros((1, 16, 1, 8, 8), np.uint8)}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of a teacher, and of nothing else."""
+    (tmp_path / "evaluator").mkdir()
+    about = {"floor": {"bootstrap": {"fd_train": 0.5}}, "samples": 100}
+    (tmp_path / "evaluator/summary.json").write_text(json.dumps(about))
+    put(tmp_path, "teacher", "teacher", 2.0)
+    return tmp_path
+
+
+def found(folder):
+    """Return the claims table by (id, part)."""
+    table = verdicts.rows(gdd_claims.Study(CONFIG, students.read(folder)), gdd_claims.COUNTED)
+    return table.set_index(["id", "part"])
+
+
+def test_without_students_there_is_nothing_to_read_and_a_lone_one_tells_little(folder):
+    with pytest.raises(UserError, match="holds no evaluated run of gan or consistency"):
+        students.read(folder)
+    put(folder, "gdd", "gan", 2.1)
+    table = found(folder)
+    assert table.loc[("GDD-7", "teacher"), "verdict"] == OPEN  # 2.1 against 2.0
+    assert set(table["verdict"]) == {OPEN} and len(table) == len(gdd_claims.COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(1.0, HOLDS), (2.1, OPEN), (4.0, FAILS)], ids=["better", "alike", "worse"]
+)
+def test_verdicts_follow_the_distances(folder, value, verdict):
+    put(folder, "gdd", "gan", 2.0)
+    put(folder, "gdd-i", "gan", value, student={"freeze": "gdd_i"})
+    put(folder, "qkv", "gan", 2.0, student={"freeze": "gdd_i_qkv"})
+    put(folder, "skips", "gan", 4.0 / value, student={"freeze": "gdd_i_qkv_skip"})
+    put(folder, "each", "gan", 4.0 / value, discriminator={"kind": "features", "mixing": "each"})
+    put(folder, "augmented", "gan", 4.0 / value, augment="diffaugment", r1=None)
+    put(folder, "bare", "gan", 2.0, r1=None)
+    put(folder, "cd", "consistency", 2.0)
+    put(folder, "cd-i", "consistency", 4.0 / value, student={"freeze": "gdd_i"})
+    put(folder, "vit", "distill", 4.0)
+    table = found(folder)["verdict"]
+    assert table["GDD-5", "convolutions"] == table["GDD-5", "QKV"] == verdict
+    reverse = {HOLDS: HOLDS, OPEN: OPEN, FAILS: FAILS}[verdict]  # 4 / value against 2
+    assert table["GDD-2", ""] == table["GDD-3", "augmentation"] == table["GDD-6", "CD"] == table["GDD-5", "skips"] == reverse
+    assert table["GDD-7", "teacher"] == HOLDS if verdict == HOLDS else OPEN
+    assert table["GDD-7", "instances"] == verdict  # the best of the others is CD, 2.0
+    assert table["GDD-3", "R1"] == OPEN  # both 2.0
+
+
+def test_a_variant_that_differs_in_more_than_one_thing_is_not_compared(folder):
+    put(folder, "gdd", "gan", 2.0)
+    put(folder, "gdd-i", "gan", 1.0, student={"freeze": "gdd_i"}, r1={"gamma": 1.0, "interval": 16})
+    assert found(folder).loc[("GDD-5", "convolutions"), "verdict"] == OPEN
+    put(folder, "both", "gan", 1.0, consistency={"weight": 1.0})
+    study = students.read(folder)
+    assert students.variant(study, "GDD + CD") is not None and students.variant(study, "GDD-I + CD") is None
+
+
+def test_images_to_reach_what_consistency_distillation_ends_at_are_counted(folder):
+    put(folder, "gdd", "gan", 1.0, curve=(3.0, 1.9, 1.0))
+    put(folder, "cd", "consistency", 2.0, nimg=3000)
+    row = found(folder).loc[("GDD-7", "images")]
+    assert row["verdict"] == HOLDS and row["interval"] == "15 times fewer" and "within 200" in row["ours"]
+
+
+@pytest.mark.parametrize(("gdd", "gdd_i", "verdict"), [(3.0, 1.0, HOLDS), (1.0, 1.0, OPEN), (1.0, 3.0, FAILS)])
+def test_overfitting_is_what_the_end_is_above_the_best_snapshot(folder, gdd, gdd_i, verdict):
+    put(folder, "gdd", "gan", 2.0, curve=(2.0, 1 / gdd, 1.0))
+    put(folder, "gdd-i", "gan", 2.0, curve=(2.0, 1 / gdd_i, 1.0), student={"freeze": "gdd_i"})
+    assert found(folder).loc[("GDD-8", ""), "verdict"] == verdict
+
+
+def relative(folder, distances):
+    """Write the students of several steps and their distances to the one-step student."""
+    put(folder, "gdd", "gan", 2.0)
+    rows = []
+    for name, (sigmas, fd, apart) in distances.items():
+        put(folder, name, "gan", fd, student={"sigmas": sigmas})
+        rows += [{"first": "gdd", "second": name, "distance": apart}, {"first": name, "second": "gdd", "distance": apart}]
+    (folder / "relative").mkdir()
+    pd.DataFrame(rows).to_csv(folder / "relative/relative.csv", index=False)
+
+
+def test_students_of_more_steps_are_further_away_and_of_larger_middles_nearer(folder):
+    steps = {f"gdd-{n}": ([80.0 / 2**k for k in range(n)], 2.0 + 0.01 * n, 0.3 * n) for n in (2, 4, 8, 10)}
+    middles = {f"gdd-2-{m:g}": ([80.0, m], 2.0, 30.0 / m) for m in (5.0, 10.0, 20.0)}
+    relative(folder, steps | middles)
+    table = found(folder)
+    assert table.loc[("GDD-1", "alike but apart"), "verdict"] == HOLDS
+    assert table.loc[("GDD-1", "steps"), "verdict"] == HOLDS  # a perfect order of four
+    assert "rank correlation -1" in table.loc[("GDD-1", "sigma of two steps"), "interval"]
+    figure, numbers = students.distances(students.read(folder))
+    assert len(numbers) == 7 and all(ax.has_data() for ax in figure.axes)
+
+
+def test_figures_and_tables_show_every_student(folder):
+    put(folder, "gdd", "gan", 2.0)
+    put(folder, "gdd-i", "gan", 1.0, student={"freeze": "gdd_i"})
+    put(folder, "cd", "consistency", 2.5)
+    put(folder, "vit", "distill", 4.0)
+    study = students.read(folder)
+    assert set(students.methods(study, 0.95)["method"]) == {"teacher", "ViT", "CD", "GDD", "GDD-I"}
+    for figure, numbers in (students.images(study, 0.95), students.gallery(study), students.distances(study),
+                            students.changed(study, 0.95, {"frozen": ["GDD", "GDD-I"], "CD": ["CD", "CD-I"]})):  # fmt: skip
+        assert figure.axes and isinstance(numbers, pd.DataFrame)
+    assert len(students.gallery(study)[1]) == 5 and students.final(Path(study.rows["folder"].iloc[0])).shape == (16, 1, 8, 8)
+    assert len(students.side_by_side(study, students.first(study), 3).axes) == 6
+    assert "3 students in 3 runs" in students.about(study)
