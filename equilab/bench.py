@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
-from equilab.bench_stages import ROOT, columns_of, commands, goal_of, memory
+from equilab.bench_stages import ROOT, columns_of, commands, goal_of, memory, students
 from equilab.diffusion.discrete import Diffusion
 from equilab.diffusion.samplers import finish
 from equilab.evaluate import write_table
@@ -36,6 +36,7 @@ from equilab.training.loop import Optimisation
 from equilab.training.machine import precision
 
 SECONDS = 4  # that the timed calls of a row take together, about
+SLOW = 10  # times slower than fp32 is emulated, and not measured
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 SWITCHED = {"cpu": "fp32", "cuda": "bf16"}  # the precision in which switches are compared
 
@@ -121,9 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = [] if given.quick else [*commands(), *memory()]
     before, rows = peaks(device), []
+    names = [name for name in PRECISIONS[device.type] if given.quick or before[name] >= before["fp32"] / SLOW]
+    facts += [{"what": f"{name} is emulated here, its rows are left out", "flop_s": before[name]} for name in before if name not in names]
     with bar("bench", len(WORK), unit="work") as progress:
         for work in WORK:
-            rows += measured(work, device, given.quick)
+            rows += measured(work, device, names, given.quick)
             progress.update()
     after = peaks(device)  # the larger one counts: a neighbour may have been busy
     limit = {name: max(before[name], after[name]) for name in before}
@@ -133,7 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
         row["peak_share"] = row["flop_s"] / limit[row["precision"]]
         if isinstance(goal := row.get("goal"), float):
             row |= goal_of(row["peak_share"] >= goal, f"{goal:.0%} of peak")
-    facts += [*applications(rows), error(device, given.quick)]
+    facts += [*applications(rows), *students(device, given.quick)]
+    facts += [error(device, given.quick)] if "bf16" in names else []
     name = machine(device)
     path = given.out / slug(name)
     write_table(path.with_name(f"{path.name}.csv"), rows + facts)
@@ -142,12 +146,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """Return the name of the GPU, or of the CPU with the number of threads."""
+    """Return the name of the GPU, or of the CPU with its instructions and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: *(.+)$", info.read_text() if info.exists() else "", re.M)
-    return f"{(models or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    name, instructions = (models or [platform.processor() or platform.machine()])[0], torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({instructions}), {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
@@ -164,8 +169,9 @@ def peaks(device: torch.device) -> dict[str, float]:
     return found
 
 
-def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a work, none if it is not for this type of device; compiled where there is a compiler."""
+def measured(work: Work, device: torch.device, names: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a work in the precisions `names`, none if it is not for this type of device; compiled where there
+    is a compiler."""
     if device.type not in work.batch:
         return
     rate, batch = {}, 2 if quick else work.batch[device.type]
@@ -173,7 +179,7 @@ def measured(work: Work, device: torch.device, quick: bool) -> Iterator[dict[str
     for switch in work.switches or ("",):
         if switch == "compiled" and (quick or not shutil.which("c++")):
             continue
-        for name in [SWITCHED[device.type]] if switch else PRECISIONS[device.type]:
+        for name in [SWITCHED[device.type]] if switch else names:
             row = _row(work, switch, name, device, quick, batch, operations)
             rate[name] = row["flop_s"]
             gain = None if switch else rate[name] / rate["fp32"]

@@ -17,6 +17,9 @@ import yaml
 from equilab import __main__, config  # before torch, as for the stages
 from equilab.graph import PACKAGE
 from equilab.metrics.cost import Seconds, peak_memory, timed
+from equilab.models import gdd
+from equilab.models.precond import EDM
+from equilab.training import gan
 
 ROOT, CPU = PACKAGE.parent, torch.device("cpu")
 PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
@@ -65,6 +68,49 @@ def memory() -> Iterator[dict[str, Any]]:
                 least[name] = most
         os.chdir(before)
     torch.set_num_threads(threads)
+
+
+def students(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the seconds and memory of an update of the digits study's GDD and GDD-I: of either player, of the feature
+    networks, with R1; and how much faster GDD-I is. All weights are random."""
+    path, batch, totals = ROOT / "params.yaml", 4 if quick else 128, {}
+    sections = config.read(path)
+    read = lambda stage, run=None: __main__._config(sections, stage, run, path)[0]  # noqa: E731
+    data = read("data")
+    for run in ("gdd", "gdd-i"):
+        one = read("gan", run)
+        torch.manual_seed(0)
+        net = one.network.build(data.image, data.classes).to(device, memory_format=torch.channels_last)
+        gdd.prepare(net, one.student.freeze)
+        bare = lambda name: read("features").network.build(data.image, data.classes)  # noqa: E731
+        critic = gan.critic_of(one, run, data.image, data.classes, bare, pretrained=False).to(device)
+        losses = dict(zip(("generator", "discriminator"), gan.losses_of(one, net, critic, EDM(net, sigma_data=1.0))))
+        noise, label = torch.randn(batch, *data.image, device=device), torch.arange(batch, device=device) % data.classes
+        trained = {name: [p for p in player.parameters() if p.requires_grad] for name, player in (("generator", net), ("discriminator", critic))}
+        found = {}
+        for part, weight in (("generator", 0.0), ("discriminator", 0.0), ("discriminator with R1", 1e-4)):
+            name = part.partition(" ")[0]
+            for other, parameters in trained.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(other == name)
+                    parameter.grad = None
+            batches = ((noise.tanh(), label), (noise, label), (noise, label), (None,) * 3, weight, None)
+            call = lambda: losses[name](net if name == "generator" else critic, batches).backward()  # noqa: B023, E731
+            most = peak_memory(call, device)
+            found[part] = timed(call, device, warmup=1, repeats=1 if quick else 20)
+            yield {"what": f"{run}: {part}", "batch": batch, **columns_of(found[part]), "memory_mib": most / 2**20}
+        if run == "gdd":
+            with torch.no_grad():
+                seen = timed(lambda: [n.features(noise) for n in critic.discriminator.networks], device, warmup=1, repeats=1 if quick else 20)  # noqa: B023
+            yield {"what": "gdd: feature networks, one pass, no gradient", "batch": batch, **columns_of(seen)}
+        lazy = (found["discriminator with R1"].median - found["discriminator"].median) / one.r1.interval
+        totals[run] = found["generator"].median + found["discriminator"].median + lazy
+        most_gain = totals["gdd"] / (totals["gdd"] - found["generator"].median / 3) if run == "gdd" else most_gain
+        yield {"what": f"{run}: update, R1 every {one.r1.interval}", "batch": batch, "seconds": totals[run]}
+    gain = totals["gdd"] / totals["gdd-i"]
+    why = "freezing saves weight gradients alone, a third of the generator's part: all of it would be times_at_most"
+    yield {"what": "gdd-i against gdd", "times_faster": gain, **goal_of(gain >= 1.3, "1.3 times as fast"),
+           **({} if gain >= 1.3 else {"times_at_most": most_gain, "stopped by": why})}  # fmt: skip
 
 
 def _stage(folder: str, *arguments: str) -> float:

@@ -33,7 +33,7 @@ def study(tmp_path, monkeypatch, vae):
     """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
     monkeypatch.chdir(tmp_path)
     sections = config.read(SMOKE)
-    for name in ("teacher", "pairs", "distill", "features", "gan", "consistency"):
+    for name in ("teacher", "pairs", "distill", "features", "gan", "consistency", "relative", "activation"):
         del sections[name]
     sections["latents"] = {"vae": str(vae), "shape": [2, 4, 4], "batch": 64}
     sections["evaluate"] = {name: sections["evaluate"][name] for name in ("fpdm", "dit")}

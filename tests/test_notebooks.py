@@ -67,7 +67,7 @@ def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_
     for params in (ROOT / "params.yaml", *ROOT.glob("studies/*/params.yaml")):
         sections = yaml.safe_load(params.read_text())
         given = sections["notebook"].get(path.stem)
-        needs = "diffusion" if path.stem == "reuse_smoothing" else "distill"
+        needs = {"reuse_smoothing": "diffusion", "one_step": "gan", "layer_activation": "activation"}.get(path.stem, "distill")
         assert given["parameters"] == defaults if given else not sections.get(needs), params
 
 

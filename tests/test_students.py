@@ -45,7 +45,7 @@ def players(entry, seed=0):
     net = entry.network.build(IMAGE, 10)
     teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
     gdd.prepare(net, entry.student.freeze)
-    return net, teacher, gan._critic(entry, "gdd", IMAGE, 10, lambda name: features(), pretrained=False)
+    return net, teacher, gan.critic_of(entry, "gdd", IMAGE, 10, lambda name: features(), pretrained=False)
 
 
 def batch_of(entry):

@@ -135,7 +135,7 @@ def run(config: Config, job: Job) -> None:
     if OWN in config.features:
         inputs["features"] = _refuse_leak()
     torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
-    critic = _critic(config, job.run, shape, data.classes, lambda name: _trained(job), pretrained=True).to(machine.device_of(job))
+    critic = critic_of(config, job.run, shape, data.classes, lambda name: _trained(job), pretrained=True).to(machine.device_of(job))
     print(table(config, shape, data.classes))
     conditional = config.conditional
 
@@ -226,7 +226,7 @@ def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int,
     return flops(update) // size
 
 
-def _critic(
+def critic_of(
     config: Config, run: str, image: tuple[int, ...], classes: int, own: Callable[[str], nn.Module], pretrained: bool
 ) -> Critic:
     """Return the discriminator with its augmentation; `own` gives the feature network that the study trained.
@@ -249,7 +249,7 @@ def _bare(config: Config, job: Job, read: Callable) -> tuple[nn.Module, Critic]:
     net, *_ = onestep.meta(config, job.image, job.classes)
     with torch.device("meta"):
         untrained = lambda name: read("features").network.build(job.image, job.classes)  # noqa: E731
-        return net, _critic(config, job.run, job.image, job.classes, untrained, pretrained=False)
+        return net, critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)
 
 
 def _trained(job: Job) -> nn.Module:
