@@ -126,8 +126,8 @@ def relative(folder, distances):
 
 
 def test_students_of_more_steps_are_further_away_and_of_larger_middles_nearer(folder):
-    steps = {f"gdd-{n}": ([80.0 / 2**k for k in range(n)], 2.0 + 0.01 * n, 0.3 * n) for n in (2, 4, 8, 10)}
-    middles = {f"gdd-2-{m:g}": ([80.0, m], 2.0, 30.0 / m) for m in (5.0, 10.0, 20.0)}
+    steps = {f"gdd-{n}": ([80.0 / 32 ** (k / (n - 1)) for k in range(n)], 2.0 + 0.01 * n, 0.3 * n) for n in (2, 4, 8, 10)}
+    middles = {f"gdd-2-{m:g}": ([80.0, m], 2.0, 1.0 / m) for m in (5.0, 10.0, 20.0)}
     relative(folder, steps | middles)
     table = found(folder)
     assert table.loc[("GDD-1", "alike but apart"), "verdict"] == HOLDS

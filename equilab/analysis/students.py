@@ -270,10 +270,11 @@ def distances(study: Students) -> tuple[Figure, pd.DataFrame]:
 
 
 def evenly(found: pd.DataFrame) -> pd.DataFrame:
-    """Return of the students of two steps only the one whose levels are spaced as those of more steps: the first listed."""
-    two = found[found["steps"] == 2]
-    usual = two.loc[two["run"].str.len().idxmin(), "sigmas"] if len(two) else None
-    return found[(found["steps"] != 2) | (found["sigmas"] == usual)]
+    """Return of the students of two steps only those whose middle level is spaced as the levels of more steps: T(1, 2) of
+    GDD's equation (5)."""
+    usual = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    off = np.log(found["middle"] / usual).abs()
+    return found[(found["steps"] != 2) | (off == off.min())]
 
 
 def gallery(study: Students) -> tuple[Figure, pd.DataFrame]:
