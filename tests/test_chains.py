@@ -144,9 +144,13 @@ def test_claims_follow_the_distances(tmp_path, factor, expected):
     jfb = ("jfb", "fpdm", worse, {"fixed_point": {**FIXED, "gradient": "jfb", "steps": 1}})
     multi = ("multi", "fpdm", same, {"fixed_point": {**FIXED, "gradient": "multi_step"}})
     found = judged(tmp_path / "trainings", base, none, more, jfb, multi, dit)
-    for key in (("FPDM-7", ""), ("FPDM-8", ""), ("FPDM-9", "one step")):
+    for key in (("FPDM-7", "one or none"), ("FPDM-8", ""), ("FPDM-9", "one step")):
         assert found[key] == expected, key
     assert found["FPDM-9", "stochastic"] == OPEN and found["FPDM-2", "parameters"] == FAILS
+    two = [{**setting(8, 40), "fd_train": 10.0}, {**setting(3, 16), "fd_train": 10.0 / factor}, {**setting(16, 80), "fd_train": 10.0 * factor}]
+    two = ("two", "fpdm", two, {"network": {"kind": "fpdm", "pre": 2, "post": 2}})
+    found = judged(tmp_path / "layers", base, two, dit)
+    assert found["FPDM-7", "small budget"] == found["FPDM-7", "large budget"] == expected
 
 
 def test_what_a_study_does_not_train_cannot_be_told(tmp_path):

@@ -192,6 +192,25 @@ def layers(study: Study) -> Found | None:
     return study.compared(listed(rows.reset_index(), study.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
 
 
+def layers_at(few: bool) -> Test:
+    """Return the test that at the fewest blocks the fewest explicit layers (but one before and after at least) are better than
+    the most, or at the most blocks the most."""
+
+    def test(study: Study) -> Found | None:
+        rows = chains.usual(study.chains).query("family == 'FPDM' and method == 'ddim' and pre == post and pre > 0")
+        same = rows.loc[rows["model"] == chains.base(study.chains), "but_layers"]
+        rows = study.averaged(rows[rows["but_layers"].isin(same)]).drop_duplicates(["pre", "blocks"])
+        spent = rows.groupby("blocks")["pre"].nunique()
+        if spent.empty or spent.max() < 2:
+            return None
+        blocks = spent[spent == spent.max()].index[0 if few else -1]
+        found = rows[rows["blocks"] == blocks].sort_values("pre")
+        ends = (found.iloc[-1], found.iloc[0]) if few else (found.iloc[0], found.iloc[-1])
+        return study.compared(f"at {blocks:.0f} blocks: {listed(found, study.distance, 'pre')} layers", *ends)
+
+    return test
+
+
 def few_iterations(study: Study) -> Found | None:
     """Test that the fewest iterations in training are better than the most, drawn as S-JFB does."""
     rows = _models(study, "but_training").query("gradient == 's_jfb'").sort_values("without")
@@ -226,7 +245,9 @@ COUNTED: dict[tuple[str, str], Test] = {
     ("FPDM-6", "few iterations"): reuse(few=True),
     ("FPDM-6", "many iterations"): reuse(few=False),
     ("FPDM-6", "less noisy"): less_noisy,
-    ("FPDM-7", ""): layers,
+    ("FPDM-7", "one or none"): layers,
+    ("FPDM-7", "small budget"): layers_at(few=True),
+    ("FPDM-7", "large budget"): layers_at(few=False),
     ("FPDM-8", ""): few_iterations,
     ("FPDM-9", "one step"): gradients("jfb", "multi_step"),
     ("FPDM-9", "stochastic"): gradients("multi_step", "s_jfb"),
