@@ -36,8 +36,8 @@ class Config:
     iterations: int  # of a fixed point
 
     def __post_init__(self):
-        if min(self.samples, self.batch, self.timesteps) < 1 or self.iterations < 2:
-            raise ValueError("samples, batch and timesteps must be >= 1, iterations >= 2")
+        if min(self.samples, self.batch, self.timesteps, len(self.runs)) < 1 or self.iterations < 2:
+            raise ValueError("samples, batch, timesteps and the number of runs must be >= 1, iterations >= 2")
 
 
 class Activity:
@@ -67,7 +67,10 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     Raises: UserError if `runs` names no run of the study, or one of a network without layers to look at.
     """
     for place, name in enumerate(config.runs):
-        family = kind(trained_config(name, read))
+        trained = trained_config(name, read)
+        family = kind(trained)
+        if name.startswith("diffusion/") and not config.timesteps <= trained.diffusion.timesteps:
+            raise UserError(f"activation.timesteps is {config.timesteps}, but {name} has {trained.diffusion.timesteps}; lower it")
         if family == "vit":
             raise UserError(f"activation.runs: {name} is a ViT, whose layers see no noise level; leave it out")
         if family == "student" and "teacher" not in config.runs[:place]:
@@ -140,7 +143,8 @@ def _along_chain(config: Config, job: Job, generator: Denoiser, activity: Activi
         return out, solution
 
     chain = process.chain(evenly(process.timesteps, config.timesteps))
-    walk.finish(walk.ddim(predict, noise, chain, label, eta=0.0, reuse=False, clamp=True))
+    pixels = generator.shape == job.image  # latents are not held in -1..1
+    walk.finish(walk.ddim(predict, noise, chain, label, eta=0.0, reuse=False, clamp=pixels))
 
 
 def _along_iterations(config: Config, job: Job, generator: Implicit, activity: Activity, chosen) -> None:

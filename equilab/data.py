@@ -86,13 +86,13 @@ def to_uint8(image: Float[Any, "..."]) -> UInt8[Any, "..."]:
 
     This rounds to the nearest level, so that to_uint8(to_float(u)) is u for every u.
 
-    Raises: ValueError for pixels that are not numbers, which no level stands for.
+    Raises: UserError for pixels that are not numbers, which no level stands for.
     Source: EDM, the image writer of NVlabs/edm.
     """
     as_array = isinstance(image, np.ndarray)
     level = (image.astype(np.float32) if as_array else image.float()) * 127.5 + 128
     if (level != level).any():
-        raise ValueError("images hold pixels that are not numbers; what made them has diverged")
+        raise UserError("images hold pixels that are not numbers: what made them has diverged; train its run again at a lower lr")
     return level.clip(0, 255).astype(np.uint8) if as_array else level.clip(0, 255).byte()
 
 

@@ -69,10 +69,12 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     shape = latents.shape_of(read, job.image) if config.chain else job.image
     if shape != job.image and any(setting.clamp for setting in config.chain):
         raise UserError(f"evaluate.{job.run}.chain: clamp holds images in -1..1, which latents are not; set it to false")
-    try:
-        budgets = [budget(trained, setting) for setting in config.chain]
-    except ValueError as error:
-        raise UserError(f"evaluate.{job.run}.chain: {error}") from None
+    budgets = []
+    for k, setting in enumerate(config.chain):
+        try:
+            budgets.append(budget(trained, setting))
+        except ValueError as error:
+            raise UserError(f"evaluate.{job.run}.chain[{k}]: {error}") from None
 
     def count() -> Plan:
         about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)

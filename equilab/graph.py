@@ -107,14 +107,14 @@ STAGES = {
     ),
     "claims": Stage(
         "equilab.claims",
-        reads=("${study.root}/equilab/claims.yaml", "results/pairs/meta.json", "results/evaluator/summary.json",
+        reads=("${study.root}/equilab/claims.yaml", "results/teacher/summary.json", "results/pairs/meta.json", "results/evaluator/summary.json",
                "results/distill", "results/diffusion", "results/gan", "results/consistency", "results/evaluate",
                "results/relative", "results/activation", "results/cost"),
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
     ),
     "notebook": Stage(
         "equilab.notebook",
-        reads=("${study.root}/notebooks/{run}.ipynb", "results/evaluator/summary.json", "results/distill",
+        reads=("${study.root}/notebooks/{run}.ipynb", "results/teacher/summary.json", "results/evaluator/summary.json", "results/distill",
                "results/diffusion", "results/gan", "results/consistency", "results/evaluate", "results/relative", "results/activation", "results/cost",
                "results/claims.csv", "results/measured.csv"),
         committed=("",),

@@ -47,8 +47,10 @@ def run(config: Config, job: Job) -> None:
         path = results("evaluate", name) / "samples.npy"
         if not path.exists():
             raise UserError(f"{path} is not there; run evaluate {name} first")
-        of = read_json(path.with_name("metrics.json"), "of")["of"]
-        found[of.partition("/")[2] or of] = scorer.statistics(np.load(path, mmap_mode="r"))
+        run = read_json(path.with_name("metrics.json"), "of")["of"].rpartition("/")[2]
+        if run in found:
+            raise UserError(f"relative.runs: two of them are of runs named {run}; leave one out")
+        found[run] = scorer.statistics(np.load(path, mmap_mode="r"))
     pairs = itertools.permutations(found, 2)
     rows = [{"first": a, "second": b, "distance": fidelity.frechet(found[a], found[b])} for a, b in pairs]
     write_table(job.out / "relative.csv", rows)

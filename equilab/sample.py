@@ -66,7 +66,7 @@ class Along:
     blocks: int  # of a chain without guidance (which takes two): over all steps, explicit layers included
     budget: Literal["constant", "increasing", "decreasing", "adaptive"]  # how the iterations are spread over the steps
     reuse: bool  # each step starts from the solution of the one before
-    method: Literal["iterate", "anderson", "broyden"]
+    method: Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
     tolerance: float  # relative residual at which a sample stops; 0: never
     memory: int | None  # of Anderson
     mixing: float | None  # of Anderson

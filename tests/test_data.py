@@ -84,7 +84,7 @@ def test_floats_go_to_the_nearest_level_and_are_clipped():
 
 
 def test_pixels_that_are_not_numbers_are_refused():
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(UserError, match="not numbers"):
         data.to_uint8(torch.tensor([0.0, float("nan")]))
 
 

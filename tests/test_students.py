@@ -180,12 +180,12 @@ def test_a_collapsed_discriminator_and_a_loss_that_is_no_number_stop_the_run_and
 
     def criticise(critic, batch):
         known["fall"] *= 0.8
-        return critic(*batch[0], None)[0].mean() * 0 + known["fall"]
+        return critic(*batch[0], None)[0].mean() * 0 + known["fall"], torch.tensor(known["fall"])
 
-    with pytest.raises(config.UserError, match=r"the discriminator has collapsed: its loss is 0\.\d+.* at step 4 .*last good state"):
+    with pytest.raises(config.UserError, match=r"the discriminator has collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma"):
         list(fit(run, batch_of(entry), generate, criticise, watch=lambda row: gan.collapsed(entry, row)))
     assert Run(players(entry)[0], run.config, 0, "id", tmp_path, CPU, ("discriminator", players(entry)[2], 1e-3)).nimg == 64
-    with pytest.raises(config.UserError, match="the loss became nan at step"):
+    with pytest.raises(config.UserError, match="the loss became nan at step.*lower optimisation.lr or discriminator_lr or clip"):
         list(fit(run, batch_of(entry), generate, lambda critic, batch: critic(*batch[0], None)[0].mean() * float("nan")))
 
 
@@ -226,6 +226,11 @@ def refused(capsys, *command):
         ({"student": {"freeze": "gdd_x"}}, "gan.gdd.student.freeze"),
         ({"augment": "ada"}, "adaptive must be given for augment ada"),
         ({"r1": {"interval": 0}}, "interval is 0"),
+        ({"r1": {"gamma": -1.0}}, "gamma must be >= 0"),
+        ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "ramp_nimg must be >= 1"),
+        ({"consistency": {"weight": 1.0, "levels": {"steps": 0, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}}}, "steps must be >= 1"),
+        ({"consistency": {"weight": 1.0, "levels": {"steps": 4, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}}}, "give the same to both"),
+        ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused_before_work_starts(capsys, tmp_path, monkeypatch, sections, change, sentence):
@@ -233,7 +238,7 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(capsys, tmp_path
     given = copy.deepcopy(sections)
     for key, value in change.items():
         one = given["gan"]["gdd"]
-        one[key] = {**one[key], **value} if isinstance(value, dict) else value
+        one[key] = {**(one[key] or {}), **value} if isinstance(value, dict) else value
     keep(given)
     assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
 

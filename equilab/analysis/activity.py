@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy import stats
 
 from equilab.analysis import figures
 from equilab.analysis.figures import axes
 from equilab.analysis.tables import read_table
+from equilab.analysis.verdicts import ordered
 from equilab.config import UserError
 
 UNETS = ("unet", "student")
@@ -55,8 +55,7 @@ def order(found: pd.DataFrame) -> pd.DataFrame:
     tops = tops[tops["family"].isin(UNETS)]
     for run, both in tops.groupby("run", sort=False):
         for part, one in (("all", both), *both.groupby("part", sort=False)):
-            enough = len(one) > 2 and one["at"].nunique() > 1
-            rho, p = stats.spearmanr(one["deep"], one["at"]) if enough else (np.nan, np.nan)
+            rho, p = ordered(one["deep"], one["at"])
             rows.append({"run": run, "part": part, "layers": len(one), "rank correlation": rho, "p": p})
     return pd.DataFrame(rows)
 

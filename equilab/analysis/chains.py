@@ -225,12 +225,13 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
         look = {**REUSE[reuse], "markersize": 3}
         grid[0, 0].plot(last["t"], last["residual"], **look)
         grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
-    longest = found[found["steps"] == found["steps"].min()]
+    few = found.loc[found["steps"] >= 4, "steps"].min() if (found["steps"] >= 4).any() else found["steps"].min()  # the first reuses nothing
+    longest = found[found["steps"] == few]
     tones = dict(zip(sorted(longest["t"].unique()), figures.TONES[2:]))
     for (reuse, t), rows in longest.groupby(["reuse", "t"], sort=False):
         named = {"color": tones.get(t, figures.TONES[-1]), "label": f"t = {t}" if reuse else None, "markersize": 3}
         grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
-    for ax, steps in zip(grid[0], (found["steps"].max(), found["steps"].min())):
+    for ax, steps in zip(grid[0], (found["steps"].max(), few)):
         ax.set_yscale("log")
         ax.set_title(f"{steps} steps of {found.loc[found['steps'] == steps, 'each'].iloc[0]:.3g} iterations")
     grid[0, 0].set(xlabel="timestep t (0: no noise)", ylabel="relative residual")
@@ -313,7 +314,7 @@ def trainings(study: Chains, confidence: float) -> pd.DataFrame:
     shown[study.distance] = found[study.distance].map("{:.4g}".format) + half
     names = {"label": "run", "parameters": "parameters", "pre": "pre", "post": "post", "gradient": "gradient",
              "without": "N", "with": "M", "weight": "weight", "train_flops": "training FLOPs", "block_evals": "blocks", study.distance: study.score,
-             "residual": "residual", "n": "seeds"}  # fmt: skip
+             "residual": "residual", "diverged": "diverged", "n": "seeds"}  # fmt: skip
     return shown[list(names)].rename(columns=names)
 
 
@@ -322,5 +323,5 @@ def _named(row: pd.Series) -> str:
 
 
 def _numbers(study: Chains, found: pd.DataFrame) -> pd.DataFrame:
-    kept = ["label", "family", "parameters", *SETTING, "each", "block_evals", study.distance, f"{study.distance}_half", "n"]
+    kept = ["label", "family", "parameters", *SETTING, "each", "block_evals", study.distance, f"{study.distance}_half", "diverged", "n"]
     return found[[column for column in kept if column in found]]

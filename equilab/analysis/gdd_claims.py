@@ -11,7 +11,7 @@ from scipy import stats
 
 from equilab.analysis import activity, students
 from equilab.analysis.students import Students
-from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, seeds_of, span, verdict
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, ordered, seeds_of, span, verdict
 
 
 @dataclass(frozen=True)
@@ -31,107 +31,157 @@ class Study(Comparisons):
         """The distance's name as people write it."""
         return self.students.score
 
-    def averaged(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Return rows with their seeds averaged."""
-        return self.students.averaged(rows, self.config.rule.confidence)
+    def averaged(self, among: int = 1) -> pd.DataFrame:
+        """Return every model, its seeds averaged, the spread pooled over all; with intervals that hold for `among` of them at
+        once."""
+        return self.students.averaged(self.students.rows, 1 - (1 - self.config.rule.confidence) / among)
+
+    def model(self, name: str | None, among: int = 1) -> pd.Series | None:
+        """Return the averaged row of a model, or None."""
+        found = self.averaged(among)
+        found = found[found["model"] == name]
+        return None if found.empty else found.iloc[0]
 
     def of(self, family: str) -> pd.Series | None:
         """Return the averaged row of a family's headline, or None."""
-        rows = self.students.rows[self.students.rows["model"] == self.students.headline(family)]
-        return None if rows.empty else self.averaged(rows).iloc[0]
+        return self.model(self.students.headline(family))
 
     def variant(self, family: str) -> pd.Series | None:
         """Return the averaged row of a family that differs from GDD (or CD) in nothing else, or None."""
-        rows = self.students.rows[self.students.rows["model"] == students.variant(self.students, family)]
-        return None if rows.empty else self.averaged(rows).iloc[0]
+        return self.model(students.variant(self.students, family))
+
+    @property
+    def near(self) -> float:
+        """How many times as good counts as no worse."""
+        return 1 / (1 + self.config.rule.margin_distance)
 
 
 Test = Callable[[Study], Found | None]  # None: the study trains nothing that could tell
 
 
-def better(worse: str, best: str) -> Test:
-    """Return the test that the second family is better than the first, which it differs from in one thing."""
+def better(worse: str, best: str, near: bool = False) -> Test:
+    """Return the test that the second family is better than the first, or `near`: no worse by more than the margin; they
+    differ in one thing."""
 
     def test(study: Study) -> Found | None:
         first, last = study.variant(worse), study.variant(best)
         if first is None or last is None:
             return None
-        return study.compared(f"{worse} {study.value(first)}, {best} {study.value(last)}", first, last)
+        found = study.compared(f"{worse} {study.value(first)}, {best} {study.value(last)}", first, last)
+        return found._replace(verdict=verdict(*study.gain(first, last), study.near)) if near else found
 
     return test
+
+
+def slower(study: Study) -> Found | None:
+    """Test that GDD with a consistency loss beside it is worse than GDD at their first snapshot."""
+    names, curves = [students.variant(study.students, family) for family in ("GDD", "GDD + CD")], study.students.curves
+    if None in names:
+        return None
+    found = study.students.averaged(curves, study.config.rule.confidence, ("nimg",))
+    alone, beside = (found[found["model"] == name].sort_values("nimg").head(1) for name in names)
+    if alone.empty or beside.empty or alone["nimg"].iloc[0] != beside["nimg"].iloc[0]:
+        return None
+    told = f"after {alone['nimg'].iloc[0]:,.0f} images: GDD {study.value(alone.iloc[0])}, GDD + CD {study.value(beside.iloc[0])}"
+    return study.compared(told, beside.iloc[0], alone.iloc[0])
 
 
 def against_instances(study: Study) -> Found | None:
     """Test that GDD-I (or GDD) is better than every one-step student of the same teacher that learns instance by instance."""
     ours = study.of("GDD-I")
     ours = study.of("GDD") if ours is None else ours
-    others = [(name, study.of(name)) for name in ("CD", "CD-I", "GET", "ViT")]
-    others = [(name, row) for name, row in others if row is not None]
-    if ours is None or not others:
+    others = study.averaged()
+    count = int(others["family"].isin(("CD", "CD-I", "GET", "ViT")).sum())
+    others = study.averaged(max(count, 1))
+    others = others[others["family"].isin(("CD", "CD-I", "GET", "ViT"))].sort_values(study.distance)
+    if ours is None or others.empty:
         return None
-    name, best = min(others, key=lambda other: other[1][study.distance])
-    told = ", ".join(f"{name} {study.value(row)} ({row['nimg']:,.0f} images)" for name, row in others)
-    return study.compared(f"{ours['family']} {study.value(ours)} ({ours['nimg']:,.0f} images); {told}", best, ours)
+    best = others.drop_duplicates("family")
+    told = ", ".join(f"{row['family']} {study.value(row)} ({row['nimg']:,.0f} images)" for _, row in best.iterrows())
+    told = f"{ours['family']} {study.value(ours)} ({ours['nimg']:,.0f} images); the best of each: {told}"
+    return study.compared(told, others.iloc[0], ours)
 
 
 def against_teacher(study: Study) -> Found | None:
     """Test that the better of GDD and GDD-I is within the margin of its teacher at its most evaluations, or past it."""
-    teacher = study.students.rows.query("stage == 'teacher'").sort_values("nfe")
-    found = [row for row in (study.of("GDD"), study.of("GDD-I")) if row is not None]
-    if teacher.empty or not found:
+    table = study.averaged(2)
+    teacher = table[table["stage"] == "teacher"].sort_values("nfe")
+    found = table[table["model"].isin([study.students.headline(name) for name in ("GDD", "GDD-I")])]
+    if teacher.empty or found.empty:
         return None
-    last = study.averaged(teacher.iloc[-1:]).iloc[0]
-    ours = min(found, key=lambda row: row[study.distance])
-    told = ", ".join(f"{row['family']} {study.value(row)}" for row in found)
-    bounds, near = study.gain(last, ours), 1 / (1 + study.config.rule.margin_distance)
+    last, ours = teacher.iloc[-1], found.sort_values(study.distance).iloc[0]
+    told = ", ".join(f"{row['family']} {study.value(row)}" for _, row in found.iterrows())
+    bounds = study.gain(last, ours)
     told = f"{study.score} {told}; teacher {study.value(last)} in {last['nfe']:.0f} evaluations"
-    return Found(told, f"{span(*bounds)} times", seeds_of(pd.DataFrame([ours])), verdict(*bounds, near))
+    return Found(told, f"{span(*bounds)} times", seeds_of(found), verdict(*bounds, study.near))
 
 
 def images(study: Study) -> Found | None:
-    """Test that GDD needs fewer images than CD sees to be as good as CD ends."""
+    """Test that GDD is as good as CD ends after fewer images than CD itself needs for that: at snapshots, means over seeds."""
     cd, gdd = study.of("CD"), study.of("GDD")
     if cd is None or gdd is None:
         return None
-    curves = study.students.curves
-    curve = curves[curves["model"] == gdd["model"]].groupby("nimg")[study.distance].mean()
-    past = curve[curve <= cd[study.distance]]
-    if past.empty:
-        return Found(f"GDD does not reach CD's {study.value(cd)} of {cd['nimg']:,.0f} images", "counted", seeds_of(pd.DataFrame([gdd])), FAILS)
-    told = f"GDD passes {study.value(cd)}, where CD ends after {cd['nimg']:,.0f} images, within {past.index[0]:,.0f}"
-    return Found(told, f"{cd['nimg'] / past.index[0]:.3g} times fewer", seeds_of(pd.DataFrame([gdd, cd])),
-                 HOLDS if past.index[0] < cd["nimg"] else FAILS)  # fmt: skip
+
+    def first(row: pd.Series) -> float:
+        curves = study.students.curves
+        along = curves[curves["model"] == row["model"]].groupby("nimg")[study.distance].mean()
+        along.loc[row["nimg"]] = row[study.distance]
+        past = along[along <= cd[study.distance]].index
+        return float(past.min()) if len(past) else np.inf
+
+    ours, theirs = first(gdd), first(cd)
+    told = f"as good as CD ends, {study.value(cd)}: GDD within {ours:,.0f} images, CD within {theirs:,.0f}"
+    if np.isinf(ours):
+        told = f"GDD has not reached CD's {study.value(cd)} after {gdd['nimg']:,.0f} images; CD had after {theirs:,.0f}"
+    late = FAILS if gdd["nimg"] >= theirs else OPEN
+    found = HOLDS if ours < theirs else OPEN if ours == theirs else late
+    return Found(told, f"{theirs / ours:.3g} times fewer" if np.isfinite(ours) else "–", seeds_of(pd.DataFrame([gdd, cd])), found)
 
 
 def judges(study: Study) -> Found | None:
     """Test that the projected discriminator is better than every other."""
-    rows = students.ablation(study.students, study.config.rule.confidence, "judge")
+    rows = students.ablation(study.students, study.averaged(), "judge")
     if rows["judge"].nunique() < 2 or "projected" not in set(rows["judge"]):
         return None
+    rows = students.ablation(study.students, study.averaged(len(rows) - 1), "judge")
     ours = rows[rows["judge"] == "projected"].iloc[0]
     next_best = rows[rows["judge"] != "projected"].sort_values(study.distance).iloc[0]
     return study.compared(listed(rows, study.distance, "judge").replace(" at ", " with "), next_best, ours)
 
 
-def penalties(augmented: bool) -> Test:
-    """Return the test that augmentation hurts, or that the best R1 is better than none."""
+def collapse(study: Study) -> Found | None:
+    """Test that a StyleGAN2 discriminator from scratch leads nowhere: a distance too far off to order models, or a recall
+    below a tenth of the projected one's."""
+    rows = students.ablation(study.students, study.averaged(), "judge").drop_duplicates("judge").set_index("judge")
+    if not {"projected", "StyleGAN2 from scratch"} <= set(rows.index):
+        return None
+    other, ours = rows.loc["StyleGAN2 from scratch"], rows.loc["projected"]
+    gone = other[study.distance] > study.config.rule.ranked or other["recall"] < ours["recall"] / 10
+    told = f"{study.score} {study.value(other)}, recall {other['recall']:.2g}; projected {study.value(ours)}, {ours['recall']:.2g}"
+    return Found(told, "counted", seeds_of(rows.loc[["StyleGAN2 from scratch"]]), HOLDS if gone else FAILS)
 
-    def test(study: Study) -> Found | None:
-        rows = students.ablation(study.students, study.config.rule.confidence, "penalty")
-        if rows.empty:
-            return None
-        plain = rows[(rows["augment"] == "none") & (rows["gamma"] == 0)]
-        other = rows[rows["augment"] == "diffaugment"] if augmented else rows[(rows["augment"] == "none") & (rows["gamma"] > 0)]
-        if plain.empty or other.empty:
-            return None
-        if augmented:
-            same = plain[plain["gamma"].isin(other["gamma"])]
-            told = f"with augmentation {study.value(other.iloc[0])}, without {study.value(plain.iloc[0])}"
-            return study.compared(told, other.iloc[0], (same if len(same) else plain).iloc[0])
-        told = f"without R1 {study.value(plain.iloc[0])}; gamma " + listed(other, study.distance, "gamma")
-        return study.compared(told, plain.iloc[0], other.sort_values(study.distance).iloc[0])
 
-    return test
+def augmentation(study: Study) -> Found | None:
+    """Test that augmentation hurts, at the same R1."""
+    rows = students.ablation(study.students, study.averaged(), "penalty")
+    with_, without = (rows[rows["augment"] == kind] for kind in ("diffaugment", "none"))
+    gammas = sorted(set(with_["gamma"]) & set(without["gamma"]))
+    if not gammas:
+        return None
+    first, last = (one[one["gamma"] == gammas[0]].iloc[0] for one in (with_, without))
+    return study.compared(f"with augmentation {study.value(first)}, without {study.value(last)}, gamma {gammas[0]:g}", first, last)
+
+
+def penalty(study: Study) -> Found | None:
+    """Test that the best R1 is better than none."""
+    rows = students.ablation(study.students, study.averaged(), "penalty").query("augment == 'none'")
+    tried = int((rows["gamma"] > 0).sum())
+    if not tried or not (rows["gamma"] == 0).any():
+        return None
+    rows = students.ablation(study.students, study.averaged(tried), "penalty").query("augment == 'none'")
+    bare, other = rows[rows["gamma"] == 0].iloc[0], rows[rows["gamma"] > 0]
+    told = f"without R1 {study.value(bare)}; gamma " + listed(other, study.distance, "gamma")
+    return study.compared(told, bare, other.sort_values(study.distance).iloc[0])
 
 
 def overfits(study: Study) -> Found | None:
@@ -140,52 +190,58 @@ def overfits(study: Study) -> Found | None:
     for family in ("GDD", "GDD-I"):
         curves = study.students.curves
         curves = curves[curves["model"] == study.students.headline(family)].sort_values("nimg")
-        if curves.groupby("run").size().min() < 3 if len(curves) else True:
+        if curves.empty or curves.groupby("run").size().min() < 3:
             return None
         by = curves.groupby("seed")[study.distance]
         worse.append(np.log(by.last() / by.min()))
     more, rule = (worse[0] - worse[1]).dropna(), study.config.rule
-    reach = np.log1p(rule.margin_distance)
+    reach = np.log1p(rule.margin_distance)  # at least: seeds may all end at their best
     if len(more) > 1:
-        reach = stats.t.ppf((1 + rule.confidence) / 2, len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more))
+        own = stats.t.ppf((1 + rule.confidence) / 2, len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more))
+        reach = max(own, reach / np.sqrt(len(more)))
     low, high = np.exp(more.mean() - reach), np.exp(more.mean() + reach)
     told = f"{study.score} at the end over the best: GDD {np.exp(worse[0].mean()):.3g}, GDD-I {np.exp(worse[1].mean()):.3g}"
     return Found(told, f"{span(low, high)} times more", str(len(more)), verdict(low, high))
 
 
 def relative(x: str) -> Test:
-    """Return the test that rel-FD grows with the number of steps, or falls with the middle noise level of two, by a rank
-    correlation over the runs."""
+    """Return the test that rel-FD grows with the number of steps, or falls with the middle noise level of two, by the rank
+    correlation of means over seeds."""
 
     def test(study: Study) -> Found | None:
         found = students.relatives(study.students)
         if found.empty or found.dropna(subset=[x])[x].nunique() < 3:
             return None
         rows = students.evenly(found) if x == "steps" else found.dropna(subset=[x])
-        rho, p = stats.spearmanr(rows[x], rows["relative"])
         means = rows.groupby(x)["relative"].mean()
         told = f"rel-{study.score} " + ", ".join(f"{value:.3g} at {at:g}" for at, value in means.items())
-        sure = p < 1 - study.config.rule.confidence
-        wanted = rho > 0 if x == "steps" else rho < 0
-        return Found(told, f"rank correlation {rho:.2f}, p = {p:.2g}", str(rows["seed"].nunique()),
-                     OPEN if not sure else HOLDS if wanted else FAILS)  # fmt: skip
+        return _order(study, told, *ordered(means.index, means if x == "steps" else -means), str(rows["seed"].nunique()))
 
     return test
 
 
+def _order(study: Study, told: str, rho: float, p: float, seeds: str) -> Found:
+    """Return what comes of the claim that an order is as published, where its rank correlation is positive."""
+    if not np.isfinite(rho):
+        return Found(told, "all alike", seeds, OPEN)
+    sure = p < 1 - study.config.rule.confidence
+    return Found(told, f"rank correlation {rho:.2f}, p = {p:.2g}", seeds, OPEN if not sure else HOLDS if rho > 0 else FAILS)
+
+
 def alike(study: Study) -> Found | None:
-    """Test that students of several steps differ more from the one-step student than in their distance to real images."""
+    """Test that students of several steps are as good as the one-step student like them, within the margin, and further from
+    it than real images from real ones and than the difference in quality."""
     found = students.relatives(study.students)
     if found.empty:
         return None
-    one = study.students.rows[study.students.rows["run"].isin(found["first"])].set_index("run")[study.distance]
-    apart = (found[study.distance] - found["first"].map(one)).abs()
-    ratio = np.log(found["relative"] / apart.clip(lower=1e-6))
-    told = (f"abs-{study.score} {found[study.distance].min():.3g} to {found[study.distance].max():.3g}, one step {one.mean():.3g}; "
-            f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}")  # fmt: skip
-    least = float(np.exp(ratio.min()))
-    return Found(told, f"at least {least:.3g} times the difference of the abs-{study.score}", str(found["seed"].nunique()),
-                 HOLDS if least > 1 else FAILS)  # fmt: skip
+    one = study.students.students().set_index("run")[study.distance]
+    base = found["first"].map(one)
+    as_good = np.abs(np.log(found[study.distance] / base)).max() <= np.log1p(study.config.rule.margin_distance)
+    apart = found["relative"] > np.maximum((found[study.distance] - base).abs(), study.students.floor)
+    told = (f"abs-{study.score} {found[study.distance].min():.3g} to {found[study.distance].max():.3g}, one step {base.mean():.3g}; "
+            f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}, real from real {study.students.floor:.3g}")  # fmt: skip
+    interval = f"{apart.sum()} of {len(apart)} further apart than they differ in quality"
+    return Found(told, interval, str(found["seed"].nunique()), FAILS if not apart.all() else HOLDS if as_good else OPEN)
 
 
 def layers(study: Study) -> Found | None:
@@ -194,25 +250,27 @@ def layers(study: Study) -> Found | None:
     if not (study.students.folder / "activation" / "activation.csv").exists():
         return None
     found = activity.order(activity.read(study.students.folder, "rms")).query("run == 'teacher' and part == 'all'")
-    if found.empty or not np.isfinite(found["rank correlation"].iloc[0]):
+    if found.empty:
         return None
     rho, p, count = found[["rank correlation", "p", "layers"]].iloc[0]
-    sure = p < 1 - study.config.rule.confidence
-    return Found(f"{count:.0f} layers", f"rank correlation {rho:.2f}, p = {p:.2g}", "1", OPEN if not sure else HOLDS if rho > 0 else FAILS)
+    return _order(study, f"{count:.0f} layers", rho, p, "1")
 
 
 COUNTED: dict[tuple[str, str], Test] = {
     ("GDD-1", "alike but apart"): alike,
     ("GDD-1", "steps"): relative("steps"),
     ("GDD-1", "sigma of two steps"): relative("middle"),
-    ("GDD-2", ""): judges,
-    ("GDD-3", "augmentation"): penalties(True),
-    ("GDD-3", "R1"): penalties(False),
+    ("GDD-2", "projected"): judges,
+    ("GDD-2", "collapse"): collapse,
+    ("GDD-3", "augmentation"): augmentation,
+    ("GDD-3", "R1"): penalty,
     ("GDD-4", ""): layers,
     ("GDD-5", "convolutions"): better("GDD", "GDD-I"),
     ("GDD-5", "QKV"): better("GDD-I, QKV frozen", "GDD-I"),
     ("GDD-5", "skips"): better("GDD-I, QKV and skips frozen", "GDD-I, QKV frozen"),
-    ("GDD-6", "GDD-I"): better("GDD-I + CD", "GDD-I"),
+    ("GDD-6", "start"): slower,
+    ("GDD-6", "GDD"): better("GDD + CD", "GDD", near=True),
+    ("GDD-6", "GDD-I"): better("GDD-I + CD", "GDD-I", near=True),
     ("GDD-6", "CD"): better("CD-I", "CD"),
     ("GDD-7", "instances"): against_instances,
     ("GDD-7", "images"): images,

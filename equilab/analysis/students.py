@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, GREEN, GREY, IMAGES, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import evaluated, read_table, replicated
+from equilab.analysis.tables import TUNED, evaluated, read_table, replicated
 from equilab.config import UserError, digest, read_json
 
 FROZEN = {"gdd": "GDD", "gdd_i": "GDD-I", "gdd_i_qkv": "GDD-I, QKV frozen", "gdd_i_qkv_skip": "GDD-I, QKV and skips frozen"}
@@ -116,16 +116,21 @@ def _about(path: Path, stage: str) -> dict[str, Any]:
     extra = bool(config.get("consistency"))
     judge = config.get("discriminator", {})
     r1 = config.get("r1") or {}
+    tuned = {key: value for key, value in config["optimisation"].items() if key not in TUNED}
     rest = {key: value for key, value in seedless.items() if key not in ("student", "consistency", "optimisation")}
+    beside = (config.get("consistency"), tuned)  # what only its own ablation changes
+    without = lambda name: {key: value for key, value in student.items() if key != name}  # noqa: E731
+    but = lambda *names: {key: value for key, value in rest.items() if key not in names}  # noqa: E731
     return about | {
         "family": base + " + CD" * extra, "steps": steps, "sigmas": " ".join(f"{s:g}" for s in student["sigmas"]),
         "plain": steps == 1 and student["start"] == "teacher" and config.get("augment", "none") == "none" and not extra
                  and judge.get("mixing", "projected") == "projected",
         "start": student["start"], "freeze": student["freeze"], "gamma": r1.get("gamma", 0.0), "augment": config.get("augment"),
         "judge": JUDGES.get(judge.get("mixing"), "StyleGAN2 from scratch" if judge else None),
-        "but_student": digest(rest, config.get("consistency")), "but_consistency": digest(rest, student),
-        "but_judge": digest({k: v for k, v in rest.items() if k not in ("discriminator", "features", "discriminator_lr")}, student),
-        "but_penalty": digest({k: v for k, v in rest.items() if k not in ("r1", "augment", "adaptive")}, student),
+        "but_freeze": digest(rest, beside, without("freeze")), "but_consistency": digest(rest, tuned, student),
+        "but_judge": digest(but("discriminator", "features"), beside, student),
+        "but_penalty": digest(but("r1", "augment", "adaptive"), beside, student),
+        "but_steps": digest(rest, config.get("consistency"), without("sigmas")),  # of any length
     }  # fmt: skip
 
 
@@ -210,21 +215,20 @@ def variant(study: Students, family: str) -> str | None:
         return None
     like = rows[rows["model"] == base].iloc[0]
     rows = rows[(rows["family"] == family) & (rows["steps"] == 1) & (rows["start"] == "teacher")]
-    key = "but_consistency" if family.endswith("+ CD") else "but_student"
+    key = "but_consistency" if family.endswith("+ CD") else "but_freeze"
     if family.endswith("+ CD") and (plain := variant(study, family.removesuffix(" + CD"))):
         like = study.rows[study.rows["model"] == plain].iloc[0]
     rows = rows[rows[key] == like[key]]
     return rows["model"].iloc[0] if len(rows) else None
 
 
-def ablation(study: Students, confidence: float, what: str) -> pd.DataFrame:
-    """Return the students that differ from GDD in `what`: "judge" (table 1a) or "penalty" (table 1b)."""
-    base = study.headline("GDD")
-    rows, key = study.students(), f"but_{what}"
+def ablation(study: Students, averaged: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Return of all averaged models the students that differ from GDD in `what`: "judge" (table 1a) or "penalty" (table 1b)."""
+    base, key = study.headline("GDD"), f"but_{what}"
     if base is None:
-        return rows.iloc[:0]
-    like = rows.loc[rows["model"] == base].iloc[0]
-    return study.averaged(rows[(rows[key] == like[key]) & (rows["family"] == "GDD")], confidence)
+        return averaged.iloc[:0].reindex(columns=[*averaged, *{"judge", "augment", "gamma"} - set(averaged)])
+    (like,) = averaged.loc[averaged["model"] == base, key]
+    return averaged[averaged[key] == like]
 
 
 def shown(study: Students, found: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
@@ -239,11 +243,12 @@ def relatives(study: Students) -> pd.DataFrame:
     if study.relative.empty:
         return pd.DataFrame()
     rows = study.students()
-    one = rows[(rows["steps"] == 1) & rows["run"].isin(study.relative["first"]) & (rows["family"] == "GDD")]
+    one = rows[(rows["steps"] == 1) & rows["run"].isin(study.relative["first"])]
     found = study.relative[study.relative["first"].isin(one["run"])].rename(columns={"second": "run", "distance": "relative"})
-    found = found.merge(rows[["run", "seed", "model", "steps", "sigmas", "family", study.distance]], on="run")
-    found = found.merge(one[["run", "seed"]].rename(columns={"run": "first", "seed": "seed_first"}), on="first")
-    found = found[(found["seed"] == found["seed_first"]) & (found["steps"] > 1)].drop(columns="seed_first")
+    kept = ["run", "seed", "model", "steps", "sigmas", "family", "but_steps", study.distance]
+    found = found.merge(rows[kept], on="run")
+    like = one[["run", "seed", "but_steps"]].rename(columns={"run": "first"})
+    found = found[found["steps"] > 1].merge(like, on=["first", "seed", "but_steps"])  # alike in all but the steps
     found["middle"] = [float(s.split()[1]) if n == 2 else np.nan for s, n in zip(found["sigmas"], found["steps"])]
     return found.sort_values(["steps", "middle", "seed"]).reset_index(drop=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from equilab import config as configs
 from equilab.analysis.scaling import Rule
@@ -78,6 +80,19 @@ def rows(study: Any, tests: Mapping[tuple[str, str], Callable[[Any], Found | Non
         found = found or Found("–", "–", "0", OPEN)
         table.append([text[column] for column in COLUMNS[:5]] + [*found[:4], reason + found.note])
     return pd.DataFrame(table, columns=COLUMNS)
+
+
+def ordered(x: Any, y: Any) -> tuple[float, float]:
+    """Return the rank correlation of x and y, and its two-sided p-value by permutation: over all orders of up to seven
+    pairs, over 9,999 drawn ones of more. Nan where either is constant."""
+    x, y = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (x, y))
+    size = np.sqrt((x**2).sum() * (y**2).sum())
+    if not size:
+        return np.nan, np.nan
+    draws = list(itertools.permutations(y)) if len(y) <= 7 else np.random.default_rng(0).permuted(np.tile(y, (9999, 1)), axis=1)
+    rho, others = (x * y).sum() / size, np.asarray(draws) @ x / size
+    as_far = (np.abs(others) >= abs(rho) - 1e-9).sum()
+    return float(rho), float(as_far / len(others) if len(y) <= 7 else (as_far + 1) / (len(others) + 1))
 
 
 def verdict(low: float, high: float, target: float = 1.0) -> str:

@@ -42,8 +42,8 @@ class Diffusion:
             raise ValueError(f"prediction is {self.prediction!r}; choose 'noise' or 'v'")
         if self.variance not in ("learned", "small", "large"):
             raise ValueError(f"variance is {self.variance!r}; choose 'learned', 'small' or 'large'")
-        if self.timesteps < 2:
-            raise ValueError(f"timesteps is {self.timesteps}; give 2 or more")
+        if not 2 <= self.timesteps <= 1_000_000:
+            raise ValueError(f"timesteps is {self.timesteps}; give 2 to 1,000,000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start}, beta_end {self.beta_end}; give 0 < beta_start <= beta_end < 1"

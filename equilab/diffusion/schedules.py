@@ -12,15 +12,15 @@ def edm_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) ->
 
     A single step goes from sigma_max to 0.
 
-    Raises: ValueError if not steps >= 1, 0 < sigma_min < sigma_max and rho > 0.
+    Raises: ValueError if not steps >= 1, 0 < sigma_min < sigma_max < 1e6 and 0.01 <= rho <= 1000.
     Source: EDM, equation 5.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} leaves nothing to sample; give 1 or more")
-    if not (0 < sigma_min < sigma_max and rho > 0):
+    if not (0 < sigma_min < sigma_max < 1e6 and 0.01 <= rho <= 1e3):
         raise ValueError(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}, rho={rho} is no schedule; "
-            "give 0 < sigma_min < sigma_max and rho > 0"
+            "give 0 < sigma_min < sigma_max < 1e6 and rho in 0.01..1000"
         )
     fraction = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)

@@ -106,6 +106,8 @@ class FPDM(nn.Module):
         W1 [z, injection] is the sum of two products, of which that of the injection is the same in all applications.
         """
         ours, injected = self.merge1.weight.chunk(2, 1)  # (2D, D) each
+        if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):  # a part of a weight is not cast once for all by itself
+            ours = ours.to(torch.get_autocast_dtype(h.device.type))
         injection = F.linear(self.injection(h), injected, self.merge1.bias)  # (B, N, 2D)
 
         def f(z: Tensor, rows: Tensor | None) -> Tensor:

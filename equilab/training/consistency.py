@@ -23,6 +23,10 @@ class Config(onestep.Config):
 
     levels: Levels
 
+    def __post_init__(self):
+        super().__post_init__()
+        onestep.check_levels(self.student, self.levels)
+
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     """Return what counts the stage's cost.

@@ -37,6 +37,8 @@ class R1:
     interval: int  # updates from one to the next
 
     def __post_init__(self):
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
         adversarial.r1_weight(0, self.gamma, self.interval)
 
 
@@ -47,6 +49,10 @@ class Adaptive:
     target: float  # of the mean sign of the logits of real images
     ramp_nimg: int  # images that it takes from 0 to 1
 
+    def __post_init__(self):
+        if self.ramp_nimg < 1:
+            raise ValueError(f"ramp_nimg must be >= 1, got {self.ramp_nimg}")
+
 
 @dataclass(frozen=True)
 class Consistency:
@@ -54,6 +60,10 @@ class Consistency:
 
     weight: float
     levels: Levels
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"weight must be > 0, got {self.weight}; set consistency to null for none")
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,10 @@ class Config(onestep.Config):
             raise ValueError("features must name networks for a discriminator over features, and be empty for stylegan2")
         if (self.augment == "ada") != (self.adaptive is not None):
             raise ValueError("adaptive must be given for augment ada and be null elsewhere")
+        if self.consistency is not None:
+            onestep.check_levels(self.student, self.consistency.levels)
+        if self.optimisation.compile and self.r1:
+            raise ValueError("optimisation.compile must be false with r1, which torch.compile cannot differentiate twice")
         if not self.discriminator_lr > 0:
             raise ValueError(f"discriminator_lr must be > 0, got {self.discriminator_lr}")
         for name in self.features:
@@ -189,17 +203,18 @@ def losses_of(config: Config, net: nn.Module, critic: Critic, teacher: EDM) -> t
         real = critic(image.requires_grad_(weight > 0), label, draws[2])
         value = adversarial.discriminator_loss(real, critic(made, made_label, draws[1]))
         critic.adapt(real, len(image) * machine.world())
-        return value + weight * adversarial.r1(real, image) if weight else value
+        return (value + weight * adversarial.r1(real, image) if weight else value), value  # the log shows the GAN's part
 
     return generate, criticise
 
 
-def collapsed(config: Config, row: dict[str, int | float]) -> str | None:
-    """Return what to say of a discriminator whose loss has fallen below `collapse`: it tells all images apart."""
+def collapsed(config: Config, row: dict[str, int | float]) -> tuple[str, str] | None:
+    """Return what to say, and what to do, of a discriminator whose loss has fallen below `collapse`: it tells all images
+    apart."""
     if config.collapse is None or row["loss_discriminator"] >= config.collapse:
         return None
-    return (f"the discriminator has collapsed: its loss is {row['loss_discriminator']:.3g}, below gan's collapse of "
-            f"{config.collapse:g}, so that the generator learns nothing; raise r1.gamma or lower discriminator_lr")  # fmt: skip
+    return (f"the discriminator has collapsed (its loss is {row['loss_discriminator']:.3g}, below collapse: {config.collapse:g}, and the "
+            "generator learns nothing)", "raise r1.gamma, lower discriminator_lr, or set collapse to null")  # fmt: skip
 
 
 def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int, ...]) -> int:
@@ -219,7 +234,8 @@ def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int,
             own = {id(p) for p in player.parameters()}
             for p in trained:
                 p.requires_grad_(id(p) in own)
-            loss(player, batch).backward()
+            found = loss(player, batch)
+            (found[0] if isinstance(found, tuple) else found).backward()
             for p in trained:
                 p.requires_grad_()
 

@@ -21,8 +21,9 @@ from equilab.training.machine import barrier, device_of, environment, precision,
 from equilab.training.state import load_tensors, save_tensors
 
 Batch = Callable[[range], Any]  # positions in the endless stream of images -> what the loss needs, on the CPU
-Loss = Callable[[nn.Module, Any], Tensor]  # (network, batch) -> mean loss over the batch's images
-Watch = Callable[[dict[str, int | float]], str | None]  # row of the log -> what is wrong with it
+# (network, batch) -> mean loss over the batch's images, or that and what the log shows in its place
+Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+Watch = Callable[[dict[str, int | float]], tuple[str, str] | None]  # row of the log -> what is wrong with it, and the remedy
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Player:
         frozen = {key for key, p in self.net.named_parameters() if key not in self.named}
         tensors = {f"net.{key}": value for key, value in self.net.state_dict().items() if key not in frozen}
         for key, parameter in self.named.items():
-            tensors |= {f"optimizer.{name}.{key}": t for name, t in self.optimizer.state[parameter].items()}
+            tensors |= {f"optimizer.{name}.{key}": t for name, t in self.optimizer.state.get(parameter, {}).items()}
         return {f"{self.name}.{key}" if self.name else key: value for key, value in tensors.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -122,6 +123,8 @@ class Player:
         part = _part(tensors, f"{self.name}.") if self.name else tensors
         self.net.load_state_dict(_part(part, "net."), strict=False)  # what is frozen is there already
         for key, parameter in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
+            if f"optimizer.step.{key}" not in part:
+                continue  # it has had no gradient yet
             moments = {name: part[f"optimizer.{name}.{key}"] for name in ("exp_avg", "exp_avg_sq")}
             kept = {name: torch.empty_like(parameter).copy_(value).detach() for name, value in moments.items()}
             self.optimizer.state[parameter] = {"step": part[f"optimizer.step.{key}"].to(parameter.device), **kept}
@@ -228,13 +231,14 @@ def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) ->
 
 
 def _update(player: Player, net: nn.Module, loss: Loss, batches, context, clip: float | None, rate: float) -> Tensor:
-    """Move a player by the gradient of its loss over all batches (of all processes); return the loss."""
+    """Move a player by the gradient of its loss over all batches (of all processes); return what the log shows of it."""
     value = 0.0
     for batch in batches:
         with context():
-            part = loss(net, batch) / len(batches)
-            part.backward()
-        value = value + part.detach()
+            found = loss(net, batch)
+            part, shown = found if isinstance(found, tuple) else (found, found)
+            (part / len(batches)).backward()
+        value = value + shown.detach() / len(batches)
     if world() > 1:
         gradients = [p.grad for p in player.named.values() if p.grad is not None]
         mean = torch.cat([g.flatten() for g in gradients])  # one message
@@ -266,7 +270,7 @@ def _report(run: Run, seen: Tensor, rate: float, watch: Watch | None) -> dict[st
     row = {"nimg": run.nimg, "loss": means[0], "lr": rate}
     row |= {f"loss_{player.name}": mean for player, mean in zip(run.players[1:], means[1:])}
     if watch is not None and (wrong := watch(row)):
-        raise UserError(f"{wrong} at step {run.nimg // run.config.batch} ({run.nimg} images); {_remedy(run)}")
+        raise UserError(f"{wrong[0]} at step {run.nimg // run.config.batch} ({run.nimg} images); {_remedy(run, wrong[1])}")
     run.log.append(row)
     for name, value in run.net.named_buffers():
         run.ema[name].copy_(value) if name in run.ema else None
@@ -277,9 +281,10 @@ def _report(run: Run, seen: Tensor, rate: float, watch: Watch | None) -> dict[st
     return row
 
 
-def _remedy(run: Run) -> str:
+def _remedy(run: Run, remedy: str = "") -> str:
     kept = f"the last good state is kept in {run.folder}" if run.log else "it had not yet reported, so nothing is kept"
-    return f"{kept}; lower optimisation.lr or clip the gradient"
+    rates = " or ".join(["optimisation.lr", *(f"{player.name}_lr" for player in run.players[1:])])
+    return f"{kept}; {remedy or f'lower {rates} or clip the gradient'}"
 
 
 def build(spec, seed: int, purpose: str, *given) -> nn.Module:

@@ -46,6 +46,8 @@ class Levels:
     rho: float
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
         self.sigmas()
 
     def sigmas(self) -> Tensor:
@@ -57,6 +59,16 @@ class Levels:
         """Return the level of each position and the one below it, functions of (seed, position)."""
         sigmas, index = self.sigmas(), torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps))
         return sigmas[index + 1], sigmas[index]
+
+
+def check_levels(student: Student, levels: Levels) -> None:
+    """Refuse consistency levels that do not end where the student is the identity, or begin where it is sampled.
+
+    Raises: ValueError if they do not fit.
+    """
+    if (levels.sigma_min, levels.sigma_max) != (student.sigma_min, student.sigmas[0]):
+        raise ValueError(f"levels go from {levels.sigma_max:g} to {levels.sigma_min:g}, but the student is sampled from "
+                         f"{student.sigmas[0]:g} and is the identity at {student.sigma_min:g}; give the same to both")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,10 +109,12 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
     """
     path, shape = results("teacher") / "weights.safetensors", data.images.shape[1:]
     net, about = load_network(path, UNETS, job.read("teacher"))
-    if tuple(about["image"]) != tuple(shape):
-        raise UserError(f"{path} is a teacher of images {tuple(about['image'])}, the data are {tuple(shape)}; train it again")
+    classes = data.classes if config.conditional else 0
+    if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
+        raise UserError(f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
+                        f"{tuple(shape)} in {classes}; train it again")  # fmt: skip
     sigma_data = about["config"]["sigma_data"]
-    own = loop.build(config.network, config.seed, "weights", shape, data.classes if config.conditional else 0)
+    own = loop.build(config.network, config.seed, "weights", shape, classes)
     if config.student.start == "teacher":
         own.load_state_dict(net.state_dict())
     gdd.prepare(own, config.student.freeze)
