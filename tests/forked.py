@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
+# the server that all are forked from looks for what it is to import here; by itself it passes over what it does not find
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["warm"])
 

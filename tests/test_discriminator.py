@@ -124,7 +124,7 @@ def test_only_heads_learn_and_gradients_reach_the_image(mixing, classes):
     (logits,) = model(image, label)
     levels = 1 if mixing == "last" else 2
     assert logits.shape == (3, levels)
-    penalty = adversarial.r1(model, image, label)
+    penalty = adversarial.r1(model(image.requires_grad_(), label), image)
     (adversarial.generator_loss((logits,)) + penalty).backward()
     assert penalty > 0
     for name, parameter in model.named_parameters():
@@ -203,7 +203,7 @@ def test_stylegan2_keeps_its_scale_and_every_parameter_learns(classes):
     image, label = torch.randn(64, 3, 16, 16), torch.arange(64) % classes if classes else None
     (logits,) = model(image, label)
     assert logits.shape == (64, 1) and 0.05 < logits.std() < 5
-    (adversarial.discriminator_loss((logits,), (logits,)) + adversarial.r1(model, image, label)).backward()
+    (adversarial.discriminator_loss((logits,), (logits,)) + adversarial.r1(model(image.requires_grad_(), label), image)).backward()
     unused = {"logits.bias"} if not classes else set()  # real and generated images push it apart alike
     for name, parameter in model.named_parameters():
         assert name in unused or parameter.grad.any(), name

@@ -8,7 +8,8 @@ import pytest
 from forked import context, run, work
 
 SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
-STAGES = {"data": ["data"], "teacher": ["teacher"], "pairs": ["pairs"], "distill": ["distill", "get-noise"]}
+STAGES = {"data": ["data"], "teacher": ["teacher"], "pairs": ["pairs"], "distill": ["distill", "get-noise"],
+          "diffusion": ["diffusion", "fpdm"], "features": ["features"], "gan": ["gan", "gdd"]}  # fmt: skip
 
 
 def content(folder):
@@ -39,6 +40,10 @@ def whole(tmp_path_factory):
         ("distill", "noise", 57, False),
         ("distill", "replace", 2, False),
         ("distill", "replace", 5, True),
+        ("diffusion", "replace", 2, False),
+        ("diffusion", "noise", 31, True),
+        ("gan", "replace", 2, True),
+        ("gan", "noise", 71, False),
     ],
 )
 def test_a_killed_stage_run_again_ends_in_the_same_bytes(whole, tmp_path, stage, what, count, after):

@@ -166,7 +166,7 @@ def images(study: Students, confidence: float) -> tuple[Figure, pd.DataFrame]:
     (teacher,) = paper.GDD_METHODS.loc[paper.GDD_METHODS["method"] == "EDM", "fid"]
     grid[0, 0].axhline(teacher, color=GREEN, linestyle=":", linewidth=1)
     grid[0, 0].annotate("EDM, 35 nfe", (6e8, teacher), (0, 3), textcoords="offset points", fontsize=7, color=GREEN, ha="right")
-    grid[0, 0].set_xlim(3e6, 7e8)
+    grid[0, 0].set(xlim=(3e6, 7e8), ylim=(1.2, 12))
     grid[0, 0].set(title="paper: CIFAR-10", xlabel=IMAGES, ylabel="FID")
     chosen = study.curves[study.curves["model"].isin([study.headline(name) for name in COMPARED])]
     found = study.averaged(chosen, confidence, ("nimg",))
@@ -256,9 +256,11 @@ def relatives(study: Students) -> pd.DataFrame:
 def distances(study: Students) -> tuple[Figure, pd.DataFrame]:
     """Return rel-FD and abs-FD of students by their steps, and of two steps by their middle noise level (figure 2)."""
     found = relatives(study)
-    figure, grid = axes(1, 2, 2.7)
+    figure, grid = axes(1, 2, 2.7 if len(found) else 0.9)
     for ax, x, title in ((grid[0, 0], "steps", "steps"), (grid[0, 1], "middle", "sigma of the middle of two steps")):
         if found.empty:
+            ax.set_axis_off()
+            ax.text(0.5, 0.5, f"no students of several steps\nby {title}", ha="center", va="center", color=GREY)
             continue
         rows = found.dropna(subset=[x]) if x == "middle" else evenly(found)
         mean = rows.groupby(x)[["relative", study.distance]].mean()

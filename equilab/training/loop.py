@@ -210,11 +210,12 @@ def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) ->
     def positions(nimg: int) -> range:  # of the micro batch that starts there, this process's share
         return range(nimg + rank() * share, nimg + (rank() + 1) * share)
 
-    def submit(nimg: int) -> list:
-        return [reader.submit(batch_of, positions(nimg + k * config.micro_batch)) for k in range(passes)]
+    def submit(nimg: int) -> list:  # the batches of the update that starts there
+        left = range(passes if nimg < config.nimg else 0)
+        return [reader.submit(batch_of, positions(nimg + k * config.micro_batch)) for k in left]
 
     with ThreadPoolExecutor(1) as reader:
-        upcoming = submit(run.nimg) if run.nimg < config.nimg else []
+        upcoming = submit(run.nimg)
         while run.nimg < config.nimg:
             rate, k = learning_rate(config, run.nimg), run.nimg // config.batch % updates
             torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))  # dropout alone knows processes
