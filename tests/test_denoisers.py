@@ -55,6 +55,14 @@ def made(generator, setting, indices):
     return generator.make(*sample.inputs(0, indices, generator, setting), setting)
 
 
+def test_labels_are_hidden_at_their_rate_by_position_alone():
+    config, label = parsed(label_dropout=0.25), np.arange(2000) % 10
+    found = diffusion._labels(config, label, range(2000), 10).numpy()
+    assert abs((found == 10).mean() - 0.25) < 0.03 and (found[found < 10] == label[found < 10]).all()
+    assert (diffusion._labels(config, label[500:600], range(500, 600), 10).numpy() == found[500:600]).all()
+    assert (diffusion._labels(parsed(label_dropout=0.0), label, range(2000), 10).numpy() == label).all()
+
+
 def test_the_counts_of_an_update_are_drawn_from_their_ranges_and_from_nothing_else():
     drawn = [parsed().fixed_point.counts(0, update) for update in range(400)]
     assert {without for without, _ in drawn} == {0, 1, 2, 3} and {steps for _, steps in drawn} == {1, 2}

@@ -1,6 +1,7 @@
 """The repository agrees with itself: lock file, README, environment, graph, layers, sizes."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from equilab import graph
 
@@ -114,6 +117,25 @@ def test_the_lock_file_pins_what_the_project_asks_for_and_names_no_index():
     assert "http" not in lock.replace("httpx", "").replace("httpcore", "").replace("dvc-http", "").replace("aiohttp", "")
     installed = {line.split("==")[0]: line for line in re.findall(r"^[\w.-]+==[\w.+]+", lock, re.M)}
     assert len(installed) > 200 and lock.count("--hash=sha256:") > 1000
+
+
+def test_the_lock_file_keeps_the_bounds_of_the_project():
+    project = (ROOT / "pyproject.toml").read_text()
+    asked = re.findall(r'^    "([^"]+)",', project, re.M) + re.findall(r'"([^"]+)"', re.search(r"dev = \[(.*)\]", project)[1])
+    locked = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "requirements.lock").read_text(), re.M))
+    locked = {canonicalize_name(name): version for name, version in locked.items()}
+    for wanted in map(Requirement, asked):
+        version = locked[canonicalize_name(wanted.name)]
+        assert wanted.specifier.contains(version, prereleases=True), f"{wanted} is locked at {version}: run `make lock`"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("**/results/notebook/*/*.ipynb")), ids=lambda path: "/".join(path.parts[-5:-1]))
+def test_an_executed_notebook_is_the_notebook_as_it_is(path):
+    cells = lambda file: [  # noqa: E731
+        "".join(cell["source"]) for cell in json.loads(file.read_text())["cells"]
+        if "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]  # fmt: skip
+    assert cells(path) == cells(ROOT / "notebooks" / path.name), f"{path} is stale: run `dvc repro`"
 
 
 def test_the_conda_environment_installs_the_lock_file():

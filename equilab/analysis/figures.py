@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from equilab.analysis import paper, scaling
 from equilab.analysis.scaling import BUDGETS, Rule
@@ -46,21 +47,23 @@ def axes(rows: int, columns: int, height: float, **kw) -> tuple[Figure, np.ndarr
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as PNG, free of dates and versions."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    """Return a figure as PNG of 256 colours, a third of the bytes of all colours; free of dates and versions."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    colours = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    colours.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
 def save(folder: str, name: str, figure: Figure, numbers: pd.DataFrame):
     """Write NAME.png and NAME.csv, exactly the numbers drawn; return the picture for the notebook to show."""
-    from IPython.display import Image
+    from IPython.display import Image as Shown
 
     content, path = png(figure), Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / f"{name}.png").write_bytes(content)
     (path / f"{name}.csv").write_text(numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    return Image(content, width=int(WIDTH * 100))
+    return Shown(content, width=int(WIDTH * 100))
 
 
 def logarithmic(ax, x: bool = True, y: bool = True) -> None:
