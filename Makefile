@@ -11,7 +11,7 @@ RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -r -n 1 -P $(JOBS
 .PHONY: study test bench lab lock
 
 study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
-	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+	@git rev-parse --git-dir >/dev/null 2>&1 || { cd $(STUDY) && dvc config --local core.no_scm true; }
 	cd $(STUDY) && python -m equilab check && { dvc status --quiet dvc.yaml || \
 	    { dvc stage list --name-only | grep -xE "evaluator|teacher|pairs|latents|features" | xargs -r dvc repro && $(call RUNS,distill|diffusion|gan|consistency) && $(call RUNS,evaluate); }; } && dvc repro
 

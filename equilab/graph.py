@@ -195,9 +195,16 @@ def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(root: Path) -> list[Path]:
-    """Write dvc.yaml beside the params.yaml of the repository's root and of every study; return the paths."""
+    """Write dvc.yaml beside the params.yaml of the repository's root and of every study; return the paths.
+
+    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds.
+    """
+    from equilab import files
+
     studies = [root / "params.yaml", *sorted(root.glob("studies/*/params.yaml"))]
     for params in studies:
+        for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+            files.write(params.parent / name, (root / name).read_text())
         text = HEADER + yaml.safe_dump(dvc(config.read(params)), sort_keys=False, width=120)
         params.with_name("dvc.yaml").write_text(text)
     return [params.with_name("dvc.yaml") for params in studies]

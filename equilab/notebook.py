@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import nbformat
+from typing import TYPE_CHECKING
 
 from equilab.config import Job, Plan, UserError, nearest
 from equilab.files import write
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read",
             "equilab.analysis.students:read", "equilab.analysis.activity:read")  # imported by notebooks: dependencies
@@ -44,7 +47,8 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError naming the cell and the kept notebook, if a cell fails; or as `plan` does.
     """
-    import papermill
+    import papermill  # these take seconds
+    from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
     source = _checked(config, job)
@@ -64,7 +68,7 @@ def run(config: Config, job: Job) -> None:
             f"notebooks/{job.run}.ipynb failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
             f"it is kept in {failed}, and {job.out} is as it was"
         ) from None
-    text = nbformat.writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
+    text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
     write(fresh / f"{job.run}.ipynb", text + "\n")
     failed.unlink()
     shutil.rmtree(job.out, ignore_errors=True)
@@ -78,7 +82,7 @@ def _checked(config: Config, job: Job) -> Path:
     if not source.exists():
         known = [path.stem for path in source.parent.glob("*.ipynb")]
         raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
-    known = parameters(nbformat.read(source, 4))
+    known = parameters(json.loads(source.read_text()))
     for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")
@@ -87,28 +91,30 @@ def _checked(config: Config, job: Job) -> Path:
     return source
 
 
-def parameters(notebook: nbformat.NotebookNode) -> dict[str, float | str]:
+def parameters(notebook: dict) -> dict[str, float | str]:
     """Return the names that a notebook's `parameters` cell assigns, with their values there.
 
     Raises: UserError unless exactly one code cell has the tag.
     """
-    tagged = [c for c in notebook.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    tagged = [c for c in notebook["cells"] if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise UserError(f"a notebook needs one code cell with the tag `parameters`, found {len(tagged)}")
-    assigned = [node for node in ast.parse(tagged[0].source).body if isinstance(node, ast.Assign)]
+    assigned = [node for node in ast.parse("".join(tagged[0]["source"])).body if isinstance(node, ast.Assign)]
     return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
 
 
-def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def normalised(notebook: NotebookNode) -> NotebookNode:
     """Return an executed notebook without what changes from run to run: times, random names, addresses, stderr and
     the state of widgets, each of which leaves a note."""
+    from nbformat import from_dict
+
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for k, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
         cell.id, cell.metadata = f"cell-{k:03d}", {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             kept = [output for output in cell.outputs if output.get("name") != "stderr"]
-            cell.outputs = [nbformat.from_dict(_stable(output)) for output in kept]
+            cell.outputs = [from_dict(_stable(output)) for output in kept]
     return notebook
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
-
 from equilab.config import Job, Plan, UserError
 from equilab.files import write
 
@@ -68,6 +66,8 @@ def _anchored(chapter: str, start: int) -> tuple[str, list[str]]:
 
 def _notebook(path: Path) -> str:
     """Return a notebook as HTML: prose, pictures and tables, its code folded away."""
+    import nbformat  # takes seconds
+
     parts = []
     try:
         cells = list(nbformat.reads(_text(path), 4).cells)

@@ -3,15 +3,15 @@
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from forked import run
+from forked import HERE, context, run, serve
 
-ROOT = Path(__file__).parent.parent
+ROOT = HERE.parent
 MEASURED = ("results/cost/", "results/measured.", "results/notebook/sampling_speed", "results/notebook/reuse_smoothing",
             "results/report/")  # fmt: skip
 
@@ -29,8 +29,8 @@ def clone(folder):
 
 
 def call(study, *command):
-    """Run a command in a study as a shell with the environment active would; return its output."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    """Run a command in a study as a shell with the environment active would; `python` starts warm. Return its output."""
+    path = os.pathsep.join([str(HERE), os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(study.parent.parent), "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=study, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -46,9 +46,18 @@ def content(study):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = clone(tmp_path_factory.mktemp("first"))
-    call(folder, "make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke")  # this environment's
-    return folder
+    os.environ["WARM_PYTHON"] = str(tmp_path_factory.mktemp("warm") / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.environ["WARM_PYTHON"])
+        listener.listen()
+        server = context.Process(target=serve, args=(listener,))
+        server.start()
+    try:
+        folder = clone(tmp_path_factory.mktemp("first"))
+        call(folder, "make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke")  # this environment's
+        yield folder
+    finally:
+        server.kill()
 
 
 def test_one_command_ends_with_figures_tables_notebooks_claims_and_a_book(study):

@@ -1,0 +1,1 @@
+"""What notebooks and claims compute and draw from results."""

@@ -1,0 +1,1 @@
+"""Diffusion: schedules, losses and samplers, over noise levels and over discrete timesteps."""
