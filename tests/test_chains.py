@@ -79,6 +79,20 @@ def test_budgets_are_compared_where_nothing_else_differs(tmp_path):
     assert sorted(numbers["budget"]) == sorted(chains.KINDS) and set(numbers["steps"]) == {8}
 
 
+def test_a_kind_of_budget_need_gain_at_one_setting_alone(tmp_path):
+    more = [{**setting(4, 40, budget=kind), "fd_train": 100.0 if kind == "increasing" else 1.0} for kind in ("increasing", "adaptive")]
+    runs = ("fpdm", "fpdm", [*FPDM, *more], {}), BOTH[1]
+    groups = chains.alike(study(tmp_path, *runs))
+    assert [rows["steps"].iloc[0] for rows in groups] == [4, 8]  # the most to be moved first
+    keys = [("FPDM-10", kind) for kind in ("increasing", "adaptive")]
+    assert judged(tmp_path, *runs, of=keys).tolist() == [OPEN, HOLDS]
+
+
+def test_the_images_of_equal_cost_end_with_those_of_a_dit(tmp_path):
+    _, numbers = chains.smoothed(study(tmp_path, *BOTH))
+    assert numbers["family"].tolist() == ["FPDM"] * 4 + ["DiT"] and set(numbers["block_evals"]) == {40}
+
+
 def test_seeds_are_averaged_and_every_training_is_listed(tmp_path):
     jfb = {"fixed_point": {**FIXED, "gradient": "jfb", "steps": 1}}
     runs = [("a", "fpdm", FPDM, {}), ("b", "fpdm", FPDM, {"seed": 1}), ("c", "fpdm", FPDM[:1], jfb), BOTH[1]]
@@ -105,10 +119,10 @@ def test_a_study_without_denoisers_says_so(tmp_path):
         chains.read(tmp_path)
 
 
-def judged(folder, *runs):
-    """Return the verdict of every claim by (id, part)."""
+def judged(folder, *runs, of=tuple(fpdm_claims.COUNTED)):
+    """Return the verdict of every claim by (id, part), or `of` these."""
     config = Config(Rule(0.95, 0.15, 0.05, 0.05, 300.0), larger=5.0, keeps=0.7, iterations=(2, 6))
-    found = rows(fpdm_claims.Study(config, study(folder, *runs)), fpdm_claims.COUNTED)
+    found = rows(fpdm_claims.Study(config, study(folder, *runs)), {key: fpdm_claims.COUNTED[key] for key in of})
     assert found["reason"].str.len().min() > 10
     return found.set_index(["id", "part"])["verdict"]
 
@@ -131,11 +145,12 @@ def test_claims_follow_the_distances(tmp_path, factor, expected):
         ("FPDM-10", "adaptive"): {"budget": "adaptive"},
         ("FPDM-10", "increasing"): {"budget": "increasing"},
     }.items()):  # fmt: skip
-        found = judged(tmp_path / str(k), ("fpdm", "fpdm", changed(level, factor, **alike), {}), dit)
+        found = judged(tmp_path / str(k), ("fpdm", "fpdm", changed(level, factor, **alike), {}), dit, of=[key])
         wanted = OPEN if key[0] == "FPDM-5" and expected == FAILS else expected
         assert found[key] == wanted, key
     many = changed([{**one, "fd_train": 10.0} for one in DIT], factor, steps=10)
-    assert judged(tmp_path / "many", ("fpdm", "fpdm", level, {}), ("dit", "dit", many, {}))["FPDM-1", "many blocks, DDIM"] == expected
+    key = "FPDM-1", "many blocks, DDIM"
+    assert judged(tmp_path / "many", ("fpdm", "fpdm", level, {}), ("dit", "dit", many, {}), of=[key])[key] == expected
     worse = [{**FPDM[0], "fd_train": 10.0 / factor}]
     same = [{**FPDM[0], "fd_train": 10.0}]
     base = ("fpdm", "fpdm", level, {})

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import evaluated, read_table, replicated, short
+from equilab.analysis.tables import Results, evaluated, first_seeds, read_table, replicated, short
 from equilab.config import UserError, digest, read_json
 
 SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
@@ -28,20 +28,11 @@ KINDS = ("constant", "increasing", "decreasing", "adaptive")
 
 
 @dataclass(frozen=True)
-class Chains:
+class Chains(Results):
     """What a study found about its denoisers: `rows`, one for each run and setting; `position` is the setting's in
     the run's list, `each` the iterations of a step, `model` all of a run's config but the seed."""
 
-    folder: Path
-    distance: str
-    floor: float
-    samples: int
     rows: pd.DataFrame
-
-    @property
-    def score(self) -> str:
-        """The distance's name as people write it."""
-        return self.distance.split("_")[0].upper()
 
     def averaged(self, rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
         """Return rows with the seeds of a model and setting averaged."""
@@ -66,11 +57,8 @@ def read(folder: Path | str) -> Chains:
         raise UserError(f"{folder} holds no evaluated run of diffusion; run `dvc repro`, or give another results folder")
     rows = pd.concat(parts, ignore_index=True)
     rows["each"] = rows["block_evals"] / rows["nfe"] - rows["explicit"]
-    first = rows.sort_values(["seed", "run"]).groupby("model")["run"].first()
-    about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
-    distance = "fid_train" if "fid_train" in rows else "fd_train"
-    rows = rows.assign(label=rows["model"].map(first), plain=_plain(rows))
-    return Chains(folder, distance, about["floor"]["bootstrap"][distance], about["samples"], rows)
+    rows = rows.assign(label=rows["model"].map(first_seeds(rows)), plain=_plain(rows))
+    return Chains(*Results.measure(folder, rows), rows)
 
 
 def _plain(rows: pd.DataFrame) -> pd.Series:
@@ -151,15 +139,19 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
 
 
 def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
-    """Return the images of the same noises at a fixed number of blocks, a row for each number of steps (figure 5)."""
-    rows, _ = fixed(study)
+    """Return the images of the same noises at a fixed number of blocks, a row for each number of steps, and one of a DiT
+    that spends as much (figure 5)."""
+    rows, blocks = fixed(study)
     rows = rows[rows["reuse"] == True].sort_values(["seed", "each"]).drop_duplicates("each")  # noqa: E712
+    dit = study.rows[(study.rows["model"] == base(study, "DiT")) & study.rows["plain"] & (study.rows["method"] == "ddim")]
+    rows = pd.concat([rows, dit[dit["block_evals"] == blocks].sort_values("seed").iloc[:1]])
     figure, grid = axes(max(len(rows), 1), 12, 0.15 + figures.WIDTH / 13 * len(rows))
     for line, row in zip(grid, rows.itertuples()):
         kept = np.load(row.folder / "iterates.npz")
         for ax, image, diverged in zip(line, kept[f"image_{row.position}"], kept[f"diverged_{row.position}"]):
             figures.picture(ax, image, marked=bool(diverged))
-        line[0].set_ylabel(f"{row.each:.3g} its,\n{row.steps} steps", fontsize=6, rotation=0, ha="right", va="center")
+        name = "DiT" if row.family == "DiT" else f"{row.each:.3g} its"
+        line[0].set_ylabel(f"{name},\n{row.steps} steps", fontsize=6, rotation=0, ha="right", va="center")
     return figure, _numbers(study, rows)
 
 
@@ -179,33 +171,38 @@ def base(study: Chains, family: str = "FPDM") -> str:
     return found.idxmax() if len(found) else ""
 
 
-def alike(study: Chains) -> pd.DataFrame:
-    """Return the rows that differ in nothing but the kind of budget, where the most kinds were tried."""
+def alike(study: Chains) -> list[pd.DataFrame]:
+    """Return the groups of rows that differ in nothing but the kind of budget, the most iterations to be moved first."""
     rows = study.rows[(study.rows["model"] == base(study)) & study.rows["plain"]]
     groups = [group for _, group in rows.groupby(["method", "steps", "blocks", "reuse"]) if group["budget"].nunique() > 1]
-    return max(groups, key=lambda group: group["budget"].nunique(), default=rows.iloc[:0])
+    return sorted(groups, key=lambda group: (group["each"].iloc[0] - 1) * group["steps"].iloc[0], reverse=True)
 
 
 def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
-    """Return how each kind of budget spreads its iterations over the timesteps (figure 3), what quality it buys, and
-    its numbers: the chains that differ in nothing but the kind."""
-    rows = alike(study)
-    found = study.averaged(rows, confidence)
-    figure, grid = axes(1, 2, 2.7, width_ratios=(2, 1))
+    """Return how each kind of budget spreads its iterations over the timesteps (figure 3), what quality it buys next to a
+    constant one, and its numbers: the chains that differ in nothing but the kind."""
+    groups = alike(study)
+    found = study.averaged(pd.concat([*groups, study.rows.iloc[:0]]), confidence)
+    figure, grid = axes(1, 2, 2.7, width_ratios=(1, 1))
     for k, (kind, marker) in enumerate(zip(KINDS, "os^D")):
-        for row in rows[rows["budget"] == kind].sort_values("seed").iloc[:1].itertuples():
-            kept = np.load(row.folder / "iterates.npz")
-            counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
-            grid[0, 0].plot(np.arange(1, len(counts) + 1), counts, marker=marker, label=kind, color=figures.TONES[k])
-        one = found[found["budget"] == kind]
-        half = one[f"{study.distance}_half"]
-        grid[0, 1].errorbar([k] * len(one), one[study.distance], yerr=None if half.isna().any() else half, marker=marker,
-                            linestyle="none", capsize=2, color=figures.TONES[k])  # fmt: skip
+        for rows in groups[:1]:  # where the most iterations are to be moved
+            for row in rows[rows["budget"] == kind].sort_values("seed").iloc[:1].itertuples():
+                kept = np.load(row.folder / "iterates.npz")
+                counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
+                grid[0, 0].plot(np.arange(1, len(counts) + 1), counts, marker=marker, label=kind, color=figures.TONES[k])
+                grid[0, 0].set_title(f"{row.steps} steps, {counts.sum():.0f} iterations in all")
+    for k, rows in enumerate(groups):
+        means = study.averaged(rows, confidence).drop_duplicates("budget").set_index("budget").reindex(KINDS)
+        if pd.isna(means.loc["constant", study.distance]):
+            continue
+        ratio, half = (means[name] / means.loc["constant", study.distance] for name in (study.distance, f"{study.distance}_half"))
+        row, place = means.loc["constant"], np.arange(len(KINDS)) + 0.12 * (k - (len(groups) - 1) / 2)
+        grid[0, 1].errorbar(place, ratio, yerr=None if half.isna().all() else half, marker="vPX*h"[k % 5], linestyle="none", capsize=2,
+                            color=figures.GREY, alpha=1 - 0.25 * (k % 4), label=f"{row['steps']} steps, {row['blocks']:.0f} blocks")  # fmt: skip
     grid[0, 0].set(xlabel="step, the noisiest first", ylabel="iterations")
-    grid[0, 1].set(ylabel=study.score, title=f"ours: {study.samples:,} images")
+    grid[0, 1].set(ylabel=f"{study.score} over that of constant", title=f"ours: {study.samples:,} images")
     grid[0, 1].set_xticks(range(len(KINDS)), KINDS, rotation=30)
-    if len(found):
-        grid[0, 1].set_ylim(0.8 * found[study.distance].min(), 1.2 * found[study.distance].max())  # small gaps look small
+    grid[0, 1].set_ylim(*(min(grid[0, 1].get_ylim()[0], 0.8), max(grid[0, 1].get_ylim()[1], 1.2)))  # small gaps look small
     for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
     legend(figure, grid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,29 +10,17 @@ from scipy import stats
 
 from equilab.analysis import chains
 from equilab.analysis.chains import Chains
-from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, seeds_of, span, verdict
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Found, listed, seeds_of, span, verdict
 
 
-@dataclass(frozen=True)
 class Study(Comparisons):
     """What the claims are tested on."""
 
-    config: Config
-    chains: Chains
+    found: Chains
 
     def averaged(self, rows: pd.DataFrame, among: int = 1) -> pd.DataFrame:
         """Return rows with their seeds averaged, with intervals that hold for `among` of them at once."""
-        return self.chains.averaged(rows, 1 - (1 - self.config.rule.confidence) / among)
-
-    @property
-    def distance(self) -> str:
-        """The column of the distance."""
-        return self.chains.distance
-
-    @property
-    def score(self) -> str:
-        """The distance's name as people write it."""
-        return self.chains.score
+        return self.found.averaged(rows, self.confidence(among))
 
 
 Test = Callable[[Study], Found | None]  # None: the study trains nothing that could tell
@@ -43,11 +30,11 @@ def at_blocks(method: str, few: bool) -> Test:
     """Return the test of FPDM against DiT at the fewest blocks that both were sampled with, or the reverse at the most."""
 
     def test(study: Study) -> Found | None:
-        rows = chains.usual(study.chains)
+        rows = chains.usual(study.found)
         rows = rows.assign(spent=rows["blocks"].fillna(rows["block_evals"]))[rows["method"] == method]
         rows = study.averaged(rows)
         rows = rows.drop_duplicates(["model", "spent"])
-        both = [rows[rows["model"] == chains.base(study.chains, family)].set_index("spent") for family in ("DiT", "FPDM")]
+        both = [rows[rows["model"] == chains.base(study.found, family)].set_index("spent") for family in ("DiT", "FPDM")]
         common = sorted(set(both[0].index) & set(both[1].index))
         if len(common) < 2:
             return None
@@ -61,8 +48,8 @@ def at_blocks(method: str, few: bool) -> Test:
 
 def parameters(study: Study) -> Found | None:
     """Test that FPDM has fewer parameters than the DiT it is compared with."""
-    counts = study.chains.rows.drop_duplicates("model").set_index("model")["parameters"]
-    models = [chains.base(study.chains, family) for family in ("DiT", "FPDM")]
+    counts = study.found.rows.drop_duplicates("model").set_index("model")["parameters"]
+    models = [chains.base(study.found, family) for family in ("DiT", "FPDM")]
     if not all(models):
         return None
     dit, fpdm = counts[models]
@@ -71,8 +58,8 @@ def parameters(study: Study) -> Found | None:
 
 def memory(study: Study) -> Found | None:
     """Test that a training step of FPDM takes less memory than one of the DiT it is compared with, at an equal batch."""
-    rows = chains.costs(study.chains)
-    found = [rows[rows["model"] == chains.base(study.chains, family)] for family in ("DiT", "FPDM")]
+    rows = chains.costs(study.found)
+    found = [rows[rows["model"] == chains.base(study.found, family)] for family in ("DiT", "FPDM")]
     if any(one.empty for one in found):
         return None
     dit, fpdm = (one["memory_mib"].iloc[0] for one in found)
@@ -83,11 +70,11 @@ def memory(study: Study) -> Found | None:
 def own_size(study: Study) -> Found | None:
     """Test FPDM against DiTs of about as many parameters (within a factor of 1.6, as in the paper) at about as many sampling
     FLOPs (within 1.28): the dearest of the chains that match."""
-    rows = study.averaged(chains.usual(study.chains)).query("method == 'ddim'")
+    rows = study.averaged(chains.usual(study.found)).query("method == 'ddim'")
     fpdm, dit = (rows[rows["family"] == family] for family in ("FPDM", "DiT"))
     if fpdm.empty or dit.empty:
         return None
-    both = fpdm[fpdm["model"] == chains.base(study.chains)].merge(dit, how="cross", suffixes=("", "_dit"))
+    both = fpdm[fpdm["model"] == chains.base(study.found)].merge(dit, how="cross", suffixes=("", "_dit"))
     apart = {name: np.abs(np.log(both[f"{name}_dit"] / both[name])) for name in ("parameters", "flops")}
     both = both[(apart["parameters"] <= np.log(1.6)) & (apart["flops"] <= np.log(1.28))].sort_values(["flops", "flops_dit"])
     if both.empty:
@@ -100,7 +87,7 @@ def own_size(study: Study) -> Found | None:
 
 def middle(study: Study) -> Found | None:
     """Test that the best number of iterations a step, at equal blocks, is neither the fewest nor the most."""
-    rows, blocks = chains.fixed(study.chains)
+    rows, blocks = chains.fixed(study.found)
     rows = rows[rows["reuse"] == True]  # noqa: E712
     if rows["steps"].nunique() < 3:
         return None
@@ -119,7 +106,7 @@ def reuse(few: bool) -> Test:
     """Return the test that reuse helps at the fewest iterations a step, or that it helps less at the most."""
 
     def test(study: Study) -> Found | None:
-        rows, blocks = chains.fixed(study.chains)
+        rows, blocks = chains.fixed(study.found)
         rows = study.averaged(rows)
         paired = rows[rows.groupby("steps")["reuse"].transform("nunique") == 2]
         if paired["steps"].nunique() < 2:
@@ -140,7 +127,7 @@ def reuse(few: bool) -> Test:
 
 def less_noisy(study: Study) -> Found | None:
     """Test that reuse lowers the residual more in the less noisy half of the timesteps than in the other."""
-    found = chains.residuals(study.chains)
+    found = chains.residuals(study.found)
     found = found[found["steps"] == found["steps"].max()]
     found = found[found["t"] < found["t"].max()]  # the first step has nothing to reuse
     if found["t"].nunique() < 2:
@@ -161,24 +148,29 @@ def less_noisy(study: Study) -> Found | None:
 
 
 def kinds(kind: str) -> Test:
-    """Return the test that a budget of this kind is better than a constant one of the same total."""
+    """Return the test that a budget of this kind is somewhere better than a constant one of the same total: at the number of
+    steps and blocks where it gains most, with an interval that holds for all of those tried."""
 
     def test(study: Study) -> Found | None:
-        rows = study.averaged(chains.alike(study.chains))
-        named = rows.drop_duplicates("budget").set_index("budget")
-        if not {kind, "constant"} <= set(named.index):
+        groups = [rows for rows in chains.alike(study.found) if {kind, "constant"} <= set(rows["budget"])]
+        pairs = []
+        for rows in groups:
+            named = study.averaged(rows, len(groups)).drop_duplicates("budget").set_index("budget")
+            pairs.append((named.loc["constant"], named.loc[kind]))
+        if not pairs:
             return None
-        told = f"at {named.loc[kind, 'blocks']:.0f} blocks: constant {study.value(named.loc['constant'])}, "
-        return study.compared(told + f"{kind} {study.value(named.loc[kind])}", named.loc["constant"], named.loc[kind])
+        first, last = max(pairs, key=lambda pair: study.gain(*pair))
+        told = "; ".join(f"{a['steps']} steps, {a['blocks']:.0f} blocks: constant {study.value(a)}, {kind} {study.value(b)}" for a, b in pairs)
+        return study.compared(told, first, last)
 
     return test
 
 
 def _models(study: Study, but: str) -> pd.DataFrame:
     """Return the FPDMs that differ in one thing from the base at their headline setting, averaged."""
-    rows = study.chains.rows[(study.chains.rows["family"] == "FPDM") & (study.chains.rows["position"] == 0)]
+    rows = study.found.rows[(study.found.rows["family"] == "FPDM") & (study.found.rows["position"] == 0)]
     rows = rows.astype({name: object for name in chains.SETTING}).fillna({name: "-" for name in chains.SETTING})
-    head = rows[rows["model"] == chains.base(study.chains)].iloc[:1]
+    head = rows[rows["model"] == chains.base(study.found)].iloc[:1]
     same = rows.merge(head[[but, *chains.SETTING]].drop(columns="steps"), how="inner")  # at equal blocks
     return study.averaged(same)
 
@@ -197,8 +189,8 @@ def layers_at(few: bool) -> Test:
     the most, or at the most blocks the most."""
 
     def test(study: Study) -> Found | None:
-        rows = chains.usual(study.chains).query("family == 'FPDM' and method == 'ddim' and pre == post and pre > 0")
-        same = rows.loc[rows["model"] == chains.base(study.chains), "but_layers"]
+        rows = chains.usual(study.found).query("family == 'FPDM' and method == 'ddim' and pre == post and pre > 0")
+        same = rows.loc[rows["model"] == chains.base(study.found), "but_layers"]
         rows = study.averaged(rows[rows["but_layers"].isin(same)]).drop_duplicates(["pre", "blocks"])
         spent = rows.groupby("blocks")["pre"].nunique()
         if spent.empty or spent.max() < 2:

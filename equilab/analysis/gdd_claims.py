@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,30 +10,18 @@ from scipy import stats
 
 from equilab.analysis import activity, students
 from equilab.analysis.students import Students
-from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Config, Found, listed, ordered, seeds_of, span, verdict
+from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Found, listed, ordered, seeds_of, span, verdict
 
 
-@dataclass(frozen=True)
 class Study(Comparisons):
     """What the claims are tested on."""
 
-    config: Config
-    students: Students
-
-    @property
-    def distance(self) -> str:
-        """The column of the distance."""
-        return self.students.distance
-
-    @property
-    def score(self) -> str:
-        """The distance's name as people write it."""
-        return self.students.score
+    found: Students
 
     def averaged(self, among: int = 1) -> pd.DataFrame:
         """Return every model, its seeds averaged, the spread pooled over all; with intervals that hold for `among` of them at
         once."""
-        return self.students.averaged(self.students.rows, 1 - (1 - self.config.rule.confidence) / among)
+        return self.found.averaged(self.found.rows, self.confidence(among))
 
     def model(self, name: str | None, among: int = 1) -> pd.Series | None:
         """Return the averaged row of a model, or None."""
@@ -44,11 +31,11 @@ class Study(Comparisons):
 
     def of(self, family: str) -> pd.Series | None:
         """Return the averaged row of a family's headline, or None."""
-        return self.model(self.students.headline(family))
+        return self.model(self.found.headline(family))
 
     def variant(self, family: str) -> pd.Series | None:
         """Return the averaged row of a family that differs from GDD (or CD) in nothing else, or None."""
-        return self.model(students.variant(self.students, family))
+        return self.model(students.variant(self.found, family))
 
     @property
     def near(self) -> float:
@@ -75,10 +62,10 @@ def better(worse: str, best: str, near: bool = False) -> Test:
 
 def slower(study: Study) -> Found | None:
     """Test that GDD with a consistency loss beside it is worse than GDD at their first snapshot."""
-    names, curves = [students.variant(study.students, family) for family in ("GDD", "GDD + CD")], study.students.curves
+    names, curves = [students.variant(study.found, family) for family in ("GDD", "GDD + CD")], study.found.curves
     if None in names:
         return None
-    found = study.students.averaged(curves, study.config.rule.confidence, ("nimg",))
+    found = study.found.averaged(curves, study.config.rule.confidence, ("nimg",))
     alone, beside = (found[found["model"] == name].sort_values("nimg").head(1) for name in names)
     if alone.empty or beside.empty or alone["nimg"].iloc[0] != beside["nimg"].iloc[0]:
         return None
@@ -106,7 +93,7 @@ def against_teacher(study: Study) -> Found | None:
     """Test that the better of GDD and GDD-I is within the margin of its teacher at its most evaluations, or past it."""
     table = study.averaged(2)
     teacher = table[table["stage"] == "teacher"].sort_values("nfe")
-    found = table[table["model"].isin([study.students.headline(name) for name in ("GDD", "GDD-I")])]
+    found = table[table["model"].isin([study.found.headline(name) for name in ("GDD", "GDD-I")])]
     if teacher.empty or found.empty:
         return None
     last, ours = teacher.iloc[-1], found.sort_values(study.distance).iloc[0]
@@ -123,7 +110,7 @@ def images(study: Study) -> Found | None:
         return None
 
     def first(row: pd.Series) -> float:
-        curves = study.students.curves
+        curves = study.found.curves
         along = curves[curves["model"] == row["model"]].groupby("nimg")[study.distance].mean()
         along.loc[row["nimg"]] = row[study.distance]
         past = along[along <= cd[study.distance]].index
@@ -140,10 +127,10 @@ def images(study: Study) -> Found | None:
 
 def judges(study: Study) -> Found | None:
     """Test that the projected discriminator is better than every other."""
-    rows = students.ablation(study.students, study.averaged(), "judge")
+    rows = students.ablation(study.found, study.averaged(), "judge")
     if rows["judge"].nunique() < 2 or "projected" not in set(rows["judge"]):
         return None
-    rows = students.ablation(study.students, study.averaged(len(rows) - 1), "judge")
+    rows = students.ablation(study.found, study.averaged(len(rows) - 1), "judge")
     ours = rows[rows["judge"] == "projected"].iloc[0]
     next_best = rows[rows["judge"] != "projected"].sort_values(study.distance).iloc[0]
     return study.compared(listed(rows, study.distance, "judge").replace(" at ", " with "), next_best, ours)
@@ -152,7 +139,7 @@ def judges(study: Study) -> Found | None:
 def collapse(study: Study) -> Found | None:
     """Test that a StyleGAN2 discriminator from scratch leads nowhere: a distance too far off to order models, or a recall
     below a tenth of the projected one's."""
-    rows = students.ablation(study.students, study.averaged(), "judge").drop_duplicates("judge").set_index("judge")
+    rows = students.ablation(study.found, study.averaged(), "judge").drop_duplicates("judge").set_index("judge")
     if not {"projected", "StyleGAN2 from scratch"} <= set(rows.index):
         return None
     other, ours = rows.loc["StyleGAN2 from scratch"], rows.loc["projected"]
@@ -163,7 +150,7 @@ def collapse(study: Study) -> Found | None:
 
 def augmentation(study: Study) -> Found | None:
     """Test that augmentation hurts, at the same R1."""
-    rows = students.ablation(study.students, study.averaged(), "penalty")
+    rows = students.ablation(study.found, study.averaged(), "penalty")
     with_, without = (rows[rows["augment"] == kind] for kind in ("diffaugment", "none"))
     gammas = sorted(set(with_["gamma"]) & set(without["gamma"]))
     if not gammas:
@@ -174,11 +161,11 @@ def augmentation(study: Study) -> Found | None:
 
 def penalty(study: Study) -> Found | None:
     """Test that the best R1 is better than none."""
-    rows = students.ablation(study.students, study.averaged(), "penalty").query("augment == 'none'")
+    rows = students.ablation(study.found, study.averaged(), "penalty").query("augment == 'none'")
     tried = int((rows["gamma"] > 0).sum())
     if not tried or not (rows["gamma"] == 0).any():
         return None
-    rows = students.ablation(study.students, study.averaged(tried), "penalty").query("augment == 'none'")
+    rows = students.ablation(study.found, study.averaged(tried), "penalty").query("augment == 'none'")
     bare, other = rows[rows["gamma"] == 0].iloc[0], rows[rows["gamma"] > 0]
     told = f"without R1 {study.value(bare)}; gamma " + listed(other, study.distance, "gamma")
     return study.compared(told, bare, other.sort_values(study.distance).iloc[0])
@@ -188,8 +175,8 @@ def overfits(study: Study) -> Found | None:
     """Test that GDD ends further above its best snapshot than GDD-I does: ratios of each seed's last to its best."""
     worse = []
     for family in ("GDD", "GDD-I"):
-        curves = study.students.curves
-        curves = curves[curves["model"] == study.students.headline(family)].sort_values("nimg")
+        curves = study.found.curves
+        curves = curves[curves["model"] == study.found.headline(family)].sort_values("nimg")
         if curves.empty or curves.groupby("run").size().min() < 3:
             return None
         by = curves.groupby("seed")[study.distance]
@@ -209,7 +196,7 @@ def relative(x: str) -> Test:
     correlation of means over seeds."""
 
     def test(study: Study) -> Found | None:
-        found = students.relatives(study.students)
+        found = students.relatives(study.found)
         if found.empty or found.dropna(subset=[x])[x].nunique() < 3:
             return None
         rows = students.evenly(found) if x == "steps" else found.dropna(subset=[x])
@@ -231,15 +218,15 @@ def _order(study: Study, told: str, rho: float, p: float, seeds: str) -> Found:
 def alike(study: Study) -> Found | None:
     """Test that students of several steps are as good as the one-step student like them, within the margin, and further from
     it than real images from real ones and than the difference in quality."""
-    found = students.relatives(study.students)
+    found = students.relatives(study.found)
     if found.empty:
         return None
-    one = study.students.students().set_index("run")[study.distance]
+    one = study.found.students().set_index("run")[study.distance]
     base = found["first"].map(one)
     as_good = np.abs(np.log(found[study.distance] / base)).max() <= np.log1p(study.config.rule.margin_distance)
-    apart = found["relative"] > np.maximum((found[study.distance] - base).abs(), study.students.floor)
+    apart = found["relative"] > np.maximum((found[study.distance] - base).abs(), study.found.floor)
     told = (f"abs-{study.score} {found[study.distance].min():.3g} to {found[study.distance].max():.3g}, one step {base.mean():.3g}; "
-            f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}, real from real {study.students.floor:.3g}")  # fmt: skip
+            f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}, real from real {study.found.floor:.3g}")  # fmt: skip
     interval = f"{apart.sum()} of {len(apart)} further apart than they differ in quality"
     return Found(told, interval, str(found["seed"].nunique()), FAILS if not apart.all() else HOLDS if as_good else OPEN)
 
@@ -247,9 +234,9 @@ def alike(study: Study) -> Found | None:
 def layers(study: Study) -> Found | None:
     """Test that the teacher's deep layers are most active at high noise levels and its shallow ones at low, by the rank
     correlation of depth and peak, of the root mean square."""
-    if not (study.students.folder / "activation" / "activation.csv").exists():
+    if not (study.found.folder / "activation" / "activation.csv").exists():
         return None
-    found = activity.order(activity.read(study.students.folder, "rms")).query("run == 'teacher' and part == 'all'")
+    found = activity.order(activity.read(study.found.folder, "rms")).query("run == 'teacher' and part == 'all'")
     if found.empty:
         return None
     rho, p, count = found[["rank correlation", "p", "layers"]].iloc[0]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, GREEN, GREY, IMAGES, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import TUNED, evaluated, read_table, replicated
+from equilab.analysis.tables import TUNED, Results, evaluated, first_seeds, read_table, replicated
 from equilab.config import UserError, digest, read_json
 
 FROZEN = {"gdd": "GDD", "gdd_i": "GDD-I", "gdd_i_qkv": "GDD-I, QKV frozen", "gdd_i_qkv_skip": "GDD-I, QKV and skips frozen"}
@@ -30,22 +30,13 @@ SHOWN = 12  # noises of which every model's image is shown
 
 
 @dataclass(frozen=True)
-class Students:
+class Students(Results):
     """What a study found about its students: `rows`, one for each run, and for each setting of the teacher; `curves`, one
     for each snapshot; `relative`, the distance between the images of runs, empty if it was not measured."""
 
-    folder: Path
-    distance: str
-    floor: float
-    samples: int
     rows: pd.DataFrame
     curves: pd.DataFrame
     relative: pd.DataFrame
-
-    @property
-    def score(self) -> str:
-        """The distance's name as people write it."""
-        return self.distance.split("_")[0].upper()
 
     def averaged(self, rows: pd.DataFrame, confidence: float, at: tuple[str, ...] = ()) -> pd.DataFrame:
         """Return rows with the seeds of a model averaged (at each value of the columns `at`)."""
@@ -90,14 +81,12 @@ def read(folder: Path | str) -> Students:
         curves += [snapshots.assign(**{k: v for k, v in about.items() if k not in snapshots})] if len(snapshots) else []
     rows = pd.DataFrame(rows)
     curves = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=[*rows, "nimg"])
-    first = rows[rows["stage"] != "teacher"].sort_values(["seed", "run"]).groupby("model")["run"].first()
+    first = first_seeds(rows[rows["stage"] != "teacher"])
     rows["label"] = rows["model"].map(first).fillna(rows["label"])
     curves["label"] = curves["model"].map(first)
-    about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
-    distance = "fid_train" if "fid_train" in rows else "fd_train"
     path = folder / "relative" / "relative.csv"
     relative = read_table(path) if path.exists() else pd.DataFrame()
-    return Students(folder, distance, about["floor"]["bootstrap"][distance], about["samples"], rows, curves, relative)
+    return Students(*Results.measure(folder, rows), rows, curves, relative)
 
 
 def _about(path: Path, stage: str) -> dict[str, Any]:

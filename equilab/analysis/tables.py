@@ -21,28 +21,44 @@ SCHEDULE = ("nimg", "warmup_nimg", "decay_start_nimg", "ema_half_life_nimg")  # 
 
 
 @dataclass(frozen=True)
-class Tables:
-    """What a study found about its one-step generators, a row each.
-
-    `runs`: trained runs at their headline setting; `curves`: their snapshots; `sweeps`: their settings at test time;
-    `teacher`: settings of the teacher; `costs`: measured seconds and memory, empty if not measured.
-    `distance` is the column of the distance to the training images, `floor` that of real images from real ones.
-    """
+class Results:
+    """How a study measures quality: `distance` is the column of the distance to the training images, `floor` that of real
+    images from real ones, `samples` the number of images that both are of."""
 
     folder: Path
     distance: str
     floor: float
     samples: int
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    sweeps: pd.DataFrame
-    teacher: pd.DataFrame
-    costs: pd.DataFrame
 
     @property
     def score(self) -> str:
         """The distance's name as people write it: FD, or FID where Inception's features are used."""
         return self.distance.split("_")[0].upper()
+
+    @staticmethod
+    def measure(folder: Path, rows: pd.DataFrame) -> tuple[Path, str, float, int]:
+        """Return the fields of Results for a results folder with these rows of measures.
+
+        Raises: UserError naming the evaluator's summary, if it is missing or damaged.
+        """
+        about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
+        distance = "fid_train" if "fid_train" in rows else "fd_train"
+        return folder, distance, about["floor"]["bootstrap"][distance], about["samples"]
+
+
+@dataclass(frozen=True)
+class Tables(Results):
+    """What a study found about its one-step generators, a row each.
+
+    `runs`: trained runs at their headline setting; `curves`: their snapshots; `sweeps`: their settings at test time;
+    `teacher`: settings of the teacher; `costs`: measured seconds and memory, empty if not measured.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    sweeps: pd.DataFrame
+    teacher: pd.DataFrame
+    costs: pd.DataFrame
 
     @property
     def measures(self) -> dict[str, str]:
@@ -101,17 +117,14 @@ def read(folder: Path | str) -> Tables:
     if not rows:
         raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
     runs = pd.DataFrame(rows)
-    first = runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
-    about = read_json(folder / "evaluator" / "summary.json", "floor", "samples")
-    distance = "fid_train" if "fid_train" in runs else "fd_train"
+    first = first_seeds(runs)
     costs = read_table(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
     sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # there may be no GET
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = curves["train_flops_image"] * curves["nimg"]
-    floor = about["floor"]["bootstrap"][distance]
-    return Tables(folder, distance, floor, about["samples"], runs, curves, sweeps, teacher, costs)
+    return Tables(*Results.measure(folder, runs), runs, curves, sweeps, teacher, costs)
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -202,6 +215,11 @@ def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], 
         reach = stats.t.ppf((1 + confidence) / 2, freedom) if freedom else np.nan
         table[f"{value}_half"] = table[value] * spread * reach / np.sqrt(table["n"])
     return table.reset_index()
+
+
+def first_seeds(runs: pd.DataFrame) -> pd.Series:
+    """Return by model the run of its first seed, which gives it its label."""
+    return runs.sort_values(["seed", "run"]).groupby("model")["run"].first()
 
 
 def main_regime(tables: Tables) -> str:

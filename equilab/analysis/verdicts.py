@@ -14,7 +14,7 @@ from scipy import stats
 
 from equilab import config as configs
 from equilab.analysis.scaling import Rule
-from equilab.analysis.tables import short
+from equilab.analysis.tables import Results, short
 
 TEXTS = Path(configs.__file__).with_name("claims.yaml")
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
@@ -45,12 +45,26 @@ class Found(NamedTuple):
     note: str = ""  # what else the study shows about the reason
 
 
+@dataclass(frozen=True)
 class Comparisons:
-    """What tests of distances share: `config` says when a difference counts, `distance` is the column, `score` its name."""
+    """What tests of distances are made on: `config` says when a difference counts, `found` is what the study found."""
 
     config: Config
-    distance: str
-    score: str
+    found: Results
+
+    @property
+    def distance(self) -> str:
+        """The column of the distance."""
+        return self.found.distance
+
+    @property
+    def score(self) -> str:
+        """The distance's name as people write it."""
+        return self.found.score
+
+    def confidence(self, among: int) -> float:
+        """Return the confidence of each of `among` intervals that hold at once."""
+        return 1 - (1 - self.config.rule.confidence) / among
 
     def gain(self, first: pd.Series, last: pd.Series) -> tuple[float, float]:
         """Return between which bounds the distance of `first` over that of `last` lies: above 1, `last` is better."""
