@@ -36,6 +36,14 @@ GDD_METHODS = pd.DataFrame(
      ("GDD", 1, 1.66, 10.11, 5e6), ("GDD-I", 1, 1.54, 10.10, 5e6)],
     columns=["method", "nfe", "fid", "inception score", "nimg"],
 )  # fmt: skip
+GDD_DATASETS = pd.DataFrame(  # tables 3b, 3c and 4
+    [*(("AFHQv2 64x64", *row, None, None) for row in (("EDM", 79, 1.96), ("SiD", 1, 1.62), ("GDD", 1, 1.23), ("GDD-I", 1, 1.31))),
+     *(("FFHQ 64x64", *row, None, None) for row in (("EDM", 79, 2.39), ("SiD", 1, 1.55), ("GDD", 1, 1.08), ("GDD-I", 1, 0.85))),
+     *(("ImageNet 64x64, with classes", *row) for row in (
+         ("EDM", 79, 2.64, None, None), ("PD", 1, 15.39, None, None), ("CD", 1, 6.20, 0.68, 0.63), ("SiD", 1, 1.52, 0.74, 0.63),
+         ("GDD", 1, 1.42, 0.77, 0.59), ("GDD-I", 1, 1.16, 0.75, 0.60)))],
+    columns=["dataset", "method", "nfe", "fid", "precision", "recall"],
+)  # fmt: skip
 GDD_JUDGES = pd.DataFrame(  # table 1a
     [("StyleGAN2 from scratch", "collapse"), ("StyleGAN2 pre-trained", "collapse"), ("VGG16", "4.04"), ("LPIPS", "3.49"),
      ("projected", "2.21")], columns=["discriminator", "FID"],
