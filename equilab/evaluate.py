@@ -239,7 +239,8 @@ def _chains(config: Config, job: Job, generator: Generator, pixels: Pixels) -> d
 
 
 def _iterates(config: Config, job: Job, generator: Generator, pixels: Pixels) -> bytes:
-    """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs."""
+    """Return the content of iterates.npz: along the iterations (or the sampling steps) of the same noises for all runs, and
+    what other settings of a sampler make of them."""
     setting, solved, images, traces = config.settings[0], generator.settings is Solve, [], []
     if solved:
         setting = replace(setting, iterations=TRACE)
@@ -249,6 +250,9 @@ def _iterates(config: Config, job: Job, generator: Generator, pixels: Pixels) ->
         traces += [trace(*made.solutions)] if solved else []
     found = {name: np.concatenate([t[name] for t in traces]) for name in (traces[0] if traces else ())}
     found |= _chains(config, job, generator, pixels) if config.chain else {}
+    for k, sampler in enumerate(config.sampler[1:], 1):
+        made = generator.make(*inputs(job.study.seed, np.arange(SHOWN), generator, sampler), sampler)
+        found[f"image_{k}"] = pixels.decode(made.image).cpu().numpy()  # (SHOWN, C, H, W)
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]  # (K, SHOWN, C, H, W)
     return packed(found)
 

@@ -59,7 +59,7 @@ def budgets(study: chains.Chains) -> widgets.Widget:
     """Return a slider over the number of steps among which a fixed number of blocks is shared, and a choice of how: the
     iterations of each step, the images of the same noises, the quality."""
     rows, blocks = chains.fixed(study)
-    rows = pd.concat([rows, chains.alike(study)]).query("blocks == @blocks and method == 'ddim'")
+    rows = pd.concat([rows, *chains.alike(study)]).query("blocks == @blocks and method == 'ddim'")
     rows = rows.drop_duplicates(["steps", "budget", "reuse"]).reset_index(drop=True)
     if rows.empty:
         return widgets.HTML("This study samples no FPDM by DDIM at several numbers of steps.")
@@ -82,8 +82,9 @@ def budgets(study: chains.Chains) -> widgets.Widget:
 
 
 def one_step(study: students.Students) -> widgets.Widget:
-    """Return a slider over noises and a choice of steps and noise levels: the image that every model makes of a noise."""
-    rows = students.first(study)
+    """Return a slider over noises and a choice of steps and noise levels: the image that every model makes of a noise, the
+    teacher in each number of steps that it was sampled with."""
+    rows = students.first(study, settings=True)
     levels = ["all", *dict.fromkeys(rows["sigmas"].dropna())] if "sigmas" in rows else ["all"]
     noise = widgets.IntSlider(value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False)
     steps = widgets.Dropdown(options=levels, description="sigmas")

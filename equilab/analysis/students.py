@@ -285,9 +285,9 @@ def gallery(study: Students) -> tuple[Figure, pd.DataFrame]:
     return figure, rows[["family", "run", "nfe", study.distance]]
 
 
-def first(study: Students) -> pd.DataFrame:
-    """Return the first seed of every student, the teacher's headline, and one GET and one ViT."""
-    rows = study.rows[(study.rows["position"] == 0)].sort_values(["order", "run", "seed"], kind="stable").drop_duplicates("model")
+def first(study: Students, settings: bool = False) -> pd.DataFrame:
+    """Return the first seed of every student, the teacher's headline (or all its settings), and one GET and one ViT."""
+    rows = study.rows[(study.rows["position"] == 0) | settings].sort_values(["order", "run", "seed"], kind="stable").drop_duplicates("model")
     return rows[(rows["stage"] != "distill") | rows["model"].isin([study.headline(name) for name in ("GET", "ViT")])]
 
 
@@ -299,14 +299,16 @@ def side_by_side(study: Students, rows: pd.DataFrame, noise: int) -> Figure:
         ax.set_visible(False)
     for ax, row in zip(grid.flat, rows.itertuples()):
         ax.set_visible(True)
-        figures.picture(ax, final(row.folder)[noise])
+        figures.picture(ax, final(row.folder, row.position)[noise])
         ax.set_title(f"{row.family}, {row.nfe:.0f} nfe\n{study.score} {getattr(row, study.distance):.3g}", fontsize=6.5)
     return figure
 
 
-def final(folder: Path) -> np.ndarray:
-    """Return the images (N, C, H, W) uint8 that a run made of the noises all runs share."""
+def final(folder: Path, position: int = 0) -> np.ndarray:
+    """Return the images (N, C, H, W) uint8 that a run made of the noises all runs share, at one of its settings."""
     with np.load(folder / "iterates.npz") as kept:
+        if position:
+            return kept[f"image_{position}"]
         count = read_table(folder / "sweep.csv").get("iterations")
         images = kept["images"]  # (K, N, C, H, W); an implicit generator's go on beyond its iterations
         last = len(images) if count is None or pd.isna(count.iloc[0]) else min(int(round(count.iloc[0])), len(images))
