@@ -68,7 +68,12 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Config(onestep.Config):
-    """An entry of the params section `gan`."""
+    """An entry of the params section `gan`.
+
+    The losses do not depend on how a batch is split over devices and accumulation. The heads over feature networks do: they
+    normalise over the micro-batch of a process, as published; and ADA follows each micro-batch. There
+    `optimisation.micro_batch` and the number of processes are part of the training.
+    """
 
     discriminator: Annotated[Spec, tuple(DISCRIMINATORS.items())]
     features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminator; none for stylegan2
