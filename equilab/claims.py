@@ -33,7 +33,7 @@ def run(config: Config, job: Job) -> None:
         timed.append(rows(study, get_claims.MEASURED if measured else {}))
     if evaluated(folder, "diffusion"):
         denoisers = fpdm_claims.Study(config, chains.read(folder))
-        score = denoisers.chains.score
+        score = denoisers.score
         counted.append(rows(denoisers, fpdm_claims.COUNTED))
         timed.append(rows(denoisers, fpdm_claims.MEASURED if measured else {}))
     if evaluated(folder, "gan") + evaluated(folder, "consistency"):

@@ -129,7 +129,8 @@ STAGES = {
 
 
 def closure(module: str) -> list[str]:
-    """Return the modules of the package that `module` imports, at any depth and anywhere in it, itself included.
+    """Return the modules of the package that `module` imports, at any depth and anywhere in it, with the packages that they
+    are in, itself included.
 
     A class named as "equilab.module:Class" in a string is imported as well.
     """
@@ -139,7 +140,7 @@ def closure(module: str) -> list[str]:
         if name in found:
             continue
         found.add(name)
-        waiting += _imports(_file(name))
+        waiting += [*_imports(_file(name)), *filter(None, [name.rpartition(".")[0]])]
     return sorted(found)
 
 

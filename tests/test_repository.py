@@ -61,7 +61,8 @@ def imported(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_from_its_layer_and_those_below(module):
     for other in graph.closure(module):
-        assert layer(other) <= layer(module), f"{module} imports {other}"
+        says = len(ast.parse(graph._file(other).read_text()).body) > 1  # more than what the package is for
+        assert layer(other) <= layer(module) or not says, f"{module} imports {other}"
     if module.startswith("equilab.solvers"):
         assert not [m for m in graph.closure(module) if not m.startswith("equilab.solvers") and m != "equilab"]
     if module.startswith("equilab.models"):
@@ -80,16 +81,19 @@ def test_a_heavy_library_enters_where_it_is_listed(library, places):
 def test_every_study_has_the_graph_that_the_table_describes(tmp_path):
     (tmp_path / "studies").mkdir()
     shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    shutil.copytree(ROOT / ".dvc", tmp_path / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     for params in ROOT.glob("studies/*/params.yaml"):
         (tmp_path / "studies" / params.parent.name).mkdir()
         shutil.copy(params, tmp_path / "studies" / params.parent.name)
     for written in graph.write(tmp_path):
         committed = ROOT / written.relative_to(tmp_path)
         assert committed.read_text() == written.read_text(), f"{committed} is stale: run `python -m equilab graph`"
+        assert (committed.parent / ".dvc/config").read_text() == (ROOT / ".dvc/config").read_text()
 
 
 def test_a_stage_depends_on_the_modules_that_it_really_imports():
-    """What a stage has loaded after its import is in its closure, packages without content aside."""
+    """What a stage has loaded after its import is in its closure."""
     modules = [stage.module for stage in graph.STAGES.values()]
     script = f"""if True:
         import importlib, os, sys
@@ -103,7 +107,7 @@ def test_a_stage_depends_on_the_modules_that_it_really_imports():
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(told) == len(modules)
     for (name, stage), found in zip(graph.STAGES.items(), map(str.split, told)):
-        missing = {m for m in found if graph._file(m).read_text().strip() and m != "equilab"} - set(graph.closure(stage.module))
+        missing = set(found) - set(graph.closure(stage.module))
         assert not missing, f"{name} loads {missing}, which its closure lacks"
 
 
