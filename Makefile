@@ -5,8 +5,10 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 STUDY ?= .
 JOBS ?= 2
-# the runs of a study wait for the stages without runs before them, not for each other; DVC itself takes one after another
-RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -r -n 1 -P $(JOBS) dvc --wait-for-lock repro --single-item
+EACH ?= 1
+# the runs of a study wait for the stages without runs before them, not for each other; DVC itself takes one after another.
+# JOBS runs at a time, EACH of them to a start of DVC
+RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
 
 .PHONY: study test bench lab lock
 

@@ -16,6 +16,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures mem
 from equilab import config, graph  # noqa: E402
 from equilab.config import Job, Plan, Study, UserError  # noqa: E402
 
+COMMANDS = ("check", "graph", "code")
 USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
 
 
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit status; what a user can mend is one sentence on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
-                        "or graph: write dvc.yaml anew")  # fmt: skip
+                        "or graph: write dvc.yaml anew; or code: list the "
+                        "modules of every stage, for DVC")  # fmt: skip
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs")
     parser.add_argument("--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
@@ -43,13 +45,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
-    if stage in ("check", "graph") and (run is not None or dry_run):
+    if stage in COMMANDS and (run is not None or dry_run):
         raise UserError(f"{stage} takes neither a run nor --dry-run; call it alone")
     if stage == "graph":
         print(*graph.write(graph.PACKAGE.parent), sep="\n")
         return 0
     sections = config.read(params)
     os.chdir(params.resolve().parent)
+    if stage == "code":
+        from equilab.files import write
+
+        for name, one in graph.STAGES.items():
+            write(Path(f"results/code/{name}.txt"), graph.listed(one.module))
+        return 0
     known = ["study", *graph.STAGES]
     for name in sections:
         if name not in known:
@@ -72,7 +80,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         print(f"{params}: every key is known and every value possible")
         return 0
     if stage not in graph.STAGES:
-        raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, 'check', 'graph'])}")
+        raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, *COMMANDS])}")
     settings, module = _config(sections, stage, run, params)
     job = Job(study, stage, run, data.image, data.classes, graph.code(module.__name__), read)
     _processes(study, study.run_threads if graph.STAGES[stage].each else study.threads)

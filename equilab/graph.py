@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import os
 import re
@@ -17,7 +18,9 @@ from equilab import config
 
 PACKAGE = Path(__file__).parent
 HEADER = """# Written by `python -m equilab graph` from the sections of params.yaml. A stage depends on the modules that it imports,
-# on its section of params.yaml and on the results that it reads. `study.root` leads to the repository.
+# on its section of params.yaml and on the results that it reads. `study.root` leads to the repository. The stage `code`
+# turns the modules of each stage into one file, which the stage depends on: DVC reads and writes a list of them for
+# every run at each step, for seconds.
 """
 
 
@@ -149,11 +152,18 @@ def code(module: str) -> str:
     return hashlib.sha256(b"".join(_file(name).read_bytes() for name in closure(module))).hexdigest()[:16]
 
 
+def listed(module: str) -> str:
+    """Return a line for each module that `module` imports, itself included: its name and its checksum."""
+    found = {name: hashlib.sha256(_file(name).read_bytes()).hexdigest() for name in closure(module)}
+    return "".join(f"{name} {checksum}\n" for name, checksum in found.items())
+
+
 def _file(module: str) -> Path:
     path = PACKAGE.parent.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@functools.cache
 def _imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -168,7 +178,9 @@ def _imports(path: Path) -> set[str]:
 
 def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of dvc.yaml for a study with these sections: a stage without one is left out."""
-    stages, absent = {}, [name for name in STAGES if not sections.get(name)]
+    modules = [f"${{study.root}}/{path.relative_to(PACKAGE.parent)}" for path in sorted(PACKAGE.rglob("*.py"))]
+    stages = {"code": {"cmd": "python -m equilab code", "deps": modules, "outs": ["results/code"]}}
+    absent = [name for name in STAGES if not sections.get(name)]
     there = lambda path: not re.match(rf"(results/|\$\{{)({'|'.join(absent)})(/|\.|$)", path) if absent else True  # noqa: E731
     for name, stage in STAGES.items():
         if name in absent:
@@ -176,11 +188,10 @@ def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
         run = "${key}" if stage.each else ""
         out = f"results/{name}/{run}".rstrip("/")
         place = lambda file: os.path.normpath(f"{out}/{file}")  # noqa: B023, E731
-        modules = [f"${{study.root}}/{_file(m).relative_to(PACKAGE.parent)}" for m in closure(stage.module)]
         section = f"{name}.{run}" if stage.each else name
         entry = {
             "cmd": f"python -m equilab {name} {run}".strip(),
-            "deps": modules + [path.replace("{run}", run) for path in stage.reads if there(path)],
+            "deps": [f"results/code/{name}.txt"] + [path.replace("{run}", run) for path in stage.reads if there(path)],
             "params": ["study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section,
                        *(key for key in stage.params if key not in absent)],
         }

@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
         ("diffusion", "replace", 2, False),
         ("diffusion", "noise", 31, True),
         ("gan", "replace", 2, True),
-        ("gan", "noise", 71, False),
+        ("gan", "noise", 31, False),
     ],
 )
 def test_a_killed_stage_run_again_ends_in_the_same_bytes(whole, tmp_path, stage, what, count, after):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forked import context, run, work
 
 from equilab import __main__, config, evaluate, pairs, rng
 from equilab.config import UserError
@@ -114,15 +116,22 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
     shutil.rmtree(folder / "results/pairs")
     shutil.rmtree(folder / ".equilab")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "equilab"]
-    for stage in (["pairs"], ["distill", "vit"]):
-        done = subprocess.run([*torchrun, *stage], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "equilab", "pairs"]
+    done = subprocess.run(torchrun, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [{**told, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]  # what torchrun tells its processes
+    both = [context.Process(target=work, args=(folder, ["distill", "vit"]), kwargs={"environment": one}) for one in ranks]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0, (folder / "log").read_text()
     for path in sorted((study / "results/pairs").glob("*.npy")):
         assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
-    subprocess.run(
-        [sys.executable, "-m", "equilab", "distill", "vit"], cwd=study, env=environment, capture_output=True, check=True
-    )
+    assert run(study, ["distill", "vit"]) == 0
     two, one = (load_tensors(f / "results/distill/vit/weights.safetensors")[0] for f in (folder, study))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)  # Adam divides by gradients near 0: rounding grows
     losses = [np.genfromtxt(f / "results/distill/vit/log.csv", delimiter=",", names=True)["loss"] for f in (folder, study)]
