@@ -79,6 +79,11 @@ def logarithmic(ax, x: bool = True, y: bool = True) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
+def nothing(ax, why: str) -> None:
+    """Write into axes why they show nothing."""
+    ax.text(0.5, 0.6, why, transform=ax.transAxes, ha="center", va="center", fontsize=8, color=GREY)
+
+
 def _tone(colour: str, share: float) -> tuple[float, ...]:
     """Return a colour: light for the smallest model (share 0), full for the largest (1)."""
     return tuple(np.array(mpl.colors.to_rgb(colour)) * (0.45 + 0.55 * share) + 0.55 * (1 - share))
@@ -163,6 +168,8 @@ def changes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
             ax.errorbar(ratio, height[at], xerr=reach, color=COLOURS[family], marker=MARKERS[family], linestyle="none",
                         capsize=2, elinewidth=0.8)  # fmt: skip
         ax.axvline(1, color=GREY, linewidth=0.9)
+        if found.empty:
+            nothing(ax, "no two models differ in one thing alone")
         title = ours(tables, measure, tables.runs.groupby("model").size()).removeprefix("ours: ")  # there is no paper's panel
         ax.set(title=title, xlabel="changed / unchanged; below 1: better")
         logarithmic(ax, y=False)
@@ -253,6 +260,8 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
                 ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **look)
             if len(found):
                 ax.set_xlim(found["cost"].min() / 1.5, found["cost"].max() * 1.5)
+            else:
+                nothing(ax, "no GET and no ViT\nof equal cost")
             ax.axhline(1, color=GREY, linewidth=0.9)
             ax.set_xlabel(name if measure == list(tables.measures)[-1] else "")
             numbers.append(found.assign(budget=budget, measure=measure)[
@@ -282,6 +291,8 @@ def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
         ax.set(title=title, xlabel="iteration")
         if name == "residual":
             logarithmic(ax, x=False)
+        elif np.ptp(ax.dataLim.intervaly) < 1e-3:  # a normalised state: what is left is rounding
+            ax.set_ylim(ax.dataLim.y0 - 0.1, ax.dataLim.y1 + 0.1)
     legend(figure, grid)
     return figure, found.drop(columns="model")
 
