@@ -102,7 +102,7 @@ def _print(plan: Plan, job: Job) -> None:
     from equilab.metrics.cost import matmul_peak
     from equilab.training.machine import device_of
 
-    peak = matmul_peak(device_of(job), torch.float32)
+    peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
     seconds = plan.flops / (USUAL_SHARE * peak)
     disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
     if plan.note:

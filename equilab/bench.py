@@ -121,14 +121,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = [] if given.quick else [*commands(), *memory()]
-    before, rows = peaks(device), []
+    before, rows = peaks(device, given.quick), []
     names = [name for name in PRECISIONS[device.type] if given.quick or before[name] >= before["fp32"] / SLOW]
     facts += [{"what": f"{name} is emulated here, its rows are left out", "flop_s": before[name]} for name in before if name not in names]
     with bar("bench", len(WORK), unit="work") as progress:
         for work in WORK:
             rows += measured(work, device, names, given.quick)
             progress.update()
-    after = peaks(device)  # the larger one counts: a neighbour may have been busy
+    after = peaks(device, given.quick)  # the larger one counts: a neighbour may have been busy
     limit = {name: max(before[name], after[name]) for name in before}
     for what, found in (("matmul before", before), ("matmul after", after)):
         rows += [{"what": what, "precision": name, "flop_s": rate} for name, rate in found.items()]
@@ -160,12 +160,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def peaks(device: torch.device) -> dict[str, float]:
+def peaks(device: torch.device, quick: bool) -> dict[str, float]:
     """Return the FLOP/s of a large matrix product in each precision of the device."""
     found = {}
     for name in PRECISIONS[device.type]:
         precision(name, device)
-        found[name] = matmul_peak(device, torch.bfloat16 if name == "bf16" else torch.float32)
+        found[name] = matmul_peak(device, torch.bfloat16 if name == "bf16" else torch.float32, longest=0.05 if quick else 1.0)
     return found
 
 

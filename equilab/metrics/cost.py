@@ -68,17 +68,17 @@ def timed(call: Callable[[], object], device: torch.device, *, warmup: int, repe
     return Seconds(statistics.median(counted), min(counted), max(counted))
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, longest: float = 1.0) -> float:
     """Return the FLOP/s of a large square matrix product, the machine's own limit: the best of ten.
 
-    The matrices are as large as the device needs, smaller where a product would take more than a second: some CPUs
-    have no instructions for bf16.
+    The matrices are as large as the device needs, smaller where a product would take more than `longest` seconds: some
+    CPUs have no instructions for bf16.
     """
     size, largest = 256, 8192 if device.type == "cuda" else 2048
     while True:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = timed(lambda: a @ b, device, warmup=1, repeats=1).fastest  # noqa: B023
-        if size == largest or 8 * seconds > 1:
+        if size == largest or 8 * seconds > longest:
             return 2 * size**3 / timed(lambda: a @ b, device, warmup=1, repeats=10).fastest
         size *= 2
 
