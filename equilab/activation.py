@@ -38,6 +38,9 @@ class Config:
     def __post_init__(self):
         if min(self.samples, self.batch, self.timesteps, len(self.runs)) < 1 or self.iterations < 2:
             raise ValueError("samples, batch, timesteps and the number of runs must be >= 1, iterations >= 2")
+        names = [run.rpartition("/")[2] for run in self.runs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"runs of one name cannot be told apart: {', '.join(self.runs)}; leave one out or rename it")
 
 
 class Activity:

@@ -24,7 +24,7 @@ def generator_loss(fake: Logits) -> Float[Tensor, ""]:
     Source: GDD (Zheng 2024), equations (3) and (4), min over G: softplus(-l) = -log sigmoid(l).
     Differs: the published code sums over the samples of a device, so its loss is their number times ours.
     """
-    return torch.stack([F.softplus(-logits).mean() for logits in fake]).sum()
+    return torch.stack([F.softplus(-logits.float()).mean() for logits in fake]).sum()
 
 
 def discriminator_loss(real: Logits, fake: Logits) -> Float[Tensor, ""]:

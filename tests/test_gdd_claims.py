@@ -177,6 +177,28 @@ def test_students_of_more_steps_are_further_away_and_of_larger_middles_nearer(fo
     assert len(numbers) == 7 and all(ax.has_data() for ax in figure.axes)
 
 
+def test_students_are_alike_in_all_but_the_steps_where_they_saw_as_many_images(folder):
+    relative(folder, {"gdd-2": ([80.0, 2.5], 2.1, 0.9)})
+    put(folder, "gdd-2-long", "gan", 1.5, student={"sigmas": [80.0, 2.5]}, optimisation={"nimg": 600})
+    path = folder / "relative/relative.csv"
+    more = pd.DataFrame([{"first": "gdd", "second": "gdd-2-long", "distance": 0.7}, {"first": "gdd-2", "second": "gdd-2-long", "distance": 0.4}])
+    pd.concat([pd.read_csv(path), more]).to_csv(path, index=False)
+    study = students.read(folder)
+    assert students.relatives(study)["run"].tolist() == ["gdd-2"]
+    table = students.pairs(study).set_index("rel-FD")
+    assert table.loc["gdd-2", "gdd-2-long"] == table.loc["gdd-2-long", "gdd-2"] == 0.4 and np.isnan(table.loc["gdd", "gdd"])
+
+
+def test_the_baselines_are_the_best_of_their_family_and_a_discriminator_from_scratch_is_no_headline(folder):
+    put(folder, "vit-a", "distill", 4.0)
+    put(folder, "vit-b", "distill", 3.0, pairs=7)
+    put(folder, "a-scratch", "gan", 9.0, discriminator={"kind": "stylegan2", "width": 8}, features=[])
+    put(folder, "gdd", "gan", 2.0)
+    study = students.read(folder)
+    label = study.rows.set_index("model")["run"]
+    assert [label[study.headline(name)] for name in ("ViT", "GDD")] == ["vit-b", "gdd"]
+
+
 def test_figures_and_tables_show_every_student(folder):
     put(folder, "gdd", "gan", 2.0)
     put(folder, "gdd-i", "gan", 1.0, student={"freeze": "gdd_i"})

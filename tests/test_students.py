@@ -230,6 +230,7 @@ def refused(capsys, *command):
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "ramp_nimg must be >= 1"),
         ({"consistency": {"weight": 1.0, "levels": {"steps": 0, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}}}, "steps must be >= 1"),
         ({"consistency": {"weight": 1.0, "levels": {"steps": 4, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}}}, "give the same to both"),
+        ({"features": ["study", "study"]}, "names a network twice"),
         ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
     ],
 )

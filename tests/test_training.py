@@ -97,9 +97,12 @@ def test_accumulated_micro_batches_are_the_large_batch(tmp_path):
     torch.testing.assert_close(one.ema, four.ema, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_state(tmp_path):
+@pytest.mark.parametrize("shown", [False, True], ids=["all of it", "a part that the log does not show"])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, shown):
     def broken(net, x):
-        return loss(net, x) * (math.nan if batches.pop(0) >= 12 else 1.0)
+        value = loss(net, x)
+        spoiled = value * (math.nan if batches.pop(0) >= 12 else 1.0)
+        return (spoiled, value) if shown else spoiled
 
     batches = list(range(40))
     run = Run(Line(), BASE, 0, "identity", tmp_path, CPU)

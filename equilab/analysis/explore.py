@@ -82,19 +82,23 @@ def budgets(study: chains.Chains) -> widgets.Widget:
 
 
 def one_step(study: students.Students) -> widgets.Widget:
-    """Return a slider over noises and a choice of steps and noise levels: the image that every model makes of a noise, the
-    teacher in each number of steps that it was sampled with."""
+    """Return a slider over noises, and choices of the number of evaluations and of the students' noise levels: the image that
+    every model makes of a noise, the teacher in each number of evaluations that it was sampled with."""
     rows = students.first(study, settings=True)
-    levels = ["all", *dict.fromkeys(rows["sigmas"].dropna())] if "sigmas" in rows else ["all"]
+    chosen = lambda nfe: rows if nfe == "all" else rows[rows["nfe"] == nfe]  # noqa: E731
+    levels = lambda nfe: ["all", *dict.fromkeys(chosen(nfe)["sigmas"].dropna())]  # noqa: E731
     noise = widgets.IntSlider(value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False)
-    steps = widgets.Dropdown(options=levels, description="sigmas")
+    steps = widgets.Dropdown(options=["all", *sorted(rows["nfe"].unique().tolist())], description="evaluations")
+    sigmas = widgets.Dropdown(options=levels("all"), description="sigmas")
     picture = widgets.Image(format="png")
 
     def show(_: Any) -> None:
-        chosen = rows if steps.value == "all" else rows[(rows["sigmas"] == steps.value) | rows["sigmas"].isna()]
-        picture.value = figures.png(students.side_by_side(study, chosen, noise.value))
+        found = chosen(steps.value)
+        found = found if sigmas.value == "all" else found[found["sigmas"] == sigmas.value]
+        picture.value = figures.png(students.side_by_side(study, found, noise.value))
 
-    return _board([noise, steps], [picture], show)
+    steps.observe(lambda change: setattr(sigmas, "options", levels(change["new"])), "value")
+    return _board([noise, steps, sigmas], [picture], show)
 
 
 def layers(found: pd.DataFrame) -> widgets.Widget:

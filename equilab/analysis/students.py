@@ -49,10 +49,13 @@ class Students(Results):
         return self.rows[self.rows["stage"].isin(("gan", "consistency"))]
 
     def headline(self, family: str) -> str | None:
-        """Return the model of a family: of one step, from the teacher, and of these the one that most others vary."""
+        """Return the model of a family: of students, of one step, from the teacher, and of these the one that most others vary;
+        of GET and ViT the best."""
         found = self.rows[(self.rows["family"] == family) & (self.rows["plain"])].sort_values(["position", "run"])
         if found.empty:
             return None
+        if (found["stage"] == "distill").all():
+            return found.groupby("model", sort=False)[self.distance].mean().idxmin()
         keys = [key for key in self.rows if key.startswith("but_")]
         like = [sum((self.rows[key] == row[key]).sum() for key in keys) for _, row in found.iterrows()]
         return found["model"].iloc[int(np.argmax(like))]
@@ -113,13 +116,13 @@ def _about(path: Path, stage: str) -> dict[str, Any]:
     return about | {
         "family": base + " + CD" * extra, "steps": steps, "sigmas": " ".join(f"{s:g}" for s in student["sigmas"]),
         "plain": steps == 1 and student["start"] == "teacher" and config.get("augment", "none") == "none" and not extra
-                 and judge.get("mixing", "projected") == "projected",
+                 and (not judge or judge.get("mixing") == "projected"),
         "start": student["start"], "freeze": student["freeze"], "gamma": r1.get("gamma", 0.0), "augment": config.get("augment"),
         "judge": JUDGES.get(judge.get("mixing"), "StyleGAN2 from scratch" if judge else None),
         "but_freeze": digest(rest, beside, without("freeze")), "but_consistency": digest(rest, tuned, student),
         "but_judge": digest(but("discriminator", "features"), beside, student),
         "but_penalty": digest(but("r1", "augment", "adaptive"), beside, student),
-        "but_steps": digest(rest, config.get("consistency"), without("sigmas")),  # of any length
+        "but_steps": digest(rest, beside, without("sigmas")), "sigma_min": student["sigma_min"],
     }  # fmt: skip
 
 
@@ -212,7 +215,8 @@ def variant(study: Students, family: str) -> str | None:
 
 
 def ablation(study: Students, averaged: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Return of all averaged models the students that differ from GDD in `what`: "judge" (table 1a) or "penalty" (table 1b)."""
+    """Return of all averaged models the students that differ from GDD in `what`: "judge" (table 1a), "penalty" (table 1b) or
+    "freeze" (table 2)."""
     base, key = study.headline("GDD"), f"but_{what}"
     if base is None:
         return averaged.iloc[:0].reindex(columns=[*averaged, *{"judge", "augment", "gamma"} - set(averaged)])
@@ -234,7 +238,7 @@ def relatives(study: Students) -> pd.DataFrame:
     rows = study.students()
     one = rows[(rows["steps"] == 1) & rows["run"].isin(study.relative["first"])]
     found = study.relative[study.relative["first"].isin(one["run"])].rename(columns={"second": "run", "distance": "relative"})
-    kept = ["run", "seed", "model", "steps", "sigmas", "family", "but_steps", study.distance]
+    kept = ["run", "seed", "model", "steps", "sigmas", "sigma_min", "family", "but_steps", study.distance]
     found = found.merge(rows[kept], on="run")
     like = one[["run", "seed", "but_steps"]].rename(columns={"run": "first"})
     found = found[found["steps"] > 1].merge(like, on=["first", "seed", "but_steps"])  # alike in all but the steps
@@ -265,10 +269,21 @@ def distances(study: Students) -> tuple[Figure, pd.DataFrame]:
     return figure, found[kept] if len(found) else found
 
 
+def pairs(study: Students) -> pd.DataFrame:
+    """Return the distance between the images of each pair of students, a table with a row and a column for each."""
+    if study.relative.empty:
+        return pd.DataFrame()
+    both = pd.concat([study.relative, study.relative.rename(columns={"first": "second", "second": "first"})])
+    names = list(dict.fromkeys([*study.relative["first"], *study.relative["second"]]))
+    table = both.pivot_table(index="first", columns="second", values="distance").reindex(index=names, columns=names)
+    return table.rename_axis(None, axis=1).rename_axis(f"rel-{study.score}").reset_index()
+
+
 def evenly(found: pd.DataFrame) -> pd.DataFrame:
     """Return of the students of two steps only those whose middle level is spaced as the levels of more steps: T(1, 2) of
     GDD's equation (5)."""
-    usual = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    ends = found["sigmas"].str.split().str[0].astype(float), found["sigma_min"]
+    usual = (sum(end ** (1 / 7) for end in ends) / 2) ** 7  # rho is 7, as EDM's
     off = np.log(found["middle"] / usual).abs()
     return found[(found["steps"] != 2) | (off == off.min())]
 

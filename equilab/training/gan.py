@@ -70,9 +70,9 @@ class Consistency:
 class Config(onestep.Config):
     """An entry of the params section `gan`.
 
-    The losses do not depend on how a batch is split over devices and accumulation. The heads over feature networks do: they
-    normalise over the micro-batch of a process, as published; and ADA follows each micro-batch. There
-    `optimisation.micro_batch` and the number of processes are part of the training.
+    The losses do not depend on how a batch is split over devices and accumulation. Both discriminators do, as published: the
+    heads over feature networks normalise over the micro-batch of a process, StyleGAN2's takes a deviation over it; and ADA
+    follows each micro-batch. So `optimisation.micro_batch` and the number of processes are part of the training.
     """
 
     discriminator: Annotated[Spec, tuple(DISCRIMINATORS.items())]
@@ -96,6 +96,8 @@ class Config(onestep.Config):
             raise ValueError("optimisation.compile must be false with r1, which torch.compile cannot differentiate twice")
         if not self.discriminator_lr > 0:
             raise ValueError(f"discriminator_lr must be > 0, got {self.discriminator_lr}")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
         for name in self.features:
             if name == "evaluator":
                 raise ValueError("features names the evaluator, which scores the images: it would leak into the score; use study")

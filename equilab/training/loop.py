@@ -239,7 +239,7 @@ def _update(player: Player, net: nn.Module, loss: Loss, batches, context, clip: 
             found = loss(net, batch)
             part, shown = found if isinstance(found, tuple) else (found, found)
             (part / len(batches)).backward()
-        value = value + shown.detach() / len(batches)
+        value = value + torch.where(part.isfinite(), shown, part).detach() / len(batches)  # what is not shown may be at fault
     if world() > 1:
         gradients = [p.grad for p in player.named.values() if p.grad is not None]
         mean = torch.cat([g.flatten() for g in gradients])  # one message
