@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from equilab.graph import PACKAGE
 from equilab.metrics.cost import Seconds, peak_memory, timed
 from equilab.models import gdd
 from equilab.models.precond import EDM
-from equilab.training import gan
+from equilab.training import gan, onestep
 
 ROOT, CPU = PACKAGE.parent, torch.device("cpu")
 PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
@@ -71,50 +73,78 @@ def memory() -> Iterator[dict[str, Any]]:
 
 
 def students(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """Yield the seconds and memory of an update of the digits study's GDD and GDD-I: of either player, of the feature
-    networks, with R1; and how much faster GDD-I is. All weights are random."""
-    path, batch, totals = ROOT / "params.yaml", 4 if quick else 128, {}
-    sections = config.read(path)
-    read = lambda stage, run=None: __main__._config(sections, stage, run, path)[0]  # noqa: E731
-    data = read("data")
+    """Yield the seconds of an update of the digits study's GDD and GDD-I: of either player, of the feature networks, with R1,
+    and of an image, taken in turns; the memory of a whole update, optimisers included; how much faster GDD-I is, and how much faster it would
+    be if but the output layer were trained: what freezing cannot save. All weights are random."""
+    sections, batch = config.read(ROOT / "params.yaml"), 4 if quick else 128
+    read = lambda stage, run=None: __main__._config(sections, stage, run, ROOT / "params.yaml")[0]  # noqa: E731
+    made = {run: _update(read, entry, frozen, batch, device) for run, entry, frozen in (
+        ("gdd", "gdd", None), ("gdd-i", "gdd-i", None), ("output", "gdd", lambda layer: layer.group != "output"))}  # fmt: skip
+    parts, single = ("generator", "discriminator", "discriminator with R1"), ("features", "sampling", "evaluation")
+    found = _in_turns({(run, part): made[run][part] for run in made for part in parts} | {("gdd", part): made["gdd"][part] for part in single},
+                      device, 1 if quick else 20)  # fmt: skip
+    interval, totals, most = read("gan", "gdd").r1.interval, {}, {}
+    for run in made:
+        lazy = (found[run, parts[2]].median - found[run, parts[1]].median) / interval
+        totals[run] = found[run, parts[0]].median + found[run, parts[1]].median + lazy
+        most[run] = peak_memory(made[run]["update"], device) / 2**20
     for run in ("gdd", "gdd-i"):
-        one = read("gan", run)
-        torch.manual_seed(0)
-        net = one.network.build(data.image, data.classes).to(device, memory_format=torch.channels_last)
-        gdd.prepare(net, one.student.freeze)
-        bare = lambda name: read("features").network.build(data.image, data.classes)  # noqa: E731
-        critic = gan.critic_of(one, run, data.image, data.classes, bare, pretrained=False).to(device)
-        losses = dict(zip(("generator", "discriminator"), gan.losses_of(one, net, critic, EDM(net, sigma_data=1.0))))
-        noise, label = torch.randn(batch, *data.image, device=device), torch.arange(batch, device=device) % data.classes
-        trained = {name: [p for p in player.parameters() if p.requires_grad] for name, player in (("generator", net), ("discriminator", critic))}
-        found = {}
-        for part, weight in (("generator", 0.0), ("discriminator", 0.0), ("discriminator with R1", 1e-4)):
-            name = part.partition(" ")[0]
-            for other, parameters in trained.items():
-                for parameter in parameters:
-                    parameter.requires_grad_(other == name)
-                    parameter.grad = None
-            batches = ((noise.tanh(), label), (noise, label), (noise, label), (None,) * 3, weight, None)
-
-            def call():
-                found = losses[name](net if name == "generator" else critic, batches)  # noqa: B023
-                (found[0] if isinstance(found, tuple) else found).backward()
-
-            most = peak_memory(call, device)
-            found[part] = timed(call, device, warmup=1, repeats=1 if quick else 20)
-            yield {"what": f"{run}: {part}", "batch": batch, **columns_of(found[part]), "memory_mib": most / 2**20}
-        if run == "gdd":
-            with torch.no_grad():
-                seen = timed(lambda: [n.features(noise) for n in critic.discriminator.networks], device, warmup=1, repeats=1 if quick else 20)  # noqa: B023
-            yield {"what": "gdd: feature networks, one pass, no gradient", "batch": batch, **columns_of(seen)}
-        lazy = (found["discriminator with R1"].median - found["discriminator"].median) / one.r1.interval
-        totals[run] = found["generator"].median + found["discriminator"].median + lazy
-        most_gain = totals["gdd"] / (totals["gdd"] - found["generator"].median / 3) if run == "gdd" else most_gain
-        yield {"what": f"{run}: update, R1 every {one.r1.interval}", "batch": batch, "seconds": totals[run]}
-    gain = totals["gdd"] / totals["gdd-i"]
-    why = "freezing saves weight gradients alone, a third of the generator's part: all of it would be times_at_most"
+        for part in parts:
+            yield {"what": f"{run}: {part}", "batch": batch, **columns_of(found[run, part])}
+        row = {"what": f"{run}: update, R1 every {interval}", "batch": batch, "seconds": totals[run], "memory_mib": most[run]}
+        yield row | (goal_of(most[run] < most["gdd"], "less memory than gdd") if run == "gdd-i" else {})
+    yield {"what": "gdd: feature networks, one pass, no gradient", "batch": batch, **columns_of(found["gdd", "features"])}
+    same = found["gdd", "evaluation"].median / found["gdd", "sampling"].median
+    yield {"what": "gdd: sampling in one step, against an evaluation of the teacher", "batch": batch, **columns_of(found["gdd", "sampling"]),
+           "times_faster": same, **goal_of(same >= 0.95, "the teacher's speed times its nfe")}  # fmt: skip
+    gain, bound = (totals["gdd"] / totals[run] for run in ("gdd-i", "output"))
+    why = "the passes through frozen layers and the discriminator: with the output layer alone trained, it would be times_at_most"
     yield {"what": "gdd-i against gdd", "times_faster": gain, **goal_of(gain >= 1.3, "1.3 times as fast"),
-           **({} if gain >= 1.3 else {"times_at_most": most_gain, "stopped by": why})}  # fmt: skip
+           **({} if gain >= 1.3 else {"times_at_most": bound, "stopped by": why})}  # fmt: skip
+
+
+def _update(read: Callable, run: str, frozen: Callable | None, batch: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Return the parts of an update of a student as calls, the whole of it with new optimisers, and one pass of each network."""
+    data, one = read("data"), read("gan", run)
+    torch.manual_seed(0)
+    net = one.network.build(data.image, data.classes).to(device, memory_format=torch.channels_last)
+    gdd.prepare(net, one.student.freeze) if frozen is None else gdd.freeze(net, frozen)
+    bare = lambda name: read("features").network.build(data.image, data.classes)  # noqa: E731
+    critic = gan.critic_of(one, run, data.image, data.classes, bare, pretrained=False).to(device)
+    teacher = EDM(net, sigma_data=1.0)
+    losses, student = gan.losses_of(one, net, critic, teacher), onestep.student(one, net, 1.0)
+    noise, label = torch.randn(batch, *data.image, device=device), torch.arange(batch, device=device) % data.classes
+    trained = [[p for p in player.parameters() if p.requires_grad] for player in (net, critic)]
+
+    def part(mover: int, weight: float) -> None:
+        for k, parameters in enumerate(trained):
+            for parameter in parameters:
+                parameter.requires_grad_(k == mover)
+                parameter.grad = None
+        batches = ((noise.tanh(), label), (noise, label), (noise, label), (None,) * 3, weight, None)
+        found = losses[mover]((net, critic)[mover], batches)
+        (found[0] if isinstance(found, tuple) else found).backward()
+
+    def update() -> None:
+        optimisers = [torch.optim.Adam(parameters) for parameters in trained]
+        for mover, optimiser in enumerate(optimisers):
+            part(mover, 0.0)
+            optimiser.step()
+
+    networks, sigma = critic.discriminator.networks, torch.full((batch,), 80.0, device=device)
+    single = {"features": lambda: [network.features(noise) for network in networks], "sampling": lambda: student.generate(noise, label),
+              "evaluation": lambda: teacher.denoise(80 * noise, sigma, label)}  # fmt: skip
+    return {"generator": partial(part, 0, 0.0), "discriminator": partial(part, 1, 0.0), "discriminator with R1": partial(part, 1, 1e-4),
+            "update": update, **{name: torch.no_grad()(call) for name, call in single.items()}}  # fmt: skip
+
+
+def _in_turns(calls: dict[Any, Callable[[], None]], device: torch.device, repeats: int) -> dict[Any, Seconds]:
+    """Return the seconds of calls that take turns: a neighbour who comes and goes disturbs them alike."""
+    taken = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            taken[name].append(timed(call, device, warmup=0, repeats=1).median)
+    return {name: Seconds(statistics.median(each[1:]), min(each[1:]), max(each[1:])) for name, each in taken.items()}
 
 
 def _stage(folder: str, *arguments: str) -> float:

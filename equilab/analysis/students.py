@@ -259,11 +259,14 @@ def distances(study: Students) -> tuple[Figure, pd.DataFrame]:
         mean = rows.groupby(x)[["relative", study.distance]].mean()
         ax.plot(mean.index, mean["relative"], color=BLUE, marker="o", label=f"rel-{study.score}: to one step")
         ax.plot(mean.index, mean[study.distance], color=GREY, marker="s", label=f"abs-{study.score}: to training images")
+        one = study.students().set_index("run").loc[rows["first"].unique(), study.distance].mean()
+        ax.axhline(one, color=GREY, linestyle=":", linewidth=1, label=f"abs-{study.score} of one step")
         ax.scatter(rows[x], rows["relative"], color=BLUE, s=6, alpha=0.5)
         ax.scatter(rows[x], rows[study.distance], color=GREY, s=6, alpha=0.5)
         ax.set(xlabel=title, ylabel=study.score, title=f"ours: {study.samples:,} images", ylim=(0, None))
         ax.set_xscale("log")
         figures.logarithmic(ax, y=False)
+        ax.set_xticks(mean.index, [f"{at:g}" for at in mean.index])
     legend(figure, grid)
     kept = ["run", "first", "seed", "steps", "sigmas", "relative", study.distance]
     return figure, found[kept] if len(found) else found
