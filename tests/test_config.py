@@ -137,7 +137,7 @@ def test_every_key_of_params_reaches_a_config():
 def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage, tmp_path, monkeypatch, capsys):
     from equilab.metrics import cost
 
-    monkeypatch.setattr(cost, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(cost, "matmul_peak", lambda device, dtype, longest: 1e12)
     (tmp_path / "params.yaml").write_text(SMOKE.read_text())
     monkeypatch.chdir(tmp_path)
     assert __main__.main([*stage.split(), "--dry-run"]) == 0
