@@ -222,11 +222,13 @@ def _chains(config: Config, job: Job, generator: Generator, pixels: Pixels) -> d
     found = {}
     for k, setting in enumerate(config.settings):
         images, diverged, steps = [], [], []
-        for indices in batches(TRACED, config.batch):
+        whole = setting.fixed_point is not None and setting.fixed_point.budget == "adaptive"  # it looks at its batch, as scored
+        for indices in batches(max(TRACED, config.batch) if whole else TRACED, config.batch):
             made = generator.make(*inputs(job.study.seed, indices, generator, setting), setting)
             images.append(pixels.decode(made.image[:SHOWN]).cpu().numpy())
             diverged.append(made.diverged.cpu().numpy())
-            steps.append([s.residuals.unflatten(0, (-1, len(indices))).mean(0).cpu().numpy() for s in made.solutions])
+            halves = [s.residuals.unflatten(0, (-1, len(indices))) for s in made.solutions]  # two with guidance
+            steps.append([each.nanmean(0)[:TRACED].cpu().numpy() for each in halves])
         found |= {f"image_{k}": np.concatenate(images)[:SHOWN], f"diverged_{k}": np.concatenate(diverged)[:SHOWN]}
         found[f"t_{k}"] = np.array(evenly(generator.config.diffusion.timesteps, setting.steps)[::-1])
         if steps[0]:

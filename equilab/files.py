@@ -27,6 +27,9 @@ def write(path: Path, content: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+            if not _alive(int(left.name.split(".")[-2])):
+                left.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -36,6 +39,16 @@ def write(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror}); free disk space or change its permissions") from None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -67,8 +67,8 @@ class Config:
     def __post_init__(self):
         if self.batch < 1 or self.shard < 1 or self.shard % self.batch:
             raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
-        if self.count < 1 or self.held_out < 0:
-            raise ValueError(f"count must be >= 1 and held_out >= 0, got {self.count} and {self.held_out}")
+        if self.count < 1 or self.held_out < 1:
+            raise ValueError(f"count and held_out must be >= 1, got {self.count} and {self.held_out}")
         if (self.count + self.held_out) % self.shard:
             raise ValueError(f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})")
 

@@ -180,7 +180,7 @@ def code_lines(module):
 
 def test_the_package_stays_small():
     lines = {module: code_lines(module) for module in MODULES}
-    assert sum(lines.values()) <= 7950
+    assert sum(lines.values()) <= 8000
     assert max(lines.values()) <= 280, max(lines, key=lines.get)
 
 

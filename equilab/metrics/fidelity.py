@@ -265,6 +265,7 @@ class Scorer:
             split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
             for split in ("train", "test")
         }
+        self.train = load(data, "train").images
 
     def distances(self, images: Images) -> dict[str, float]:
         """Return `fd_train` and `fd_test` (with Inception `fid_...`) alone, in memory that does not grow."""
@@ -304,12 +305,11 @@ class Scorer:
         Raises: ValueError for fewer than 10 images.
         """
         train, test = self.references["train"], self.references["test"]
-        drawn = torch.from_numpy(rng.generator(seed, "floor").integers(len(train.features), size=n_samples))
+        drawn = rng.generator(seed, "floor").integers(len(self.train), size=n_samples)
+        batches = (self.train[drawn[start : start + BATCH]] for start in range(0, n_samples, BATCH))
         return {
             "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
-            "bootstrap": self._scores(
-                statistics(train.features[drawn].split(BATCH)), train.features[drawn], train.logits[drawn], self.references
-            ),
+            "bootstrap": self.scores(batches),
         }
 
     def _scores(

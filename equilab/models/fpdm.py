@@ -103,17 +103,23 @@ class FPDM(nn.Module):
     def map(self, h: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Callable:
         """Return f(z, rows), one application of the fixed-point layer, for the output `h` of the pre layers.
 
-        W1 [z, injection] is the sum of two products, of which that of the injection is the same in all applications.
+        W1 [z, injection] is the sum of two products, of which that of the injection is the same in all applications, as is
+        what the condition makes of the block.
         """
+        modulation = self.fixed.modulation(F.silu(condition))  # (B, 1, 6D)
         ours, injected = self.merge1.weight.chunk(2, 1)  # (2D, D) each
         if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):  # a part of a weight is not cast once for all by itself
             ours = ours.to(torch.get_autocast_dtype(h.device.type))
         injection = F.linear(self.injection(h), injected, self.merge1.bias)  # (B, N, 2D)
+        kept = None, injection, modulation  # those of the samples that run on, gathered when they change
 
         def f(z: Tensor, rows: Tensor | None) -> Tensor:
-            u, c = (injection, condition) if rows is None else (injection[rows], condition[rows])
-            merged = F.gelu(F.linear(z, ours) + u, approximate="tanh")  # (B, N, 2D)
-            return self.fixed(self.merge2(merged).to(z.dtype), c)  # (B, N, D)
+            nonlocal kept
+            if rows is not kept[0]:
+                kept = (rows, injection, modulation) if rows is None else (rows, injection[rows], modulation[rows])
+            _, u, m = kept
+            merged = torch.addmm(u.flatten(0, 1), z.flatten(0, 1), ours.T).unflatten(0, z.shape[:2])  # (B, N, 2D)
+            return self.fixed.modulated(self.merge2(F.gelu(merged, approximate="tanh")).to(z.dtype), m)  # (B, N, D)
 
         return f
 

@@ -113,7 +113,11 @@ class AdaLNBlock(nn.Module):
 
     def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b n d"]:
         """Return the tokens after one block."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, 2)  # each (B, 1, D)
+        return self.modulated(z, self.modulation(F.silu(condition)))
+
+    def modulated(self, z: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6*d"]) -> Float[Tensor, "b n d"]:
+        """Return the tokens after one block under a `modulation`, which a block that is applied many times needs once."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 2)  # each (B, 1, D)
         z = z + gate1 * self.attn(modulate(z, shift1, scale1))
         return z + gate2 * self.mlp(modulate(z, shift2, scale2))
 

@@ -52,7 +52,8 @@ def run(config: Config, job: Job) -> None:
     data = load(results("data"), "train", verify=True)
     net, teacher = onestep.build(config, job, data)
     shape, seed = data.images.shape[1:], config.seed
-    print(table(config, shape, data.classes))
+    if machine.rank() == 0:
+        print(table(config, shape, data.classes))
 
     def batch_of(positions: range):
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))

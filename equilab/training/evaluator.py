@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from equilab.config import Job, Plan, Spec, results
+from equilab.config import Job, Plan, Spec, UserError, results
 from equilab.data import load
 from equilab.files import write, write_json
-from equilab.metrics.fidelity import CACHE, Scorer
+from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
 from equilab.training import classify, loop
 from equilab.training.classify import CLASSIFIERS
 from equilab.training.loop import Optimisation
@@ -28,8 +28,8 @@ class Config:
     def __post_init__(self):
         if (self.network is None) != (self.optimisation is None):
             raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
-        if self.samples < 10:
-            raise ValueError(f"samples must be >= 10, got {self.samples}")
+        if self.samples < SPLITS:
+            raise ValueError(f"samples must be >= {SPLITS}, got {self.samples}")
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
@@ -44,9 +44,12 @@ def run(config: Config, job: Job) -> None:
     """Train the classifier on the study's training images; write its weights, its accuracy on the test images, and
     the floor: the scores of real images.
 
-    Raises: UserError if the data are missing, damaged or without labels.
+    Raises: UserError if the data are missing, damaged, without labels or too few.
     """
     data = load(results("data"), "train", verify=True)
+    for split in ("train", "test"):
+        if (count := len(load(results("data"), split).images)) < SPLITS:
+            raise UserError(f"results/data has {count} {split} images, scores need {SPLITS} or more; give more in data (test, test_path)")
     if config.network is None:
         save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
         write(job.out / "log.csv", "nimg,loss,lr\n")

@@ -20,7 +20,7 @@ from equilab.pairset import labels
 from equilab.training import loop, machine, onestep
 from equilab.training.classify import CLASSIFIERS
 from equilab.training.onestep import Levels, counted, table
-from equilab.training.state import load_network
+from equilab.training.state import checksum, load_network, load_tensors
 
 DISCRIMINATORS = {
     "features": "equilab.models.discriminator:FeatureDiscriminator",
@@ -157,7 +157,10 @@ def run(config: Config, job: Job) -> None:
         inputs["features"] = _refuse_leak()
     torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
     critic = critic_of(config, job.run, shape, data.classes, lambda name: _trained(job), pretrained=True).to(machine.device_of(job))
-    print(table(config, shape, data.classes))
+    if set(config.features) - {OWN}:
+        inputs["networks"] = checksum(critic.discriminator.networks.state_dict())
+    if machine.rank() == 0:
+        print(table(config, shape, data.classes))
     conditional = config.conditional
 
     def batch_of(positions: range):
@@ -286,7 +289,7 @@ def _refuse_leak() -> str:
     Raises: UserError if it is the evaluator.
     """
     path, evaluator = (results(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
-    found = sha256_of(path) if path.exists() else ""
-    if evaluator.exists() and found == sha256_of(evaluator):
+    weights = [load_tensors(one)[0] if one.exists() else {} for one in (path, evaluator)]
+    if weights[0] and checksum(weights[0]) == checksum(weights[1]):
         raise UserError(f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again")
-    return found
+    return sha256_of(path) if path.exists() else ""

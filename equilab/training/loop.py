@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equilab import rng
 from equilab.config import Job, Plan, UserError, digest, plain
-from equilab.files import scratch, write, write_json
+from equilab.files import require_disk, scratch, write, write_json
 from equilab.progress import bar
 from equilab.training.machine import barrier, device_of, environment, precision, rank, to_device, total, world
 from equilab.training.state import load_tensors, save_tensors
@@ -317,6 +317,8 @@ def train(
     its name, network, peak learning rate and loss.
     """
     key = identity(job, config, inputs)
+    players = sum(p.numel() for n in (net, *(rival[1:2] if rival else ())) for p in n.parameters())
+    require_disk(job.out, 4 * (8 * players + about["parameters"] * (1 + 2 * len(config.optimisation.snapshots))))  # two states at most
     with scratch(job.scratch(key)) as folder:
         run = Run(net, config.optimisation, job.study.seed, key, folder, device_of(job), rival and rival[:3])
         with bar(job.name, config.optimisation.nimg, done=run.nimg) as progress:
