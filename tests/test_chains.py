@@ -39,7 +39,8 @@ def study(folder, *runs):
     draw = np.random.default_rng(0)
     for name, kind, settings, changes in runs:
         sizes = {"depth": 8} if kind == "dit" else {"pre": 1, "post": 1}
-        config = {"network": {"kind": kind, **sizes}, "seed": 0, "weight": "uniform", "fixed_point": FIXED if kind == "fpdm" else None, **changes}
+        config = {"network": {"kind": kind, **sizes}, "seed": 0, "weight": "uniform", "fixed_point": FIXED if kind == "fpdm" else None,
+                  "optimisation": {"nimg": 100, "lr": 1e-3}, **changes}
         keep(folder / f"diffusion/{name}/summary.json",
              {"run": name, "config": config, "parameters": 1000 * len(kind), "nimg": 100, "train_flops_image": 1e6})  # fmt: skip
         at = folder / f"evaluate/{name}"

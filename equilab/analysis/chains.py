@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import Results, evaluated, first_seeds, read_table, replicated, short
+from equilab.analysis.tables import SCHEDULE, TUNED, Results, evaluated, first_seeds, read_table, replicated, short
 from equilab.config import UserError, digest, read_json
 
 SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
@@ -76,13 +76,14 @@ def _about(path: Path) -> dict[str, Any]:
     network, fixed = config["network"], config["fixed_point"] or {}
     layers = network["depth"] if network["kind"] == "dit" else network["pre"] + network["post"]
     seedless = {**config, "seed": None}
+    unscheduled = {**seedless, "optimisation": {k: v for k, v in config["optimisation"].items() if k not in (*TUNED, *SCHEDULE)}}
     return {
         "run": summary["run"], "seed": config["seed"], "model": digest(seedless), "nimg": summary["nimg"],
         "family": {"dit": "DiT", "fpdm": "FPDM"}[network["kind"]], "parameters": summary["parameters"],
         "explicit": layers, "pre": network.get("pre"), "post": network.get("post"), "gradient": fixed.get("gradient"),
         "weight": config["weight"], "without": fixed.get("without"), "with": fixed.get("steps"), "train_flops": summary["train_flops_image"] * summary["nimg"],
-        "but_layers": digest({**seedless, "network": {**network, "pre": None, "post": None}}),
-        "but_training": digest({**seedless, "fixed_point": None}),
+        "but_layers": digest({**unscheduled, "network": {**network, "pre": None, "post": None}}),
+        "but_training": digest({**unscheduled, "fixed_point": None}),
     }  # fmt: skip
 
 
@@ -94,6 +95,16 @@ def usual(study: Chains) -> pd.DataFrame:
     near = (rows["each"] - rows["model"].map(head)).abs() <= 0.5
     constant = (rows["budget"] == "constant") & (rows["reuse"] == True)  # noqa: E712
     return rows[(rows["family"] == "DiT") | (near & constant)]
+
+
+def trained_alike(study: Chains) -> pd.DataFrame:
+    """Return the rows of the FPDMs that were trained for as many FLOPs as the base (within a tenth) or as many images: if some
+    differ in both from it, those of equal FLOPs."""
+    rows = study.rows[study.rows["family"] == "FPDM"]
+    head = rows[rows["model"] == base(study)].iloc[:1]
+    work = np.abs(np.log(rows["train_flops"] / head["train_flops"].sum())) <= np.log(1.1)
+    images = rows["nimg"] == head["nimg"].sum()
+    return rows[work] if rows.loc[work, "model"].nunique() > rows.loc[images, "model"].nunique() else rows[images]
 
 
 def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
@@ -217,18 +228,19 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
     figure, grid = axes(1, 2, 2.9, sharey=True)
     if found.empty:
         return figure, found
-    for reuse, rows in found[found["steps"] == found["steps"].max()].groupby("reuse", sort=False):
+    most = longest(found)
+    for reuse, rows in found[found["steps"] == most].groupby("reuse", sort=False):
         last = rows.sort_values("iteration").groupby("t").last().reset_index()
         look = {**REUSE[reuse], "markersize": 3}
         grid[0, 0].plot(last["t"], last["residual"], **look)
         grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
     few = found.loc[found["steps"] >= 4, "steps"].min() if (found["steps"] >= 4).any() else found["steps"].min()  # the first reuses nothing
-    longest = found[found["steps"] == few]
-    tones = dict(zip(sorted(longest["t"].unique()), figures.TONES[2:]))
-    for (reuse, t), rows in longest.groupby(["reuse", "t"], sort=False):
+    shortest = found[found["steps"] == few]
+    tones = dict(zip(sorted(shortest["t"].unique()), figures.TONES[2:]))
+    for (reuse, t), rows in shortest.groupby(["reuse", "t"], sort=False):
         named = {"color": tones.get(t, figures.TONES[-1]), "label": f"t = {t}" if reuse else None, "markersize": 3}
         grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
-    for ax, steps in zip(grid[0], (found["steps"].max(), few)):
+    for ax, steps in zip(grid[0], (most, few)):
         ax.set_yscale("log")
         ax.set_title(f"{steps} steps of {found.loc[found['steps'] == steps, 'each'].iloc[0]:.3g} iterations")
     grid[0, 0].set(xlabel="timestep t (0: no noise)", ylabel="relative residual")
@@ -249,6 +261,14 @@ def residuals(study: Chains) -> pd.DataFrame:
             numbers.append((row.seed, row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]]))
     columns = ["seed", "steps", "each", "reuse", "t", "iteration", "residual", "residual_10", "residual_90"]
     return pd.DataFrame(numbers, columns=columns)
+
+
+def longest(found: pd.DataFrame) -> int:
+    """Return the most steps of the chains of `residuals` that take equally many iterations at each, two or more: after one, a
+    residual tells how far the start was, and an odd one at some step lowers it there; the most of all if there are none."""
+    counts = found.groupby(["steps", "t"])["iteration"].max().groupby("steps").agg(["min", "max"])
+    equal = counts[(counts["min"] == counts["max"]) & (counts["min"] > 1)]
+    return int((equal if len(equal) else counts).index.max())
 
 
 def spread(row: Any) -> Figure:

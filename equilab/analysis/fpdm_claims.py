@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from equilab.analysis import chains
 from equilab.analysis.chains import Chains
@@ -41,6 +40,7 @@ def at_blocks(method: str, few: bool) -> Test:
         dit, fpdm = (rows.loc[common[0 if few else -1]] for rows in both)
         told = "; ".join(f"{blocks:.0f} blocks: DiT {study.value(both[0].loc[blocks])}, FPDM {study.value(both[1].loc[blocks])}"
                          for blocks in common)  # fmt: skip
+        told += f"; at {dit.name:.0f} blocks FPDM takes {fpdm['flops'] / dit['flops']:.2f} times the FLOPs"
         return study.compared(told, *((dit, fpdm) if few else (fpdm, dit)))
 
     return test
@@ -69,20 +69,22 @@ def memory(study: Study) -> Found | None:
 
 def own_size(study: Study) -> Found | None:
     """Test FPDM against DiTs of about as many parameters (within a factor of 1.6, as in the paper) at about as many sampling
-    FLOPs (within 1.28): the dearest of the chains that match."""
+    FLOPs (within 1.28) as its headline: the best of the chains that match."""
     rows = study.averaged(chains.usual(study.found)).query("method == 'ddim'")
-    fpdm, dit = (rows[rows["family"] == family] for family in ("FPDM", "DiT"))
-    if fpdm.empty or dit.empty:
+    heads = rows[(rows["model"] == chains.base(study.found)) & (rows["position"] == 0)]
+    if heads.empty:
         return None
-    both = fpdm[fpdm["model"] == chains.base(study.found)].merge(dit, how="cross", suffixes=("", "_dit"))
-    apart = {name: np.abs(np.log(both[f"{name}_dit"] / both[name])) for name in ("parameters", "flops")}
-    both = both[(apart["parameters"] <= np.log(1.6)) & (apart["flops"] <= np.log(1.28))].sort_values(["flops", "flops_dit"])
-    if both.empty:
+    like = rows[rows["family"] == "DiT"]
+    near = lambda name, times: np.abs(np.log(like[name] / heads[name].iloc[0])) <= np.log(times)  # noqa: E731
+    chosen = near("parameters", 1.6) & near("flops", 1.28)
+    if not chosen.any():
         return None
-    head = both.iloc[-1]
-    other = head.filter(regex="_dit$").rename(lambda name: name.removesuffix("_dit"))
-    told = f"{study.value(other)} of {other['label']} ({other['parameters']:,} parameters), {study.value(head)} of {head['label']}"
-    return study.compared(f"{told} ({head['parameters']:,}), at {head['flops']:.3g} and {other['flops']:.3g} FLOPs", other, head)
+    rows = study.averaged(chains.usual(study.found), int(chosen.sum())).query("method == 'ddim'")
+    head = rows[(rows["model"] == chains.base(study.found)) & (rows["position"] == 0)].iloc[0]
+    others = rows[rows["family"] == "DiT"][chosen.to_numpy()].sort_values(study.distance)
+    told = [f"{study.value(row)} of {row['label']} ({row['parameters']:,} parameters, {row['flops']:.3g} FLOPs)"
+            for _, row in (*others.iterrows(), (0, head))]  # fmt: skip
+    return study.compared(", ".join(told), others.iloc[0], head)
 
 
 def middle(study: Study) -> Found | None:
@@ -111,10 +113,11 @@ def reuse(few: bool) -> Test:
         paired = rows[rows.groupby("steps")["reuse"].transform("nunique") == 2]
         if paired["steps"].nunique() < 2:
             return None
-        told, bounds = [], []
+        told, bounds, each = [], [], chains.fixed(study.found)[0]
         for steps in (paired["steps"].max(), paired["steps"].min()):
             without, with_ = (paired[(paired["steps"] == steps) & (paired["reuse"] == one)].iloc[0] for one in (False, True))
-            bounds.append(study.gain(without, with_))
+            same = each[each["steps"] == steps]
+            bounds.append(study.paired(same[same["reuse"] == False], same[same["reuse"] == True]))  # noqa: E712
             told.append(f"{with_['each']:.3g} iterations a step: {study.value(without)} without, {study.value(with_)} with")
         ours = f"{study.score} at {blocks:.0f} blocks; {'; '.join(told)}"
         if few:
@@ -128,7 +131,7 @@ def reuse(few: bool) -> Test:
 def less_noisy(study: Study) -> Found | None:
     """Test that reuse lowers the residual more in the less noisy half of the timesteps than in the other."""
     found = chains.residuals(study.found)
-    found = found[found["steps"] == found["steps"].max()]
+    found = found[found["steps"] == chains.longest(found)] if len(found) else found
     found = found[found["t"] < found["t"].max()]  # the first step has nothing to reuse
     if found["t"].nunique() < 2:
         return None
@@ -136,52 +139,72 @@ def less_noisy(study: Study) -> Found | None:
     last = last.rename(columns={False: "without", True: "with"})
     gain, half = np.log(last["without"] / last["with"]).unstack("t").sort_index(axis=1), found["t"].nunique() // 2
     clean, noisy = gain.iloc[:, :half].mean(axis=1), gain.iloc[:, -half:].mean(axis=1)
-    more, count = clean - noisy, len(gain)
-    rule = study.config.rule
-    reach = np.log1p(rule.margin_distance)
-    if count > 1:
-        reach = stats.t.ppf((1 + rule.confidence) / 2, count - 1) * more.std(ddof=1) / np.sqrt(count)
-    low, high = np.exp(more.mean() - reach), np.exp(more.mean() + reach)
+    low, high = study.times(clean - noisy)
     ours = (f"reuse divides the residual by {np.exp(clean.mean()):.3g} in the less noisy half of the timesteps, by "
             f"{np.exp(noisy.mean()):.3g} in the other")  # fmt: skip
-    return Found(ours, f"{span(low, high)} times more", str(count), verdict(low, high))
+    return Found(ours, f"{span(low, high)} times more", str(len(gain)), verdict(low, high))
 
 
 def kinds(kind: str) -> Test:
     """Return the test that a budget of this kind is somewhere better than a constant one of the same total: at the number of
-    steps and blocks where it gains most, with an interval that holds for all of those tried."""
+    steps and blocks where it surely gains most, compared seed by seed with an interval that holds for all of those tried."""
 
     def test(study: Study) -> Found | None:
         groups = [rows for rows in chains.alike(study.found) if {kind, "constant"} <= set(rows["budget"])]
-        pairs = []
+        told, bounds = [], []
         for rows in groups:
-            named = study.averaged(rows, len(groups)).drop_duplicates("budget").set_index("budget")
-            pairs.append((named.loc["constant"], named.loc[kind]))
-        if not pairs:
+            first, last = (rows[rows["budget"] == one] for one in ("constant", kind))
+            bounds.append(study.paired(first, last, len(groups)))
+            values = [part[study.distance].mean() for part in (first, last)]
+            told.append(f"{rows['steps'].iloc[0]} steps, {rows['blocks'].iloc[0]:.0f} blocks: constant {values[0]:.3g}, {kind} "
+                        f"{values[1]:.3g} ({span(*bounds[-1])} times)")  # fmt: skip
+        if not groups:
             return None
-        first, last = max(pairs, key=lambda pair: study.gain(*pair))
-        told = "; ".join(f"{a['steps']} steps, {a['blocks']:.0f} blocks: constant {study.value(a)}, {kind} {study.value(b)}" for a, b in pairs)
-        return study.compared(told, first, last)
+        best = max(bounds)
+        seeds = pd.concat(groups)["seed"].nunique()
+        return Found(f"{study.score} {'; '.join(told)}", f"{span(*best)} times", str(seeds), verdict(*best))
 
     return test
 
 
-def _models(study: Study, but: str) -> pd.DataFrame:
-    """Return the FPDMs that differ in one thing from the base at their headline setting, averaged."""
-    rows = study.found.rows[(study.found.rows["family"] == "FPDM") & (study.found.rows["position"] == 0)]
+def _models(study: Study, but: str, among: int = 1) -> pd.DataFrame:
+    """Return the FPDMs that differ in one thing from the base at their headline setting, averaged, with intervals that hold for
+    `among` of them at once."""
+    rows = chains.trained_alike(study.found).query("position == 0")
     rows = rows.astype({name: object for name in chains.SETTING}).fillna({name: "-" for name in chains.SETTING})
     head = rows[rows["model"] == chains.base(study.found)].iloc[:1]
     same = rows.merge(head[[but, *chains.SETTING]].drop(columns="steps"), how="inner")  # at equal blocks
-    return study.averaged(same)
+    return study.averaged(same, among)
+
+
+def _trained(rows: pd.DataFrame) -> str:
+    """Return what the trainings of models that are compared have in common."""
+    return f", each after {rows['nimg'].iloc[0]:,.0f} images" if rows["nimg"].nunique() == 1 else ", at equal training FLOPs"
 
 
 def layers(study: Study) -> Found | None:
-    """Test that one layer before and after the fixed point is better than none."""
-    rows = _models(study, "but_layers")
-    rows = rows[rows["pre"] == rows["post"]].set_index("pre").sort_index()
-    if not {0, 1} <= set(rows.index):
+    """Test that one layer before and after the fixed point is better than none, at every number of blocks: the least gain counts."""
+    rows = _layers(study)
+    counts = rows[rows["pre"] <= 1].groupby("blocks")["pre"].nunique()
+    spent = counts.index[counts == 2]
+    if not len(spent):
         return None
-    return study.compared(listed(rows.reset_index(), study.distance, "pre") + " layers", rows.loc[0], rows.loc[1])
+    rows, told, bounds = _layers(study, len(spent)), [], []
+    for blocks in spent:
+        none, one = (rows[(rows["blocks"] == blocks) & (rows["pre"] == count)].iloc[0] for count in (0, 1))
+        bounds.append(study.gain(none, one))
+        told.append(f"{study.value(none)} at none, {study.value(one)} at 1 with {blocks:.0f} blocks")
+    low, high = np.min(bounds, axis=0)
+    told = f"{study.score} {'; '.join(told)}{_trained(rows[rows['pre'] <= 1])}"
+    return Found(told, f"{span(low, high)} times, least of all", seeds_of(rows[rows["pre"] <= 1]), verdict(low, high))
+
+
+def _layers(study: Study, among: int = 1) -> pd.DataFrame:
+    """Return the FPDMs that differ from the base in their explicit layers at the usual settings, averaged."""
+    rows = chains.usual(study.found).query("family == 'FPDM' and method == 'ddim' and pre == post")
+    rows = rows[rows["run"].isin(chains.trained_alike(study.found)["run"])]
+    same = rows.loc[rows["model"] == chains.base(study.found), "but_layers"]
+    return study.averaged(rows[rows["but_layers"].isin(same)], among).drop_duplicates(["pre", "blocks"])
 
 
 def layers_at(few: bool) -> Test:
@@ -189,43 +212,48 @@ def layers_at(few: bool) -> Test:
     the most, or at the most blocks the most."""
 
     def test(study: Study) -> Found | None:
-        rows = chains.usual(study.found).query("family == 'FPDM' and method == 'ddim' and pre == post and pre > 0")
-        same = rows.loc[rows["model"] == chains.base(study.found), "but_layers"]
-        rows = study.averaged(rows[rows["but_layers"].isin(same)]).drop_duplicates(["pre", "blocks"])
+        rows = _layers(study).query("pre > 0")
         spent = rows.groupby("blocks")["pre"].nunique()
         if spent.empty or spent.max() < 2:
             return None
         blocks = spent[spent == spent.max()].index[0 if few else -1]
         found = rows[rows["blocks"] == blocks].sort_values("pre")
         ends = (found.iloc[-1], found.iloc[0]) if few else (found.iloc[0], found.iloc[-1])
-        return study.compared(f"at {blocks:.0f} blocks: {listed(found, study.distance, 'pre')} layers", *ends)
+        return study.compared(f"at {blocks:.0f} blocks: {listed(found, study.distance, 'pre')} layers{_trained(found)}", *ends)
 
     return test
 
 
 def few_iterations(study: Study) -> Found | None:
-    """Test that the best of few iterations in training (6 at most) is better than the most, drawn as S-JFB does."""
-    rows = _models(study, "but_training").query("gradient == 's_jfb'").sort_values("without")
-    if rows["without"].nunique() < 2:
+    """Test that the best of few iterations in training (6 at most) is better than the best of more, drawn as S-JFB does."""
+    counts = _models(study, "but_training").query("gradient == 's_jfb'")["without"]
+    if not (counts <= 6).any() or not (counts > 6).any():
         return None
-    few = rows.iloc[:-1].query("without <= 6").sort_values(study.distance)
-    if few.empty:
-        return None
-    return study.compared(f"{listed(rows, study.distance, 'without')} = N", rows.iloc[-1], few.iloc[0])
+    rows = _models(study, "but_training", int((counts <= 6).sum() * (counts > 6).sum())).query("gradient == 's_jfb'")
+    best = [rows.query(side).sort_values(study.distance).iloc[0] for side in ("without > 6", "without <= 6")]
+    return study.compared(f"{listed(rows.sort_values('without'), study.distance, 'without')} = N{_trained(rows)}", *best)
 
 
 def gradients(worse: str, better: str) -> Test:
-    """Return the test that one gradient is better than another with as many iterations before it."""
+    """Return the test that one gradient is better than another with as many iterations before it, at every number of them: the
+    least gain counts."""
 
     def test(study: Study) -> Found | None:
-        rows = _models(study, "but_training")
-        rows = rows[rows["gradient"].isin((worse, better))].sort_values("without")
-        rows = rows[rows.groupby("without")["gradient"].transform("nunique") == 2].iloc[:2]
-        named = rows.set_index("gradient")
-        if named.empty:
+        def both(among: int) -> pd.DataFrame:
+            rows = _models(study, "but_training", among)
+            rows = rows[rows["gradient"].isin((worse, better))].sort_values("without")
+            return rows[rows.groupby("without")["gradient"].transform("nunique") == 2]
+
+        if both(1).empty:
             return None
-        told = f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])}, N = {rows['without'].iloc[0]:.0f}"
-        return study.compared(told, named.loc[worse], named.loc[better])
+        rows, told, bounds = both(both(1)["without"].nunique()), [], []
+        for count, pair in rows.groupby("without"):
+            named = pair.set_index("gradient")
+            bounds.append(study.gain(named.loc[worse], named.loc[better]))
+            told.append(f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])} at N = {count:.0f}")
+        low, high = np.min(bounds, axis=0)
+        least = f"{span(low, high)} times{', least of all' * (len(bounds) > 1)}"
+        return Found(f"{study.score} {'; '.join(told)}{_trained(rows)}", least, seeds_of(rows), verdict(low, high))
 
     return test
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from equilab.analysis import activity, students
 from equilab.analysis.students import Students
@@ -181,12 +180,8 @@ def overfits(study: Study) -> Found | None:
             return None
         by = curves.groupby("seed")[study.distance]
         worse.append(np.log(by.last() / by.min()))
-    more, rule = (worse[0] - worse[1]).dropna(), study.config.rule
-    reach = np.log1p(rule.margin_distance)  # at least: seeds may all end at their best
-    if len(more) > 1:
-        own = stats.t.ppf((1 + rule.confidence) / 2, len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more))
-        reach = max(own, reach / np.sqrt(len(more)))
-    low, high = np.exp(more.mean() - reach), np.exp(more.mean() + reach)
+    more = (worse[0] - worse[1]).dropna()
+    low, high = study.times(more, least=np.log1p(study.config.rule.margin_distance))  # seeds may all end at their best
     told = f"{study.score} at the end over the best: GDD {np.exp(worse[0].mean()):.3g}, GDD-I {np.exp(worse[1].mean()):.3g}"
     return Found(told, f"{span(low, high)} times more", str(len(more)), verdict(low, high))
 

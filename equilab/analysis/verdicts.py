@@ -73,6 +73,21 @@ class Comparisons:
         reach = np.exp(self.config.rule.tolerance(measure, *spreads))
         return first[measure] / last[measure] / reach, first[measure] / last[measure] * reach
 
+    def times(self, logs: pd.Series, among: int = 1, least: float = 0.0) -> tuple[float, float]:
+        """Return between which bounds a ratio lies whose logarithms seeds gave: a t-interval that holds for `among` of them at
+        once, no narrower than `least` to either side; the margin where there is one seed."""
+        reach = np.log1p(self.config.rule.margin_distance)
+        if len(logs) > 1:
+            own = stats.t.ppf((1 + self.confidence(among)) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+            reach = max(own, least / np.sqrt(len(logs)))
+        return float(np.exp(logs.mean() - reach)), float(np.exp(logs.mean() + reach))
+
+    def paired(self, first: pd.DataFrame, last: pd.DataFrame, among: int = 1) -> tuple[float, float]:
+        """Return between which bounds the distance of `first` over that of `last` lies, rows of two settings of the same
+        trained networks and noises: compared seed by seed, of which nothing but the setting is left."""
+        sides = [rows.drop_duplicates("seed").set_index("seed")[self.distance] for rows in (first, last)]
+        return self.times(np.log(sides[0] / sides[1]).dropna(), among)
+
     def compared(self, told: str, first: pd.Series, last: pd.Series) -> Found:
         """Return what comes of the claim that `last` is better than `first`."""
         bounds = self.gain(first, last)
