@@ -44,10 +44,10 @@ def run(config: Config, job: Job) -> None:
         raise UserError("results/evaluate holds no run that makes images but the teacher; evaluate one first")
     head += (
         f"Intervals are {rule.confidence:.0%} t-intervals over seeds, their spread pooled over all models; of the best of several, "
-        f"intervals that hold for all of them at once. With one seed a difference counts from {rule.margin_distance:.0%} of "
+        f"intervals that hold for all of them at once. Where no run has a second seed a difference counts from {rule.margin_distance:.0%} of "
         f"{score} and {rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} of GET or ViT above "
         f"{rule.ranked:g} is not compared. Published numbers: FID, of GET on CIFAR-10, of FPDM on ImageNet 256, of GDD on CIFAR-10 where nothing else is said. Reasons are "
-        "likely ones: what was not compared is not tested."
+        "likely ones: what was not compared is not tested. Claims on seconds and memory are in measured.md."
     )
     timed = timed or [pd.DataFrame(columns=COLUMNS)]
     for name, title, parts in (("claims", "Claims", counted), ("measured", "Claims on seconds and memory", timed)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import pandas as pd
 
 from equilab.analysis import scaling
 from equilab.analysis.scaling import Frontier
-from equilab.analysis.tables import Tables, main_regime, replicated, short
+from equilab.analysis.tables import Tables, evaluated, main_regime, replicated, short
 from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Config, Found, listed, seeds_of, span, verdict
+from equilab.config import digest, read_json
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,19 @@ def conditioning(worse: str) -> Test:
 
 
 def sizes(study: Study) -> Found | None:
-    """Test GETs of the regime that are alike in all but size, ordered by parameters."""
-    found = study.points("parameters").query("kind == 'get'")
-    return _ordered(study, found.groupby(["family", "recipe"]), "parameters", "parameters")
+    """Test GETs of the regime that are alike in all but size, ordered by parameters: the largest against the smallest, which
+    stays open where a larger one is surely worse than the next smaller one."""
+    points = study.points("parameters").query("kind == 'get'")
+    found = _ordered(study, points.groupby(["family", "recipe"]), "parameters", "parameters")
+    if found is None or found.verdict != HOLDS:
+        return found
+    steps = study.among(len(points))
+    points = steps.points("parameters").query("kind == 'get'")
+    alike = max((rows for _, rows in points.groupby(["family", "recipe"])), key=lambda rows: rows["parameters"].nunique())
+    for (_, small), (_, large) in pairwise(alike.sort_values("parameters").iterrows()):
+        if verdict(*steps.gain(small, large)) == FAILS:
+            return found._replace(verdict=OPEN, note=f"; {large['label']} is worse than the smaller {small['label']}")
+    return found
 
 
 def iterations(study: Study) -> Found | None:
@@ -181,18 +193,42 @@ def best_size(study: Study) -> Found | None:
 
 
 def teacher_calls(study: Study) -> Found | None:
-    """Tell what the pairs cost beside what the students reach; no online distillation is there to compare with."""
+    """Test that GET reaches what consistency distillation of the same teacher does (within the margin) with fewer calls of it;
+    without any the claim stays open."""
     distance, pairs = study.tables.distance, study.pairs
     found = study.points("parameters").query("kind == 'get'").sort_values(distance)
     if found.empty or study.tables.teacher.empty:
         return None
-    best = found.iloc[0]
+    best, online = found.iloc[0], _online(study)
     ours = (
         f"{short(pairs['nfe'])} teacher evaluations for {pairs['count']:,} pairs and {pairs['held_out']:,} held out, "
         f"{short(best['nimg'])} images seen; {study.tables.score} {best[distance]:.3g} of {best['label']}, "
         f"{study.tables.teacher.iloc[0][distance]:.3g} of the teacher"
     )
-    return Found(ours, "–", str(best["n"]), OPEN)
+    if online is None:
+        return Found(ours, "–", str(best["n"]), OPEN, "no online distillation is trained here to compare with")
+    label, calls, value = online
+    reach = 1 + study.config.rule.margin_distance
+    fewer, ratio = pairs["nfe"] < calls, value / best[distance]
+    told = HOLDS if fewer and ratio * reach >= 1 else FAILS if not fewer and ratio <= reach else OPEN
+    note = "one of the two takes fewer evaluations, the other is better" if told == OPEN else ""
+    ours += f"; consistency distillation ({label}) {value:.3g} with {short(calls)} evaluations"
+    return Found(ours, f"{calls / pairs['nfe']:.2f} times the evaluations", str(best["n"]), told, note)
+
+
+def _online(study: Study) -> tuple[str, int, float] | None:
+    """Return the best run of consistency distillation: its label, the teacher's calls of its training, two for each image, and
+    its distance, a mean over seeds."""
+    folder, found = study.tables.folder, []
+    for path in evaluated(folder, "consistency"):
+        kept = read_json(path, "of", "run", study.tables.distance)
+        about = read_json(folder / kept["of"] / "summary.json", "config", "nimg")
+        found.append((digest({**about["config"], "seed": None}), kept["run"], 2 * about["nimg"], kept[study.tables.distance]))
+    if not found:
+        return None
+    rows = pd.DataFrame(found, columns=["model", "run", "calls", "value"])
+    best = rows.groupby("model").agg(run=("run", "first"), calls=("calls", "first"), value=("value", "mean")).sort_values("value").iloc[0]
+    return best["run"], int(best["calls"]), float(best["value"])
 
 
 def constant_memory(study: Study) -> Found | None:

@@ -156,7 +156,7 @@ def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, 
 
 
 def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataFrame:
-    """Return the best size of each kind for training budgets 2^k GFLOP at which two sizes can be compared.
+    """Return the best size of each kind at every training budget that was spent and at which two sizes can be compared.
 
     `ahead` is the value of the second best size over that of the best; `counts` tells whether that is a difference.
     Where the learning rate falls to 0, a snapshot on the way is no training of that budget and is not used.
@@ -165,16 +165,15 @@ def best_size(tables: Tables, regime: str, measure: str, rule: Rule) -> pd.DataF
     for kind, name in (("get", "GET"), ("vit", "ViT")):
         of_kind = ranked(found, kind, measure, rule)
         fronts = [(size, Frontier(part, measure)) for size, part in of_kind.groupby("parameters")]
-        starts, ends = (sorted(getattr(front, end) for _, front in fronts) for end in ("cheapest", "dearest"))
-        if len(fronts) < 2 or starts[1] > ends[-2]:
-            continue
-        for power in range(int(np.ceil(np.log2(starts[1] / 1e9))), int(np.log2(ends[-2] / 1e9)) + 1):
-            values = [(*front.at(2.0**power * 1e9, 0.0), size) for size, front in fronts]
+        spent = 0.0
+        for cost in sorted(of_kind["cost"]):
+            values = [(*front.at(cost, rule.equal_budget), size) for size, front in fronts]
             values = sorted((v for v in values if not np.isnan(v[0])), key=lambda v: v[0])
-            if len(values) > 1:
+            if len(values) > 1 and cost > spent * (1 + rule.equal_budget):
+                spent = cost
                 (best, spread, size), (second, other, _) = values[:2]
                 counts = bool(np.log(second / best) > rule.tolerance(measure, spread, other))
-                rows.append((name, f"2^{power}", size, best, second / best, counts))
+                rows.append((name, f"{cost / 1e9:.4g}", size, best, second / best, counts))
     return pd.DataFrame(rows, columns=["kind", "budget (GFLOP)", "parameters", measure, "ahead", "counts"])
 
 
