@@ -378,7 +378,7 @@ def test_class_injection_is_compared_in_models_alike_in_all_else(tmp_path, fd, e
 
 @pytest.mark.parametrize(
     ("fd", "decay", "expected"),
-    [(0.4, "none", HOLDS), (0.7, "none", OPEN), (4.0, "none", FAILS), (0.4, "cosine", OPEN)],
+    [(0.4, "none", HOLDS), (1.0, "none", OPEN), (4.0, "none", FAILS), (0.4, "cosine", OPEN)],
 )
 def test_the_best_size_for_a_budget_grows_or_not(tmp_path, fd, decay, expected):
     """The small model is as good from the start, the large one improves in proportion to its training."""
