@@ -140,8 +140,9 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     for reuse, look in REUSE.items():
         curve(ax, found[found["reuse"] == reuse].sort_values("each"), "each", study.distance, look)
     dit = study.averaged(usual(study), confidence).query("family == 'DiT' and method == 'ddim' and block_evals == @blocks")
-    for row in dit.itertuples():
-        ax.axhline(getattr(row, study.distance), color=ORANGE, linewidth=0.9, label=f"DiT, {row.steps} steps of {row.explicit}")
+    for (_, row), line in zip(dit.iterrows(), ("-", "--", ":", "-.")):
+        name = f"{_named(row)}: {row['steps']} steps of {row['explicit']}"
+        ax.axhline(row[study.distance], color=ORANGE, linewidth=0.9, linestyle=line, label=name)
     ax.set(title=f"ours: {blocks:.0f} blocks, DDIM, {study.samples:,} images", xlabel="iterations of a step (fewer: more steps)",
            ylabel=study.score)  # fmt: skip
     logarithmic(ax)

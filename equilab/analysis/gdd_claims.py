@@ -167,6 +167,7 @@ def penalty(study: Study) -> Found | None:
     rows = students.ablation(study.found, study.averaged(tried), "penalty").query("augment == 'none'")
     bare, other = rows[rows["gamma"] == 0].iloc[0], rows[rows["gamma"] > 0]
     told = f"without R1 {study.value(bare)}; gamma " + listed(other, study.distance, "gamma")
+    told += f" (of a mean loss; published: of a sum over 32 images, where they are {other['gamma'].min() * 32:.2g} and more)"
     return study.compared(told, bare, other.sort_values(study.distance).iloc[0])
 
 

@@ -13,7 +13,7 @@ from equilab.data import load, to_float
 from equilab.files import sha256_of
 from equilab.metrics.cost import flops
 from equilab.models.precond import EDM
-from equilab.training import loop, onestep
+from equilab.training import loop, machine, onestep
 from equilab.training.onestep import Levels, counted, table
 
 
