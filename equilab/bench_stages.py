@@ -128,7 +128,7 @@ def _update(read: Callable, run: str, frozen: Callable | None, batch: int, devic
     def update() -> None:
         optimisers = [torch.optim.Adam(parameters) for parameters in trained]
         for mover, optimiser in [*enumerate(optimisers)] * 2:  # the second time beside what they remember
-            part(mover, 0.0)
+            part(mover, 1e-4 * mover)  # with R1, where an update takes most
             optimiser.step()
 
     networks, sigma = critic.discriminator.networks, torch.full((batch,), 80.0, device=device)

@@ -1,6 +1,7 @@
 """The repository agrees with itself: lock file, README, environment, graph, layers, sizes."""
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from equilab import graph
+from equilab import config, graph
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
@@ -140,6 +141,23 @@ def test_an_executed_notebook_is_the_notebook_as_it_is(path):
         if "injected-parameters" not in cell["metadata"].get("tags", [])
     ]  # fmt: skip
     assert cells(path) == cells(ROOT / "notebooks" / path.name), f"{path} is stale: run `dvc repro`"
+
+
+def test_the_lock_of_the_default_study_is_of_its_params_and_of_the_code_as_it_is():
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    sections = config.read(ROOT / "params.yaml")
+    assert set(stages) == {"code"} | {f"{name}@{run}" if stage.each else name for name, stage in graph.STAGES.items()
+                                      for run in (sections.get(name, {}) if stage.each else [None]) if sections.get(name)}  # fmt: skip
+    for name, entry in stages.items():
+        for dep in entry["deps"]:
+            if dep["path"].startswith("results/code/"):
+                listed = graph.listed(graph.STAGES[name.split("@")[0]].module)
+                assert dep["md5"] == hashlib.md5(listed.encode()).hexdigest(), f"dvc.lock is stale at {name}: run `dvc repro`"
+        for key, value in entry.get("params", {}).get("params.yaml", {}).items():
+            now = sections
+            for part in key.split("."):
+                now = now[part]
+            assert json.dumps(value, sort_keys=True) == json.dumps(now, sort_keys=True), f"dvc.lock is stale at {name}, {key}: run `dvc repro`"
 
 
 def test_the_conda_environment_installs_the_lock_file():

@@ -277,3 +277,41 @@ def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(study):
         assert __main__.main([stage]) == 0
     one, other = (loop.load_tensors(Path("results", stage, "weights.safetensors"))[0] for stage in ("evaluator", "features"))
     assert classify.CLASSIFIERS and not any(torch.equal(one[key], other[key]) for key in one if key.endswith("weight") and one[key].ndim > 1)
+
+
+def test_an_update_of_both_players_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):
+    """R1 included; through heads without a batch norm, those of maps of few pixels."""
+    moved = {}
+    alike = replace(entry, discriminator=replace(entry.discriminator, arguments={**entry.discriminator.arguments, "mixing": "last"}))
+    for micro in (32, 8):
+        run, both, (net, _, critic) = run_of(alike, tmp_path / str(micro), micro_batch=micro, nimg=32, report_nimg=32, snapshots=())
+        assert not [m for m in critic.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.training and m not in [*critic.discriminator.networks.modules()]]
+        for _ in range(200):  # the spectral norms, a power iteration closer at each pass, are done
+            critic(torch.zeros(2, *IMAGE), torch.zeros(2, dtype=torch.int64), None)
+        for player in run.players:  # moves by the gradient, not by its sign
+            player.optimizer = torch.optim.SGD(player.named.values(), lr=1.0)
+        for _ in fit(run, batch_of(alike), *both):
+            pass
+        moved[micro] = torch.cat([p.detach().flatten() for player in (net, critic) for p in player.parameters()])
+    start = torch.cat([p.detach().flatten() for player in (players(alike)[0], players(alike)[2]) for p in player.parameters()])
+    assert (moved[32] - start).norm() > 1e-5 and (moved[8] - moved[32]).norm() <= 1e-3 * (moved[32] - start).norm()
+
+
+def test_a_student_without_classes_is_trained_in_bf16(entry, tmp_path):
+    alone = replace(entry, conditional=False, optimisation=replace(entry.optimisation, precision="bf16", nimg=64, report_nimg=64, snapshots=()))
+    torch.manual_seed(0)
+    net = alone.network.build(IMAGE, 0)
+    teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
+    gdd.prepare(net, "gdd")
+    critic = gan.critic_of(alone, "gdd", IMAGE, 0, lambda name: features(), pretrained=False)
+    run = Run(net, alone.optimisation, 0, "id", tmp_path, CPU, ("discriminator", critic, alone.discriminator_lr))
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def read(positions):
+        image = torch.from_numpy(rng.noise(9, "real", positions, IMAGE)).tanh()
+        made = [gan._made(9, player, positions, IMAGE, 0) for player in ("generator", "critic")]
+        return (image, None), *made, (None,) * 3, gan.adversarial.r1_weight(positions.start // 32, 1e-4, 2), None
+
+    rows = [step.report for step in fit(run, read, *gan.losses_of(alone, net, critic, teacher)) if step.report]
+    assert len(rows) == 1 and rows[0]["loss_discriminator"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters())) and {p.dtype for p in net.parameters()} == {torch.float32}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import golden
 from torch import nn
 
 from equilab import files
@@ -196,3 +197,12 @@ def test_precision_bf16_is_autocast_and_fp32_is_not():
         assert (a @ a).dtype == torch.bfloat16
     with machine.precision("fp32", CPU)():
         assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "batch", "half_life"), [("cifar", 256, 500_000.0), ("imagenet", 512, 50_000_000.0)])
+def test_the_average_decays_as_published(name, batch, half_life):
+    tensors, _ = golden("gdd_ncsnpp")
+    nimg, decay = (tensors[f"out.ema.{name}.{key}"] for key in ("images_before_step", "decay"))
+    config = dataclasses.replace(BASE, batch=batch, micro_batch=batch, nimg=batch, report_nimg=batch, ema_half_life_nimg=half_life, ema_warmup=0.05, snapshots=())
+    found = [ema_decay(config, int(seen)) for seen in nimg]
+    assert len(found) == 43 and found == pytest.approx(decay.tolist(), rel=1e-12)
