@@ -185,7 +185,7 @@ def best_size(study: Study) -> Found | None:
     if found.empty:
         return None
     first, last = found.iloc[0], found.iloc[-1]
-    counts = first["counts"] and last["counts"]
+    counts = first["counts"] and last["counts"] and len(found) > 1
     told = OPEN if not counts else HOLDS if last["parameters"] > first["parameters"] else FAILS
     ours = "; ".join(f"{row['budget (GFLOP)']} GFLOP: {short(row['parameters'])}, {row['ahead']:.2f} times ahead"
                      for _, row in found.iterrows())  # fmt: skip
