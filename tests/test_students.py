@@ -266,6 +266,12 @@ def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(ca
     test_images = load(Path("results/data"), "test").images
     assert len(test_images) == 200
     weights = Path("results/teacher/weights.safetensors")
+    tensors, about = loop.load_tensors(weights)
+    for image, classes in (((1, 16, 16), 10), ((3, 8, 8), 10), ((1, 8, 8), 4)):
+        loop.save_tensors(weights, tensors, {**about, "image": list(image), "classes": classes})
+        told = refused(capsys, "gan", "gdd")
+        assert "train it again" in told or "results/teacher/weights.safetensors" in told, told
+    loop.save_tensors(weights, tensors, about)
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "is damaged" in refused(capsys, "gan", "gdd")
 
