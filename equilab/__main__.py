@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
                         "or graph: write dvc.yaml anew; or code: list the "
-                        "modules of every stage, for DVC")  # fmt: skip
+                        "modules of every stage and the params, for DVC")  # fmt: skip
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs")
     parser.add_argument("--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
@@ -57,6 +58,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
 
         for name, one in graph.STAGES.items():
             write(Path(f"results/code/{name}.txt"), graph.listed(one.module))
+        write(Path("results/code/params.json"), json.dumps(sections, default=str))
         return 0
     known = ["study", *graph.STAGES]
     for name in sections:

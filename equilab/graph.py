@@ -19,8 +19,8 @@ from equilab import config
 PACKAGE = Path(__file__).parent
 HEADER = """# Written by `python -m equilab graph` from the sections of params.yaml. A stage depends on the modules that it imports,
 # on its section of params.yaml and on the results that it reads. `study.root` leads to the repository. The stage `code`
-# turns the modules of each stage into one file, which the stage depends on: DVC reads and writes a list of them for
-# every run at each step, for seconds.
+# turns the modules of each stage into one file and params.yaml into JSON, on which the stages depend: DVC reads a list of
+# modules, and YAML, anew for every run, for seconds. What a stage wrote stays until it writes anew (persist).
 """
 
 
@@ -89,7 +89,7 @@ STAGES = {
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
         each=True,
-        params=("evaluator", "latents"),
+        params=("latents",),
     ),
     "relative": Stage(
         "equilab.relative",
@@ -149,7 +149,7 @@ def closure(module: str) -> list[str]:
 
 def code(module: str) -> str:
     """Return a digest of the modules that `module` imports, itself included: it changes when their text does."""
-    return hashlib.sha256(b"".join(_file(name).read_bytes() for name in closure(module))).hexdigest()[:16]
+    return hashlib.sha256(listed(module).encode()).hexdigest()[:16]
 
 
 def listed(module: str) -> str:
@@ -179,7 +179,8 @@ def _imports(path: Path) -> set[str]:
 def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of dvc.yaml for a study with these sections: a stage without one is left out."""
     modules = [f"${{study.root}}/{path.relative_to(PACKAGE.parent)}" for path in sorted(PACKAGE.rglob("*.py"))]
-    stages = {"code": {"cmd": "python -m equilab code", "deps": modules, "outs": ["results/code"]}}
+    kept = lambda path, **options: {path: {**options, "persist": True}}  # noqa: E731
+    stages = {"code": {"cmd": "python -m equilab code", "deps": ["params.yaml", *modules], "outs": [kept("results/code")]}}
     absent = [name for name in STAGES if not sections.get(name)]
     there = lambda path: not re.match(rf"(results/|\$\{{)({'|'.join(absent)})(/|\.|$)", path) if absent else True  # noqa: E731
     for name, stage in STAGES.items():
@@ -192,15 +193,16 @@ def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
         entry = {
             "cmd": f"python -m equilab {name} {run}".strip(),
             "deps": [f"results/code/{name}.txt"] + [path.replace("{run}", run) for path in stage.reads if there(path)],
-            "params": ["study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section,
-                       *(key for key in stage.params if key not in absent)],
-        }
+            "params": [{"results/code/params.json": [
+                "study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section,
+                *(key for key in stage.params if key not in absent)]}],
+        }  # fmt: skip
         if stage.cached:
-            entry["outs"] = [place(file) for file in stage.cached]
+            entry["outs"] = [kept(place(file)) for file in stage.cached]
         if stage.committed:
             files = [place(file) for file in stage.committed]
-            entry["plots"] = [{file: {"cache": False}} for file in files if not file.endswith(".json")]
-            entry["metrics"] = [{file: {"cache": False}} for file in files if file.endswith(".json")]
+            entry["plots"] = [kept(file, cache=False) for file in files if not file.endswith(".json")]
+            entry["metrics"] = [kept(file, cache=False) for file in files if file.endswith(".json")]
             entry = {key: value for key, value in entry.items() if value}
         stages[name] = {"foreach": f"${{{name}}}", "do": entry} if stage.each else entry
     return {"stages": stages}

@@ -143,7 +143,7 @@ def test_samples_are_decoded_to_pixels(study):
 def test_the_graph_has_the_stages_of_the_study_alone(study):
     stages = graph.dvc(config.read(Path("params.yaml")))["stages"]
     assert list(stages) == ["code", "data", "evaluator", "latents", "diffusion", "evaluate", "cost", "claims", "report"]
-    assert "results/latents" in stages["diffusion"]["do"]["deps"] and "latents" in stages["evaluate"]["do"]["params"]
+    assert "results/latents" in stages["diffusion"]["do"]["deps"] and "latents" in stages["evaluate"]["do"]["params"][0]["results/code/params.json"]
     assert not [path for stage in stages.values() for path in stage.get("do", stage)["deps"] if "pairs/" in path or "distill" in path and "results" in path]
     assert "latents" not in graph.dvc(config.read(SMOKE))["stages"]
 

@@ -88,6 +88,8 @@ def test_changing_one_run_rebuilds_one_run(study):
     params = study / "params.yaml"
     text = params.read_text()
     params.write_text(text.replace("{init: noise, iterations: 2, gradient: jfb", "{init: noise, iterations: 1, gradient: jfb"))
+    assert "code:" in call(study, "dvc", "status", "dvc.yaml")
+    call(study, "dvc", "repro", "code")
     told = call(study, "dvc", "status", "dvc.yaml")
     params.write_text(text)
     assert "distill@get-noise" in told and "distill@get:" not in told and "distill@vit" not in told and "teacher:" not in told
