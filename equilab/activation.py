@@ -15,7 +15,7 @@ from equilab.config import Job, Plan, UserError, results
 from equilab.diffusion import discrete_samplers as walk
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.samplers import euler, finish
-from equilab.evaluate import trained_config, write_table
+from equilab.evaluate import MAKERS, shape_of, trained_config, work_of, write_table
 from equilab.models.precond import EDM
 from equilab.progress import bar
 from equilab.sample import Denoiser, Generator, Implicit, Solve, batches, inputs, kind, load
@@ -65,12 +65,12 @@ class Activity:
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: small beside evaluation.
+    """Return what counts the stage's cost: every network along its noise levels, timesteps or iterations.
 
     Raises: UserError if `runs` names no run of the study, or one of a network without layers to look at.
     """
-    for place, name in enumerate(config.runs):
-        trained = trained_config(name, read)
+    found = {name: trained_config(name, read) for name in config.runs}
+    for place, (name, trained) in enumerate(found.items()):
         family = kind(trained)
         if name.startswith("diffusion/") and not config.timesteps <= trained.diffusion.timesteps:
             raise UserError(f"activation.timesteps is {config.timesteps}, but {name} has {trained.diffusion.timesteps}; lower it")
@@ -78,7 +78,20 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
             raise UserError(f"activation.runs: {name} is a ViT, whose layers see no noise level; leave it out")
         if family == "student" and "teacher" not in config.runs[:place]:
             raise UserError(f"activation.runs: list the teacher before {name}, which is shown what the teacher sees")
-    return Plan
+
+    def count() -> Plan:
+        size, work = 0, 0.0
+        for name, trained in found.items():
+            stage = name.partition("/")[0]
+            shape = shape_of(name, read, job.image)
+            size += MAKERS[stage].counted(trained, shape, job.classes)["parameters"]
+            if stage in ("distill", "diffusion"):
+                work += sum(work_of(name, trained, shape, job.classes, [(config.timesteps, config.iterations)]))
+            else:  # the teacher's network, whoever's its weights are
+                work += sum(work_of("teacher", read("teacher"), job.image, job.classes, [(config.levels.steps, 1)]))
+        return Plan(size, work * config.samples)
+
+    return count
 
 
 def run(config: Config, job: Job) -> None:

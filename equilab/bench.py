@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
-from equilab.bench_stages import ROOT, columns_of, commands, goal_of, memory, students
-from equilab.diffusion.discrete import Diffusion
+from equilab.bench_stages import READING, ROOT, columns_of, commands, goal_of, in_turns, memory, students
+from equilab.diffusion import discrete_samplers as walk
+from equilab.diffusion.discrete import Diffusion, evenly
 from equilab.diffusion.samplers import finish
 from equilab.evaluate import write_table
 from equilab.files import write
@@ -56,8 +57,8 @@ NETWORKS = {  # class, image, classes, sizes
     "FPDM-S/2, 12 blocks": (fpdm.FPDM, LATENT, 1000, fpdm.SIZES["FPDM-S/2"]),
     "FPDM-S/2, 28 blocks": (fpdm.FPDM, LATENT, 1000, fpdm.SIZES["FPDM-S/2"]),
 }
-BLOCKS = (12, 28)
-QUICK = {  # sizes with which a call takes milliseconds
+DEEP, STEPS = ("DiT-S/2, 28 blocks", "FPDM-S/2, 28 blocks"), 4  # steps of a chain
+QUICK = {  # sizes with which a call takes milliseconds; of 12 and 28 blocks there are 3 and 7
     get.GET: {"width": 32, "heads": 1, "depth": 1, "equilibrium_depth": 1, "equilibrium_expansion": 2},
     vit.ViT: {"width": 32, "heads": 1, "depth": 1},
     dit.DiT: {"width": 32, "heads": 1},
@@ -70,8 +71,10 @@ QUICK = {  # sizes with which a call takes milliseconds
 class Work:
     """A task of a network: a row in each precision, or where there are switches a row with each of them.
 
-    `what` is sample (noise to images, six iterations of a GET), train (loss of all six iterates, gradient, AdamW; of an
-    FPDM with twelve iterations before twelve with gradient, the most that the published training draws) or denoise (a call of the denoiser). Goals are shares of the matmul peak; `gain` is bf16's goal as a multiple of fp32.
+    `what` is sample (noise to images, six iterations of a GET, STEPS steps of DDIM of a DiT or an FPDM), train (loss of all
+    six iterates, gradient, AdamW; of an FPDM with twelve iterations before twelve with gradient, the most that the published
+    training draws) or denoise (a call of the denoiser). Goals are shares of the matmul peak; `gain` is bf16's goal as a
+    multiple of fp32.
     """
 
     what: str
@@ -92,8 +95,9 @@ WORK = (
     Work("sample", "ViT-S/2", {"cpu": 8, "cuda": 512}),
     Work("sample", "ViT-B/2", {"cpu": 8, "cuda": 512}),
     Work("denoise", "DDPM++", {"cpu": 16, "cuda": 256}, {"fp32": 0.75}, gain=2.5),
-    *(Work("denoise", f"{name}-S/2, {blocks} blocks", {"cpu": 8, "cuda": 256}) for name in ("DiT", "FPDM") for blocks in BLOCKS),
-    *(Work("train", f"{name}-S/2, 28 blocks", {"cpu": 8, "cuda": 64}) for name in ("DiT", "FPDM")),
+    *(Work("denoise", f"{name}-S/2, {blocks} blocks", {"cpu": 8, "cuda": 256}) for name in ("DiT", "FPDM") for blocks in (12, 28)),
+    *(Work("sample", size, {"cpu": 4, "cuda": 256}) for size in DEEP),
+    *(Work("train", size, {"cpu": 8, "cuda": 64}) for size in DEEP),
     Work("sample", "GET-M/2", {"cpu": 8, "cuda": 512}, switches=("none", "attention unfused", "compiled")),
     Work("denoise", "DDPM++", {"cpu": 4, "cuda": 256}, switches=("none", "contiguous")),
     Work("denoise", "DDPM++", {"cuda": 256}, switches=("compiled",)),
@@ -136,7 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
         row["peak_share"] = row["flop_s"] / limit[row["precision"]]
         if isinstance(goal := row.get("goal"), float):
             row |= goal_of(row["peak_share"] >= goal, f"{goal:.0%} of peak")
-    facts += [*applications(rows), *students(device, given.quick)]
+    step = next(row["seconds"] for row in rows if (row["what"], row["size"]) == ("train", "GET 0.13M"))
+    facts = [row | (goal_of(row["seconds"] < step, "less than GET 0.13M trains on it") if row["what"] == READING else {}) for row in facts]
+    facts += [*layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
     facts += [error(device, given.quick)] if "bf16" in names else []
     name = machine(device)
     path = given.out / slug(name)
@@ -175,7 +181,8 @@ def measured(work: Work, device: torch.device, names: list[str], quick: bool) ->
     if device.type not in work.batch:
         return
     rate, batch = {}, 2 if quick else work.batch[device.type]
-    operations = flops(task(work, "", batch, torch.device("meta"), nullcontext, quick))
+    single, calls = (replace(work, what="denoise"), STEPS) if work.what == "sample" and work.size in DEEP else (work, 1)
+    operations = calls * flops(task(single, "", batch, torch.device("meta"), nullcontext, quick))
     for switch in work.switches or ("",):
         if switch == "compiled" and (quick or not shutil.which("c++")):
             continue
@@ -217,8 +224,8 @@ def task(work: Work, switch: str, batch: int, device: torch.device, context: Cal
     loss, target, t = loss_of(TRAINING), torch.tanh(noise), torch.full((batch,), 500, device=device)
     along = (target, label, None)
     if kind in (dit.DiT, fpdm.FPDM):
-        loss, along = diffusion.loss_of(DENOISING), (noise, t, label, (12, 12) if kind is fpdm.FPDM else None)
-    tied = Solver("iterate", int(work.size.split()[-2]) - 2 if kind is fpdm.FPDM else 1, 0.0, "last", measure=False)
+        loss, along = diffusion.loss_of(DENOISING), (noise, t, label, None if kind is dit.DiT else (2, 2) if quick else (12, 12))
+    tied = Solver("iterate", _blocks(work.size, quick) - 2 if kind is fpdm.FPDM else 1, 0.0, "last", measure=False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=OPTIMISATION.lr, fused=device.type != "meta")
     forward = {
         get.GET: lambda: run(noise, label, None, SOLVER),
@@ -227,6 +234,10 @@ def task(work: Work, switch: str, batch: int, device: torch.device, context: Cal
         dit.DiT: lambda: run(noise, t, label),
         fpdm.FPDM: lambda: run(noise, t, label, None, tied),
     }[kind]
+    if work.what == "sample" and work.size in DEEP:
+        implicit, chain = kind is fpdm.FPDM, DENOISING.diffusion.chain(evenly(DENOISING.diffusion.timesteps, STEPS))
+        predict = walk.implicit(run, tied) if implicit else walk.explicit(run)
+        forward = lambda: walk.finish(walk.ddim(predict, noise, chain, label, eta=0.0, reuse=implicit, clamp=False))  # noqa: E731
 
     def train() -> None:
         with context(), attention():
@@ -244,26 +255,56 @@ def task(work: Work, switch: str, batch: int, device: torch.device, context: Cal
 def network(size: str, device: torch.device, quick: bool) -> nn.Module:
     """Return a network of NETWORKS with its initial weights on `device`."""
     kind, image, classes, sizes = NETWORKS[size]
+    small = {**QUICK[kind], **({"depth": _blocks(size, quick)} if kind is dit.DiT else {})} if quick else {}
     torch.manual_seed(0)
     with device:
-        return kind(image, classes, **{**sizes, **(QUICK[kind] if quick else {})})
+        return kind(image, classes, **{**sizes, **small})
 
 
-def applications(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what a block of DiT costs beside an iteration of FPDM, which applies the same block after two linear maps: from
-    calls of few and of many blocks."""
-    calls = [row for row in rows if row["what"] == "denoise" and row["size"].endswith("blocks")]
-    for name in dict.fromkeys(row["precision"] for row in calls):
-        of = {row["size"]: row for row in calls if row["precision"] == name}
-        each = {}
-        for family in ("DiT", "FPDM"):
-            few, many = (of[f"{family}-S/2, {blocks} blocks"] for blocks in BLOCKS)
-            work = [row["flop_s"] * row["seconds"] for row in (few, many)]
-            each[family] = [(b - a) / (BLOCKS[1] - BLOCKS[0]) for a, b in ((few["seconds"], many["seconds"]), work)]
-            yield {"what": f"a block of {family}", "precision": name, "seconds": each[family][0], "flop": each[family][1]}
-        seconds, flop = (fpdm / dit for fpdm, dit in zip(each["FPDM"], each["DiT"]))
-        yield {"what": "a block of FPDM over one of DiT", "precision": name, "seconds_times": seconds, "flop_times": flop,
-               **goal_of(seconds <= 1.05 * flop, "no more seconds than FLOPs")}  # fmt: skip
+def _blocks(size: str, quick: bool) -> int:
+    """Return the blocks that the name of a DiT or an FPDM says, a quarter of them where it is `quick`."""
+    return int(size.split()[-2]) // (4 if quick else 1)
+
+
+@torch.no_grad()
+def layers(device: torch.device, names: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the seconds of a layer of DiT, of an application of FPDM's layer, and of the same layer alone applied as often,
+    without the two linear maps that take in the injection: each in a row of many, in turns."""
+    batch, times = (2, 2) if quick else (4 if device.type == "cpu" else 64, 10)
+    explicit, tied = (network(f"{family}-S/2, 12 blocks", device, quick).eval() for family in ("DiT", "FPDM"))
+    tokens, width = tied.positions.shape[1:]
+    h, condition = (torch.randn(batch, n, width, device=device) for n in (tokens, 1))
+    solver = Solver("iterate", times, 0.0, "last", measure=False)
+
+    def untied() -> None:
+        z = h
+        for k in range(times):
+            z = explicit.stack[k % len(explicit.stack)](z, condition)
+
+    def alone() -> None:
+        modulation = tied.fixed.modulation(nn.functional.silu(condition))
+        solver(lambda z, rows: tied.fixed.modulated(z, modulation), h)
+
+    calls = {"a layer of DiT": untied, "an application of FPDM's layer": lambda: solver(tied.map(h, condition), h),
+             "the same without the maps of its injection": alone}  # fmt: skip
+    work = [flops(call) for call in calls.values()]
+    for name in names:
+        with precision(name, device)():
+            found = [seconds.median / times for seconds in in_turns(calls, device, 1 if quick else 15).values()]
+        for what, seconds, operations in zip(calls, found, work):
+            row = {"what": what, "precision": name, "batch": batch, "seconds": seconds, "flop": operations / times}
+            if what != "a layer of DiT":
+                row |= {"seconds_times": seconds / found[0], "flop_times": operations / work[0]}
+                row |= goal_of(row["seconds_times"] <= 1.05 * row["flop_times"], "no more seconds than FLOPs")
+            yield row
+
+
+def training_memory(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield how much less memory a training step of FPDM takes than that of a DiT of the paper's depth (the paper: 60 percent)."""
+    found = {(row["size"], row["precision"]): row["memory_mib"] for row in rows if row["what"] == "train" and row["size"] in DEEP}
+    for name in dict.fromkeys(name for _, name in found):
+        less = 1 - found[DEEP[1], name] / found[DEEP[0], name]
+        yield {"what": "training memory of FPDM, less than that of DiT by", "precision": name, "share": less, **goal_of(less >= 0.6, "60%")}
 
 
 @torch.inference_mode()

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 import yaml
 
-from equilab import __main__, config  # before torch, as for the stages
+from equilab import __main__, config, rng  # before torch, as for the stages
 from equilab.graph import PACKAGE
 from equilab.metrics.cost import Seconds, peak_memory, timed
 from equilab.models import gdd
 from equilab.models.precond import EDM
+from equilab.pairset import PairSet
 from equilab.training import gan, onestep
 
 ROOT, CPU = PACKAGE.parent, torch.device("cpu")
-PAIRS = (200, 680)  # of the smoke study, whose memory must not grow with them
+SIZES = ((200, 12_000), (680, 24_000))  # pairs and scored images of the smoke study, with which memory must not grow
+BATCH, READING = 128, "reading a batch of digits pairs"
 
 
 def columns_of(seconds: Seconds) -> dict[str, float]:
@@ -53,21 +55,31 @@ def commands() -> Iterator[dict[str, Any]]:
 
 
 def memory() -> Iterator[dict[str, Any]]:
-    """Yield the most memory, tensors and all of Python, that making pairs and training on them takes, few and many."""
+    """Yield the most memory, tensors and all of Python, that making pairs, training on them and scoring images takes, few and
+    many; and the seconds that reading a batch of pairs takes."""
     sections, before, threads = config.read(ROOT / "studies/smoke/params.yaml"), Path.cwd(), torch.get_num_threads()
     run = next(name for name, entry in sections["distill"].items() if entry["network"]["kind"] == "get")
     least: dict[str, float] = {}
+    scored = sections["evaluate"][run]  # by the same name
+    scored["solver"] = scored["solver"][:1]
     with tempfile.TemporaryDirectory() as folder:
-        for k, count in enumerate((PAIRS[0], *PAIRS)):  # the first time for what is imported on the way
+        for k, (count, samples) in enumerate((SIZES[0], *SIZES)):  # the first time for what is imported on the way
             sections["pairs"]["count"] = sections["distill"][run]["pairs"] = count
+            sections["evaluator"]["samples"] = samples
             sections["study"]["seed"] += 1  # nothing is resumed
             Path(folder, "params.yaml").write_text(yaml.safe_dump(sections))
-            for stage in (["data"], ["teacher"], ["pairs"], ["distill", run])[2 if k else 0 :]:
+            for stage in (["data"], ["teacher"], ["evaluator"], ["pairs"], ["distill", run], ["evaluate", run]):
+                if k and stage[0] in ("data", "teacher"):
+                    continue
                 most, name = _stage(folder, *stage), stage[0]
-                if k:
-                    row = {"what": f"memory of {name}", "size": f"{count:,} pairs", "memory_mib": most}
+                if k and name != "evaluator":
+                    size = f"{samples:,} images" if name == "evaluate" else f"{count:,} pairs"
+                    row = {"what": f"memory of {name}", "size": size, "memory_mib": most}
                     yield row | (goal_of(most <= 1.05 * least[name], "does not grow") if k == 2 else {})
                 least[name] = most
+        pairs, draw = PairSet(Path(folder, "results/pairs")), rng.generator(0, "bench")
+        seconds = timed(lambda: pairs.read(draw.integers(count, size=BATCH)), CPU, warmup=3, repeats=50)
+        yield {"what": READING, "batch": BATCH, **columns_of(seconds)}
         os.chdir(before)
     torch.set_num_threads(threads)
 
@@ -81,7 +93,7 @@ def students(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     made = {run: _update(read, entry, frozen, batch, device) for run, entry, frozen in (
         ("gdd", "gdd", None), ("gdd-i", "gdd-i", None), ("output", "gdd", lambda layer: layer.group != "output"))}  # fmt: skip
     parts, single = ("generator", "discriminator", "discriminator with R1"), ("features", "sampling", "evaluation")
-    found = _in_turns({(run, part): made[run][part] for run in made for part in parts} | {("gdd", part): made["gdd"][part] for part in single},
+    found = in_turns({(run, part): made[run][part] for run in made for part in parts} | {("gdd", part): made["gdd"][part] for part in single},
                       device, 1 if quick else 20)  # fmt: skip
     interval, totals, most = read("gan", "gdd").r1.interval, {}, {}
     for run in made:
@@ -138,7 +150,7 @@ def _update(read: Callable, run: str, frozen: Callable | None, batch: int, devic
             "update": update, **{name: torch.no_grad()(call) for name, call in single.items()}}  # fmt: skip
 
 
-def _in_turns(calls: dict[Any, Callable[[], None]], device: torch.device, repeats: int) -> dict[Any, Seconds]:
+def in_turns(calls: dict[Any, Callable[[], None]], device: torch.device, repeats: int) -> dict[Any, Seconds]:
     """Return the seconds of calls that take turns: a neighbour who comes and goes disturbs them alike."""
     taken = {name: [] for name in calls}
     for _ in range(repeats + 1):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from equilab.config import Job, Plan, plain, results
-from equilab.evaluate import trained_config, write_table
+from equilab.evaluate import MAKERS, shape_of, trained_config, work_of, write_table
 from equilab.files import write_json
 from equilab.metrics.cost import matmul_peak, peak_memory, timed
 from equilab.pairs import Sampler
@@ -37,13 +37,33 @@ class Config:
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; it is small beside all others.
+    """Return what counts the stage's cost: the FLOPs of all calls and training steps, those in which memory is measured included.
 
     Raises: UserError if `runs` names no run of the study.
     """
-    for name in config.runs:
-        trained_config(name, read)
-    return Plan
+    found = {name: trained_config(name, read) for name in config.runs}
+
+    def count() -> Plan:
+        size, work = 0, 0.0
+        for name, trained in found.items():
+            stage = name.partition("/")[0]
+            shape = shape_of(name, read, job.image)
+            about = MAKERS[stage].counted(trained, shape, job.classes)
+            fixed = getattr(trained, "equilibrium", None) or getattr(trained, "fixed_point", None)
+            settings = [(1, k) for k in config.iterations] if fixed else [(config.sampler.nfe if stage == "teacher" else 1, 1)]
+            work += sum(work_of(name, trained, shape, job.classes, settings)) + sum(_steps(stage, trained, shape, job.classes))
+            size += about["parameters"]
+        return Plan(size, work * config.batch * (config.warmup + config.repeats + 1))
+
+    return count
+
+
+def _steps(stage: str, trained: Any, shape: tuple[int, ...], classes: int) -> list[int | float]:
+    """Return the FLOPs of the training steps that are measured of a run, for an image."""
+    if stage == "diffusion":
+        counts = (trained.fixed_point.without, trained.fixed_point.steps) if trained.fixed_point else (0.0, 0.0)
+        return [diffusion.step_flops(trained, shape, classes, counts)]
+    return [distill.counted(way, shape, classes)["train_flops_image"] for way in _ways(trained)] if stage == "distill" else []
 
 
 def run(config: Config, job: Job) -> None:
@@ -88,14 +108,18 @@ def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | No
 
 def _training(config: Config, generator: Generator, batch, peak: float) -> Iterator[dict[str, Any]]:
     """Yield the training step, forward and backward, as trained; of an implicit generator unrolled and in O(1) memory too."""
-    trained, ways = generator.config, [generator.config]
-    if trained.equilibrium:
-        others = (replace(trained.equilibrium, gradient=gradient) for gradient in ("unrolled", "o1"))
-        ways += [replace(trained, equilibrium=other) for other in others if other != trained.equilibrium]
-    for way in ways:
-        work = distill.counted(way, generator.shape, generator.classes)["train_flops_image"]
-        about = {"gradient": way.equilibrium.gradient if way.equilibrium else "explicit", "as_trained": way is trained}
+    ways = _ways(generator.config)
+    for way, work in zip(ways, _steps("distill", generator.config, generator.shape, generator.classes)):
+        about = {"gradient": way.equilibrium.gradient if way.equilibrium else "explicit", "as_trained": way is ways[0]}
         yield _step(config, generator, distill.loss_of(way), batch, about, work, peak)
+
+
+def _ways(trained: distill.Config) -> list[distill.Config]:
+    """Return the ways of training that are measured, as it was trained first."""
+    if trained.equilibrium is None:
+        return [trained]
+    others = (replace(trained.equilibrium, gradient=gradient) for gradient in ("unrolled", "o1"))
+    return [trained, *(replace(trained, equilibrium=other) for other in others if other != trained.equilibrium)]
 
 
 def _denoising(config: Config, generator: Generator, noise, label, peak: float) -> Iterator[dict[str, Any]]:
@@ -111,7 +135,7 @@ def _denoising(config: Config, generator: Generator, noise, label, peak: float) 
         cost = {"nfe": 1, "iterations": k or None, "block_evals": net.blocks(k) if k else net.blocks(), "flops": work}
         yield {"what": "call", **cost, **measured, "peak_share": _share(config, work, measured, peak)}
     counts, gradient = ((fixed.without, fixed.steps), fixed.gradient) if fixed else (None, "explicit")
-    work = diffusion.step_flops(trained, generator.shape, generator.classes, counts or (0.0, 0.0))
+    (work,) = _steps("diffusion", trained, generator.shape, generator.classes)
     batch, about = (torch.tanh(noise), noise, t, label, counts), {"gradient": gradient, "as_trained": True}
     yield _step(config, generator, diffusion.loss_of(trained), batch, about, work, peak)
 

@@ -66,7 +66,7 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     if any((name == key) != bool(getattr(config, name)) for name in ("sampler", "solver", "chain")):
         raise UserError(f"evaluate.{job.run}: list the settings of a {kind(trained)} in "
                         f"{f'{key} and leave the other lists empty' if key else 'no list, leave all empty'}")  # fmt: skip
-    shape = latents.shape_of(read, job.image) if config.chain else job.image
+    shape = shape_of(config.of, read, job.image)
     if shape != job.image and any(setting.clamp for setting in config.chain):
         raise UserError(f"evaluate.{job.run}.chain: clamp holds images in -1..1, which latents are not; set it to false")
     budgets = []
@@ -79,21 +79,32 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     def count() -> Plan:
         about = MAKERS[config.of.partition("/")[0]].counted(trained, shape, job.classes)
         samples = made = read("evaluator").samples
-        if config.sampler:
-            work = [about["flops_image"] * sampler.nfe for sampler in config.sampler]
-        elif config.chain:
-            iterations = [given.total / setting.steps if given else 0 for given, setting in zip(budgets, config.chain)]
-            calls = [diffusion.call(trained, shape, job.classes, each) for each in iterations]
-            work = [call * setting.nfe for call, setting in zip(calls, config.chain)]
-        elif not config.of.startswith("distill/"):
-            work = [about["flops_image"]]
-        else:
-            work = distill.generation(trained, job.image, job.classes, [solve.iterations for solve in config.solver] or [1])
+        settings = [(sampler.nfe, 1) for sampler in config.sampler] or [(1, solve.iterations) for solve in config.solver]
+        for given, setting in zip(budgets, config.chain):
+            settings.append((setting.nfe, given.total / setting.steps if given else 0))
+        work = work_of(config.of, trained, shape, job.classes, settings or [(1, 1)])
+        if config.of.startswith("distill/"):
             made += read("pairs").held_out + min(read("pairs").held_out, trained.pairs)
         work = float(sum(work) + work[0] * len(trained.optimisation.snapshots)) * made
         return Plan(about["parameters"], work, samples * int(np.prod(job.image)))
 
     return count
+
+
+def shape_of(of: str, read: Callable, image: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape of what the run `of` makes: of latents, where the study has them, or of an image."""
+    return latents.shape_of(read, image) if of.startswith("diffusion/") else image
+
+
+def work_of(of: str, trained: Any, shape: tuple[int, ...], classes: int, settings: list[tuple[int, int | float]]) -> list[int | float]:
+    """Return the FLOPs by shape of an image of the run `of`, at each setting: calls of the network (a generator makes one,
+    however many steps a student takes in it), and iterations of a fixed point in each."""
+    if of.startswith("distill/"):
+        return distill.generation(trained, shape, classes, [iterations for _, iterations in settings])
+    if of.startswith("diffusion/"):
+        return [calls * diffusion.call(trained, shape, classes, iterations) for calls, iterations in settings]
+    once = MAKERS[of.partition("/")[0]].counted(trained, shape, classes)["flops_image"]
+    return [calls * once for calls, _ in settings]
 
 
 def trained_config(of: str, read: Callable) -> Any:
@@ -124,6 +135,7 @@ def run(config: Config, job: Job) -> None:
     pixels = latents.pixels(job, generator.shape, config.of, device)
     pairs = PairSet(results("pairs")) if config.of.startswith("distill/") else None
     if pairs is not None:
+        pairs.check(job)
         pairs.verify()
     curve = [folder / "snapshots" / f"{nimg:010d}.safetensors" for nimg in trained.optimisation.snapshots]
     work = (len(config.settings) + len(curve)) * samples

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equilab import rng
-from equilab.config import UserError, read_json
+from equilab.config import Job, UserError, plain, read_json
 from equilab.data import to_float
 from equilab.files import sha256_of
 
@@ -36,13 +36,24 @@ class PairSet:
 
     def __init__(self, folder: Path):
         keys = ("count", "held_out", "classes", "shape", "seed", "shard", "dtype", "shards", "noise_checksum")
-        self.meta = read_json(folder / "meta.json", *keys)
+        self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
         self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.images = [self._open(folder / name) for name in self.meta["shards"]]
         if noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
             raise UserError(f"{folder}: noise regenerated from its index differs from when the pairs were made; "
                             "install the numpy version of the lock file, or make the pairs anew")  # fmt: skip
+
+    def check(self, job: Job) -> None:
+        """Compare what the pairs were made with, as far as it decides their bytes, with params as they are.
+
+        Raises: UserError naming the key that differs.
+        """
+        config = job.read("pairs")
+        now = {f"pairs.{key}": plain(getattr(config, key)) for key in ("count", "held_out", "dtype", "sampler")}
+        for key, value in {"study.seed": job.study.seed, **now}.items():
+            if value != (before := self.meta.get(key.partition(".")[2])):
+                raise UserError(f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again")
 
     def _open(self, path: Path) -> np.ndarray:
         try:

@@ -53,13 +53,16 @@ def load(family: str, weights: str | Path | Mapping[str, Tensor], **config) -> n
     return model.eval().requires_grad_(True)
 
 
-def need(weights: Mapping[str, Tensor], key: str) -> Tensor:
-    """Return weights[key].
+def need(weights: Mapping[str, Tensor], key: str, dimensions: int | None = None) -> Tensor:
+    """Return weights[key], of so many dimensions.
 
-    Raises: ValueError naming the nearest key there is, if the key is missing.
+    Raises: ValueError naming the nearest key there is, if the key is missing, or its shape, if it has other dimensions.
     """
     if key not in weights:
         raise ValueError(f"published key {key!r} is missing from the weights{_nearest(key, weights)}")
+    if dimensions is not None and (weights[key].ndim != dimensions or 0 in weights[key].shape):
+        shape = tuple(weights[key].shape)
+        raise ValueError(f"published key {key!r} has shape {shape}, which tells no size; it should have {dimensions} dimensions")
     return weights[key]
 
 

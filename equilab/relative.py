@@ -11,6 +11,7 @@ import numpy as np
 from equilab.config import Job, Plan, UserError, read_json, results
 from equilab.evaluate import write_table
 from equilab.metrics import fidelity
+from equilab.training import classify
 from equilab.training.machine import device_of
 
 
@@ -26,13 +27,20 @@ class Config:
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: features alone, small beside sampling.
+    """Return what counts the stage's cost: features of all images, those of Inception not counted.
 
     Raises: UserError if `runs` names no run of evaluate.
     """
     for name in config.runs:
         read("evaluate", name)
-    return Plan
+    if (evaluator := read("evaluator")).network is None:
+        return lambda: Plan(note="# Inception's features of the images are not counted")
+
+    def count() -> Plan:
+        about = classify.counted(evaluator, job.image, job.classes)
+        return Plan(about["parameters"], float(about["flops_image"]) * evaluator.samples * len(config.runs))
+
+    return count
 
 
 def run(config: Config, job: Job) -> None:

@@ -189,6 +189,24 @@ def test_two_sizes_have_an_exponent_without_an_interval():
     assert fit.exponent == pytest.approx(-1) and np.isnan(fit.low) and "too few" in str(fit)
 
 
+def test_quality_over_training_has_an_exponent_through_one_model_trained_for_several_lengths(tmp_path):
+    lengths = [{**model(f"vit-{n}", "vit", 1000, 4 * (1000 / n) ** 0.7), "nimg": n, "decay": "cosine"} for n in (1000, 2000, 4000)]
+    found = read(tmp_path, *lengths, {**model("wide", "vit", 3000, 1.0), "nimg": 8000, "decay": "cosine"})
+    regime = found.runs.loc[found.runs["run"] == "vit-4000", "regime"].iloc[0]
+    laws = scaling.fits(found, regime, "fd_train", RULE, "train_flops")
+    assert laws["ViT"].points == 3 and laws["ViT"].exponent == pytest.approx(-0.7)
+    assert set(scaling.fits_table(found, regime, RULE)["over"]) == {"training FLOPs or images, one model"}
+
+
+def test_a_run_without_snapshots_has_its_end_on_its_curve(tmp_path):
+    folder = write_study(tmp_path, VITS)
+    (folder / "evaluate/vit-100/curve.csv").write_text("")
+    found = tables.read(folder)
+    (end,) = found.curves[found.curves["run"] == "vit-100"].to_dict("records")
+    run = found.runs.set_index("run").loc["vit-100"]
+    assert end["last"] and all(end[key] == run[key] for key in ("nimg", "fd_train", "l1_held_out", "train_flops"))
+
+
 def test_runs_that_differ_in_their_seed_are_replicates_of_one_model(tmp_path):
     found = read(tmp_path, model("b", "get", 1000, 2.0, seed=0), model("a", "get", 1000, 4.0, seed=1), *VITS)
     assert found.runs["model"].nunique() == 5 and found.runs["recipe"].nunique() == 2

@@ -81,13 +81,26 @@ def test_a_step_of_the_small_get_is_counted_as_published_forward_and_backward():
     assert bench.flops(step) == pytest.approx(5.8e9, rel=0.02)
 
 
-def test_an_iteration_of_fpdm_stands_beside_a_block_of_dit(rows):
-    """As often as the precisions; two linear maps of 4 D^2 beside the 12 D^2 and the attention of a block."""
-    found = [row for row in rows if row["what"] == "a block of FPDM over one of DiT"]
-    assert [row["precision"] for row in found] == [*PRECISIONS["cpu"]]
-    for row in found:
-        assert 1 < float(row["flop_times"]) < 4 / 3  # less where there is more attention
-        assert (row["reached"] == "yes") == (float(row["seconds_times"]) <= 1.05 * float(row["flop_times"]))
+def test_an_application_of_fpdms_layer_stands_beside_a_layer_of_dit(rows):
+    """In each precision; two linear maps of 4 D^2 beside the 12 D^2 and the attention of the block, which is that of DiT."""
+    names = ("an application of FPDM's layer", "the same without the maps of its injection")
+    found = {name: [row for row in rows if row["what"] == name] for name in names}
+    for tied, alone in zip(*found.values()):
+        assert 1 < float(tied["flop_times"]) < 4 / 3 + 0.1  # the injection's own projections, shared by two applications here
+        assert 0.9 < float(alone["flop_times"]) < 1  # its modulation, once
+        for row in (tied, alone):
+            assert (row["reached"] == "yes") == (float(row["seconds_times"]) <= 1.05 * float(row["flop_times"]))
+    assert [[row["precision"] for row in each] for each in found.values()] == [[*PRECISIONS["cpu"]]] * 2
+
+
+def test_a_chain_is_as_many_calls_and_the_memory_of_training_is_compared(rows):
+    of = {(row["what"], row["size"], row["precision"]): row for row in rows}
+    for size in bench.DEEP:
+        chain, call = (of[what, size, "fp32"] for what in ("sample", "denoise"))
+        assert float(chain["flop_s"]) * float(chain["seconds"]) == pytest.approx(bench.STEPS * float(call["flop_s"]) * float(call["seconds"]))
+    (less,) = (row for row in rows if row["what"].startswith("training memory") and row["precision"] == "fp32")
+    tied, explicit = (float(of["train", size, "fp32"]["memory_mib"]) for size in reversed(bench.DEEP))
+    assert float(less["share"]) == pytest.approx(1 - tied / explicit) and (less["reached"] == "yes") == (float(less["share"]) >= 0.6)
 
 
 def test_work_names_networks_that_exist():

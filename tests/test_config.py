@@ -1,7 +1,7 @@
 """Params: every mistake is one sentence that names the key and the nearest valid name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -133,7 +133,36 @@ def test_every_key_of_params_reaches_a_config():
             assert config.plain(settings).keys() == given.keys()
 
 
-@pytest.mark.parametrize("stage", ["data", "evaluator", "teacher", "pairs", "distill get", "evaluate get", "cost", "claims"])
+def test_the_plan_of_what_measures_and_looks_at_networks_is_the_sum_of_their_calls():
+    """Of a GET and a teacher, by hand: calls, images, iterations, training steps."""
+    from equilab import activation, cost
+    from equilab.training import distill, teacher
+
+    sections = config.read(SMOKE)
+    read = lambda stage, run=None: __main__._config(sections, stage, run, SMOKE)[0]  # noqa: E731
+    job = config.Job(read_study(sections), "cost", None, (1, 8, 8), 10, "", read)
+    get, unet = read("distill", "get"), read("teacher")
+    about = [distill.counted(get, job.image, 10), teacher.counted(unet, job.image, 10)]
+    one, two = distill.generation(get, job.image, 10, [1, 2])
+    sampler = read("cost").sampler
+    settings = cost.Config(("distill/get", "teacher"), 4, (1, 2), sampler, 1, 2)
+    ways = [replace(get, equilibrium=replace(get.equilibrium, gradient=name)) for name in ("unrolled", "o1")]
+    steps = sum(distill.counted(way, job.image, 10)["train_flops_image"] for way in ways)
+    found = cost.plan(settings, job, read)()
+    assert get.equilibrium.gradient in ("unrolled", "o1")
+    assert found.flops == 4 * (1 + 2 + 1) * (one + two + steps + sampler.nfe * about[1]["flops_image"])
+    assert found.parameters == sum(each["parameters"] for each in about)
+    looked = activation.Config(("distill/get", "teacher"), 5, 5, activation.Levels(7, 0.002, 80.0, 7.0), 3, 2)
+    assert activation.plan(looked, job, read)().flops == 5 * (two + 7 * about[1]["flops_image"])
+
+
+def read_study(sections):
+    """Return what all stages of a study share."""
+    return config.parse(config.Study, sections["study"], "study")
+
+
+@pytest.mark.parametrize("stage", ["data", "evaluator", "teacher", "pairs", "distill get", "evaluate get", "evaluate fpdm", "cost",
+                                   "relative", "activation", "claims"])  # fmt: skip
 def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage, tmp_path, monkeypatch, capsys):
     from equilab.metrics import cost
 
@@ -150,4 +179,6 @@ def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage
         assert word in printed
     if stage == "distill get":
         assert "# parameters: 5,876" in printed
+    if stage not in ("data", "claims"):
+        assert float(re.search(r"# time: about ([\d.,]+) min", printed)[1]) >= 0 and "# parameters: none" not in printed
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]

@@ -127,6 +127,21 @@ def test_inception_score_agrees_with_the_published_values():
         assert found == pytest.approx(values[f"out.{key}_mean"].item(), rel=1e-10)
 
 
+def test_the_inception_score_of_what_is_not_kept_is_that_of_the_same_parts():
+    values, _ = golden("metrics")
+    logits = values["in.logits"]
+    parts, order = fidelity.Parts(10), torch.arange(len(logits)).reshape(10, -1).T.flatten()  # image k of part k modulo 10
+    for block in logits[order].split(37):
+        parts.tell(block)
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    theirs = isc_features_to_metric(logits, 10, False, 0)["inception_score_mean"]
+    assert parts.score() == pytest.approx(theirs, rel=1e-12) and parts.count == len(logits)
+    single = fidelity.Parts(1)
+    single.tell(logits)
+    assert single.score() == pytest.approx(values["out.isc1_mean"].item(), rel=1e-10)
+
+
 @pytest.mark.parametrize("neighbours", [3, 5])
 def test_precision_and_recall_agree_with_the_published_values(neighbours):
     values, _ = golden("metrics")
@@ -219,6 +234,10 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
     for key in ("kid_train", "kid_test", "precision", "recall"):
         assert found[key] == first[key], key
     assert found["fd_train"] != first["fd_train"] and found["n_samples"] == 320
+    parts = fidelity.Parts(10)
+    for _, logits in fidelity.extract(images, scorer.extractor):
+        parts.tell(logits)
+    assert found["inception_score"] == parts.score() != first["inception_score"]
 
 
 def test_too_few_images_to_score_are_refused(scorer, images):

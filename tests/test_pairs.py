@@ -148,6 +148,25 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     assert "distill.vit.pairs is 201, the set has 200" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "value", "told"), [
+    ("pairs.sampler.sigma_max", 70.0, "pairs.sampler is "),
+    ("pairs.count", 260, "pairs.count is 260, but results/pairs was made with 200"),
+    ("study.seed", 7, "study.seed is 7, but results/pairs was made with 0"),
+])  # fmt: skip
+def test_pairs_made_otherwise_than_params_say_now_are_refused(study, tmp_path, capsys, monkeypatch, key, value, told):
+    params = config.read(SMOKE)
+    *above, last = key.split(".")
+    place = params
+    for one in above:
+        place = place[one]
+    place[last] = value
+    shutil.copytree(study / "results", tmp_path / "results")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["distill", "vit"]) == 2
+    assert told in (said := capsys.readouterr().err) and "run the stage `pairs` again" in said
+
+
 def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, monkeypatch):
     params = config.read(SMOKE)
     params["teacher"]["sigma_std"] = 1.1

@@ -200,22 +200,26 @@ def training(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFr
 
 def compute(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return quality against training FLOPs, beside the published runs at compute counted by us (figure 3b), and its
-    numbers."""
-    found = _learning(tables, regime, rule)
+    numbers. Whole trainings of one model of several lengths are joined, whose ends a learning rate that falls makes comparable."""
+    found, whole = _learning(tables, regime, rule), scaling.points(tables, regime, "train_flops", rule)
+    whole = whole[whole["last"] & (whole.groupby("but_nimg")["nimg"].transform("nunique") > 1)]
+    found = pd.concat([found, whole]).drop_duplicates(["model", "nimg"])
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
     published = paper.runs().query("conditioning == 'none' and pairs == 1").dropna(subset="flops")
     _paper_panel(grid[0, 0], "train_flops", "training FLOPs", published)
-    _curves(grid[0, 1:], tables, found, "train_flops", "training FLOPs")
+    _curves(grid[0, 1:], tables, found, "train_flops", "training FLOPs", whole)
     legend(figure, grid)
     return figure, _numbers(tables, found, ["nimg", "train_flops"])
 
 
-def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str) -> None:
-    """Draw a learning curve of every model, a panel for each measure."""
+def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str, whole: pd.DataFrame | None = None) -> None:
+    """Draw a learning curve of every model, a panel for each measure; join the ends of the `whole` trainings of one model."""
     named = looks(found.drop_duplicates("model"))
     for ax, (measure, axis) in zip(row, tables.measures.items()):
         for model, look in named.items():
             curve(ax, found[found["model"] == model].sort_values(x), x, measure, look)
+        for _, ends in () if whole is None else whole.sort_values(x).groupby("but_nimg"):
+            ax.plot(ends[x], ends[measure], color=named[ends["model"].iloc[-1]]["color"], linewidth=0.9, linestyle=":")
         references(ax, tables, measure)
         ax.set(title=ours(tables, measure, found["n"]), xlabel=name, ylabel=axis)
         logarithmic(ax)

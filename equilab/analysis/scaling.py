@@ -47,8 +47,8 @@ class Fit(NamedTuple):
     def __str__(self) -> str:
         """The exponent with its interval, or why there is none."""
         if self.points < 3:
-            return f"exponent {self.exponent:.2f} through {self.points} sizes: too few for an interval"
-        return f"exponent {self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}], {self.points} sizes"
+            return f"exponent {self.exponent:.2f} through {self.points} points: too few for an interval"
+        return f"exponent {self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}], {self.points} points"
 
 
 def power_law(x: pd.Series | np.ndarray, y: pd.Series | np.ndarray, confidence: float) -> Fit:
@@ -62,15 +62,17 @@ def power_law(x: pd.Series | np.ndarray, y: pd.Series | np.ndarray, confidence: 
     return Fit(float(np.exp(constant)), float(exponent), float(exponent - half), float(exponent + half), len(x))
 
 
-def fits(tables: Tables, regime: str, measure: str, rule: Rule) -> dict[str, Fit]:
-    """Return for each family the power law of `measure` over parameters, through the largest set of its models that
-    were trained alike and differ in size; families with one size have none."""
+def fits(tables: Tables, regime: str, measure: str, rule: Rule, over: str = "parameters") -> dict[str, Fit]:
+    """Return for each family the power law of `measure` over a budget, through the largest set of its models that differ in
+    nothing else: over "parameters", in size alone; over "train_flops", in the length of training alone, so that the exponent
+    over images seen is the same. Families with one point have none."""
     found = {}
-    models = points(tables, regime, "parameters", rule)
+    models = points(tables, regime, over, rule)
     for family, rows in models.groupby("family", sort=False):
-        alike = max((group for _, group in rows.groupby("recipe")), key=lambda group: group["parameters"].nunique())
-        if alike["parameters"].nunique() > 1:
-            found[family] = power_law(alike["parameters"], alike[measure], rule.confidence)
+        groups = rows.groupby({"parameters": "recipe", "train_flops": "but_nimg"}[over])
+        alike = max((group for _, group in groups), key=lambda group: group["cost"].nunique())
+        if alike["cost"].nunique() > 1:
+            found[family] = power_law(alike["cost"], alike[measure], rule.confidence)
     return found
 
 
@@ -225,7 +227,8 @@ def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
 
 
 def fits_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
-    """Return the exponents of quality over parameters, a row for each family and measure."""
-    rows = [(name, family, str(law)) for measure, name in tables.measures.items()
-            for family, law in fits(tables, regime, measure, rule).items()]  # fmt: skip
-    return pd.DataFrame(rows, columns=["measure", "family", "power law over parameters"])
+    """Return the exponents of quality over parameters and over training, a row for each family and measure."""
+    names = {"parameters": "parameters", "train_flops": "training FLOPs or images, one model"}
+    rows = [(name, words, family, str(law)) for measure, name in tables.measures.items() for over, words in names.items()
+            for family, law in fits(tables, regime, measure, rule, over).items()]  # fmt: skip
+    return pd.DataFrame(rows, columns=["measure", "over", "family", "power law"])

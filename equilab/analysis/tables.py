@@ -113,7 +113,7 @@ def read(folder: Path | str) -> Tables:
         rows.append({**found, **about, "folder": path.parent})
         about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
         sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
-        curves.append(read_table(path.with_name("curve.csv")).assign(**{k: v for k, v in about.items() if k != "nimg"}))
+        curves.append(_curve(path.with_name("curve.csv"), found).assign(**{k: v for k, v in about.items() if k != "nimg"}))
     if not rows:
         raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
     runs = pd.DataFrame(rows)
@@ -125,6 +125,15 @@ def read(folder: Path | str) -> Tables:
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = curves["train_flops_image"] * curves["nimg"]
     return Tables(*Results.measure(folder, runs), runs, curves, sweeps, teacher, costs)
+
+
+def _curve(path: Path, end: dict[str, Any]) -> pd.DataFrame:
+    """Return the snapshots of a run, and its end, where no snapshot is of it."""
+    rows = read_table(path)
+    if not rows.empty and rows["nimg"].max() >= end["nimg"]:
+        return rows
+    last = {key: value for key, value in end.items() if key == "nimg" or key.startswith(("fd_", "fid_", "l1_"))}
+    return pd.DataFrame([*rows.to_dict("records"), last])
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -192,6 +192,29 @@ def inception_score(logits: Float[Tensor, "n k"], *, splits: int, seed: int) -> 
     return isc_features_to_metric(logits, splits, True, seed)[KEY_METRIC_ISC_MEAN]
 
 
+class Parts:
+    """The inception score of more logits than are kept: image k is of part k modulo `splits`, and of each part there are sums alone.
+
+    Source: as of `inception_score`.
+    """
+
+    def __init__(self, splits: int):
+        self.splits, self.count, self.sums = splits, 0, 0.0
+
+    def tell(self, logits: Float[Tensor, "b k"]) -> None:
+        """Add the logits of the next images."""
+        log = logits.double().log_softmax(1)  # (B, K)
+        each = torch.cat([log.exp(), (log.exp() * log).sum(1, True), log.new_ones(len(log), 1)], 1)  # (B, K + 2)
+        part = (torch.arange(len(log)) + self.count) % self.splits
+        self.count += len(log)
+        self.sums = self.sums + log.new_zeros(self.splits, each.shape[1]).index_add(0, part, each)
+
+    def score(self) -> float:
+        """Return exp of the mean KL divergence from p(label | image) to p(label), a mean over the parts."""
+        means = self.sums[:, :-1] / self.sums[:, -1:]  # (S, K + 1)
+        return (means[:, -1] + torch.special.entr(means[:, :-1]).sum(1)).exp().mean().item()
+
+
 def precision_recall(
     features: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, neighbours: int
 ) -> tuple[float, float]:
@@ -279,21 +302,24 @@ class Scorer:
         """Return all scores by name.
 
         `distances`; `kid_train`, `kid_test`; `precision`, `recall` against train; `inception_score`; `n_samples`. KID,
-        precision and recall, whose cost is quadratic, compare the first 10,000 images with as many real ones.
+        precision and recall, whose cost is quadratic, compare the first 10,000 images with as many real ones. Of more than
+        these nothing is kept: memory does not grow with them.
 
         Raises: ValueError for fewer than 10 images.
         """
-        compared, logits = [], []
+        kept, parts = [], Parts(SPLITS)
 
         def blocks() -> Iterator[Tensor]:
-            for features, logit in extract(images, self.extractor):
-                if sum(map(len, compared)) < COMPARED:
-                    compared.append(features)
-                logits.append(logit)
+            for features, logits in extract(images, self.extractor):
+                if parts.count < COMPARED:
+                    kept.append((features, logits))
+                parts.tell(logits)
                 yield features
 
         found = statistics(blocks())
-        return self._scores(found, torch.cat(compared)[:COMPARED], torch.cat(logits), self.references)
+        compared, logits = (torch.cat(side)[:COMPARED] for side in zip(*kept))
+        values = self._scores(found, compared, logits, self.references)
+        return values if parts.count <= COMPARED else {**values, "inception_score": parts.score(), "n_samples": parts.count}
 
     def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
         """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.

@@ -149,9 +149,9 @@ def published_sizes(weights: Mapping[str, Tensor], block: str) -> tuple[tuple[in
 
     Raises: ValueError naming a tensor that is missing.
     """
-    expansion = {"blocks.0.mlp.fc1.weight": need(weights, f"{block}.mlp.fc1.weight")}
+    expansion = {"blocks.0.mlp.fc1.weight": need(weights, f"{block}.mlp.fc1.weight", 2)}
     image, rows, sizes = vit.published_sizes({**weights, **expansion})
-    outputs = len(need(weights, "final_layer.linear.bias")) // sizes["patch"] ** 2  # channels
+    outputs = len(need(weights, "final_layer.linear.bias", 1)) // sizes["patch"] ** 2  # channels
     return image, max(rows - 1, 0), sizes | {"learned_variance": outputs == 2 * image[0]}
 
 

@@ -157,7 +157,7 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[GET, d
         classes,
         heads=heads,
         equilibrium_depth=len({key.split(".")[1] for key in weights if key.startswith("deq_blocks.")}),
-        equilibrium_expansion=need(weights, "deq_blocks.0.mlp.fc1.weight").shape[0] // sizes["width"],
+        equilibrium_expansion=need(weights, "deq_blocks.0.mlp.fc1.weight", 2).shape[0] // sizes["width"],
         normalise=False,
         **sizes,
     )

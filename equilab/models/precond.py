@@ -70,15 +70,15 @@ def from_published(
         raise ValueError("no published key starts with 'model.enc.'; give the state dict of an EDM network")
     names = [f"model.enc.{r}x{r}_block" for r in heights]
     adm, ncsnpp = "model.out_conv.weight" in weights, "model.map_noise.freqs" in weights
-    channels = need(weights, f"model.enc.{heights[0]}x{heights[0]}_conv.weight").shape[1]
-    width = need(weights, "model.map_layer0.weight").shape[1] // (2 if ncsnpp else 1)
+    channels = need(weights, f"model.enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
+    width = need(weights, "model.map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
     with torch.device("meta"):  # whoever fills the denoiser writes every tensor
         net = UNet(
             (channels, heights[0], heights[0]),
             _inputs(weights, "model.map_label.weight"),
             architecture="adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
             width=width,
-            multipliers=[need(weights, f"{name}0.conv1.weight").shape[0] // width for name in names],
+            multipliers=[need(weights, f"{name}0.conv1.weight", 4).shape[0] // width for name in names],
             blocks=sum(bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights),
             attention=[r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
             head_channels=(64 if adm else 0) if head_channels is None else head_channels,
@@ -90,4 +90,4 @@ def from_published(
 
 
 def _inputs(weights: Mapping[str, Tensor], key: str) -> int:
-    return weights[key].shape[1] if key in weights else 0
+    return need(weights, key, 2).shape[1] if key in weights else 0

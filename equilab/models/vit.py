@@ -133,14 +133,14 @@ def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int]
 
     Raises: ValueError naming a tensor that is missing.
     """
-    width, channels, patch, _ = need(weights, "x_embedder.proj.weight").shape
-    side = round(need(weights, "pos_embed").shape[1] ** 0.5) * patch
+    width, channels, patch, _ = need(weights, "x_embedder.proj.weight", 4).shape
+    side = round(need(weights, "pos_embed", 3).shape[1] ** 0.5) * patch
     table = weights.get("y_embedder.embedding_table.weight")
     sizes = {
         "width": width,
         "depth": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
         "patch": patch,
-        "expansion": need(weights, "blocks.0.mlp.fc1.weight").shape[0] // width,
+        "expansion": need(weights, "blocks.0.mlp.fc1.weight", 2).shape[0] // width,
     }
     return (channels, side, side), 0 if table is None else len(table), sizes
 

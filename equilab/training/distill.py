@@ -73,9 +73,10 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
 def run(config: Config, job: Job) -> None:
     """Train the generator on the pairs and write its averaged weights, snapshots and log.
 
-    Raises: UserError if the pairs are missing, damaged or too few.
+    Raises: UserError if the pairs are missing, damaged, too few or made otherwise than params say now.
     """
     pairs = PairSet(results("pairs"))
+    pairs.check(job)
     pairs.verify()
     _check(config, job, pairs.count, pairs.classes)
     given = config.positional(pairs.shape, pairs.classes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equilab import adversarial, losses, rng
-from equilab.config import Job, Plan, Spec, UserError, results
+from equilab.config import Job, Plan, Spec, UserError, digest, results
 from equilab.data import load, to_float
 from equilab.files import sha256_of
 from equilab.metrics.cost import flops
@@ -270,12 +270,17 @@ def critic_of(
         raise UserError(f"gan.{run}.discriminator: {error}") from None
 
 
-def _bare(config: Config, job: Job, read: Callable) -> tuple[nn.Module, Critic]:
-    """Return both players without memory."""
-    net, *_ = onestep.meta(config, job.image, job.classes)
-    with torch.device("meta"):
-        untrained = lambda name: read("features").network.build(job.image, job.classes)  # noqa: E731
-        return net, critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)
+def _bare(config: Config, job: Job, read: Callable, known: dict = {}) -> tuple[nn.Module, Critic]:  # noqa: B006
+    """Return both players without memory: the same ones for runs whose players are alike, as building them takes seconds."""
+    names = ("network", "conditional", "student", "features", "discriminator", "augment", "adaptive")
+    own = read("features").network if OWN in config.features else None
+    key = digest(*(getattr(config, name) for name in names), own, job.image, job.classes)
+    if key not in known:
+        net, *_ = onestep.meta(config, job.image, job.classes)
+        with torch.device("meta"):
+            untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
+            known[key] = net, critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)
+    return known[key]
 
 
 def _trained(job: Job) -> nn.Module:
