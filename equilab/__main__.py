@@ -54,11 +54,12 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     sections = config.read(params)
     os.chdir(params.resolve().parent)
     if stage == "code":
-        from equilab.files import write
+        from equilab.files import remove_others, write
 
         for name, one in graph.STAGES.items():
             write(Path(f"results/code/{name}.txt"), graph.listed(one.module))
         write(Path("results/code/params.json"), json.dumps(sections, default=str))
+        remove_others(Path("results/code"), [f"{name}.txt" for name in graph.STAGES], "*.txt")
         return 0
     known = ["study", *graph.STAGES]
     for name in sections:

@@ -89,9 +89,10 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         sections = yaml.load(path.read_text(), _Loader)
+        json.dumps(sections, default=str)  # a section that is part of itself is none
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a month 13 is a ValueError
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")

@@ -32,8 +32,8 @@ class Config:
     repeats: int  # measured calls; median, fastest and slowest are written
 
     def __post_init__(self):
-        if min(self.batch, self.repeats, *self.iterations, len(self.iterations)) < 1 or self.warmup < 0:
-            raise ValueError("batch, repeats and iterations must be >= 1, warmup >= 0")
+        if min(self.batch, self.repeats, *self.iterations, len(self.iterations), len(self.runs)) < 1 or self.warmup < 0:
+            raise ValueError("batch, repeats, iterations and the number of runs must be >= 1, warmup >= 0")
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:

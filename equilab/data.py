@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from equilab import rng
 from equilab.config import Job, Plan, UserError
-from equilab.files import require_disk, scratch, sha256_of, write_array, write_json
+from equilab.files import remove_others, require_disk, scratch, sha256_of, write_array, write_json
 from equilab.progress import bar
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
@@ -154,6 +154,7 @@ def run(config: Config, job: Job) -> None:
         for name in sha256:
             os.replace(place / name, job.out / name)
     write_json(job.out / "meta.json", meta)
+    remove_others(job.out, sha256, "*.npy")
 
 
 def _digits(config: Config, seed: int) -> dict:

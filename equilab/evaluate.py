@@ -128,8 +128,10 @@ def run(config: Config, job: Job) -> None:
     """
     plan(config, job, job.read)  # refuses what cannot be
     device = device_of(job)
-    scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device)
+    scorer = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device, job.read("evaluator"))
     samples = read_json(results("evaluator") / "summary.json", "samples")["samples"]
+    if samples != (wanted := job.read("evaluator").samples):
+        raise UserError(f"evaluator.samples is {wanted}, but the floor in results/evaluator is of {samples}; run the stage `evaluator` again")
     folder, trained = results(config.of), trained_config(config.of, job.read)
     generator = load(folder / "weights.safetensors", device, trained)
     pixels = latents.pixels(job, generator.shape, config.of, device)

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,13 @@ def link(path: Path, folder: Path) -> None:
         os.link(path, folder / path.name)
     except OSError:  # another disk
         shutil.copyfile(path, folder / path.name)
+
+
+def remove_others(folder: Path, names: Collection[str], pattern: str) -> None:
+    """Remove the files of a folder that fit `pattern` and are not among `names`: those of a stage as it was before."""
+    for path in folder.glob(pattern):
+        if path.name not in names:
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from equilab import data, rng
 from equilab.config import Job, Plan, UserError, digest, read_json, results
 from equilab.data import to_float, to_uint8
-from equilab.files import link, require_disk, scratch, sha256_of, whole, write, write_array, write_json
+from equilab.files import link, remove_others, require_disk, scratch, sha256_of, whole, write, write_array, write_json
 from equilab.progress import bar
 from equilab.training.machine import barrier, device_of, environment, rank, world
 from equilab.training.state import checksum
@@ -108,9 +108,7 @@ def run(config: Config, job: Job) -> None:
                 link(path, job.out)
             about["shards"] = {path.name: path.with_suffix(".sha256").read_text() for path in shards}
             write_json(job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)})
-            for path in job.out.glob("latents-*.npy"):
-                if path.name not in about["shards"]:
-                    path.unlink()
+            remove_others(job.out, about["shards"], "latents-*.npy")
         barrier()
 
 

@@ -16,7 +16,7 @@ from equilab.config import Job, Plan, digest, plain, results
 from equilab.data import to_uint8
 from equilab.diffusion.samplers import Step, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.files import link, require_disk, scratch, whole, write, write_array, write_json
+from equilab.files import link, remove_others, require_disk, scratch, whole, write, write_array, write_json
 from equilab.models.precond import EDM
 from equilab.pairset import NOISE, labels, noise_checksum
 from equilab.progress import bar
@@ -144,6 +144,4 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
         "environment": environment(job),
     }  # fmt: skip
     write_json(job.out / "meta.json", meta)
-    for path in job.out.glob("images-*.npy"):
-        if path.name not in described:
-            path.unlink()
+    remove_others(job.out, described, "images-*.npy")

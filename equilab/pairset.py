@@ -45,7 +45,8 @@ class PairSet:
                             "install the numpy version of the lock file, or make the pairs anew")  # fmt: skip
 
     def check(self, job: Job) -> None:
-        """Compare what the pairs were made with, as far as it decides their bytes, with params as they are.
+        """Compare what meta.json says of how the pairs were made with params as they are: seed, numbers, type and sampler; it does
+        not hold the batch, the precision or the params of the teacher, on which their last bits depend too.
 
         Raises: UserError naming the key that differs.
         """

@@ -50,7 +50,7 @@ def run(config: Config, job: Job) -> None:
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
     """
     plan(config, job, job.read)
-    scorer, found = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device_of(job)), {}
+    scorer, found = fidelity.Scorer(results("evaluator"), results("data"), fidelity.CACHE, device_of(job), job.read("evaluator")), {}
     for name in config.runs:
         path = results("evaluate", name) / "samples.npy"
         if not path.exists():

@@ -195,6 +195,8 @@ def test_quality_over_training_has_an_exponent_through_one_model_trained_for_sev
     regime = found.runs.loc[found.runs["run"] == "vit-4000", "regime"].iloc[0]
     laws = scaling.fits(found, regime, "fd_train", RULE, "train_flops")
     assert laws["ViT"].points == 3 and laws["ViT"].exponent == pytest.approx(-0.7)
+    running = read(tmp_path / "b", *({**one, "decay": "none"} for one in lengths))  # snapshots on the way are no points of their own
+    assert scaling.fits(running, regime, "fd_train", RULE, "train_flops")["ViT"].points == 3
     assert set(scaling.fits_table(found, regime, RULE)["over"]) == {"training FLOPs or images, one model"}
 
 

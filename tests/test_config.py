@@ -73,6 +73,10 @@ def test_yaml_numbers_are_those_of_version_1_2_and_keys_are_given_once(tmp_path)
     path.write_text("a: [1\n")
     with pytest.raises(UserError, match="is not valid YAML"):
         config.read(path)
+    for broken in ("a: {x: 2024-13-45}\n", "a: {x: 0b_}\n", "a: &a {x: *a}\n"):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="is not valid YAML"):
+            config.read(path)
     with pytest.raises(UserError, match="is not there; run in the folder of a study"):
         config.read(tmp_path / "nowhere.yaml")
 
@@ -104,6 +108,8 @@ def test_every_study_passes_its_check(params, monkeypatch, capsys):
         (["teacher"], "study.threads", 0, "threads and run_threads must be >= 1"),
         (["pairs"], "pairs.sampler.sigma_min", 90.0, "sigma_min"),
         (["pairs"], "pairs.shard", 70, "shard (70) must be a multiple of batch"),
+        (["evaluator"], "evaluator.samples", 10**20, "samples must be 10 to 10,000,000"),
+        (["cost"], "cost.runs", [], "the number of runs must be >= 1"),
         (["evaluate", "get"], "evaluate.get.batch", 0, "batch must be >= 1"),
         (["data"], "techer", {}, "unknown section 'techer'; did you mean 'teacher'?"),
     ],

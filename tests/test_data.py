@@ -154,6 +154,17 @@ def test_images_without_labels_have_no_classes_and_no_label_files(labels, tmp_pa
     assert not (out / "train_labels.npy").exists()
 
 
+def test_what_the_data_were_before_leaves_no_file(tmp_path):
+    files, _ = colour_files()
+    write_zip(tmp_path / "a.zip", files)
+    run(folder("a.zip", test=2))
+    assert (tmp_path / "results/data/train_labels.npy").exists()
+    del files["dataset.json"]
+    write_zip(tmp_path / "a.zip", files)
+    run(folder("a.zip", test=2, classes=0))
+    assert {path.name for path in (tmp_path / "results/data").iterdir()} == {"meta.json", "train_images.npy", "test_images.npy"}
+
+
 def test_grey_jpeg_images_have_one_channel(tmp_path):
     files = {f"{i}.jpg": encoded(np.full((8, 8), 40 * i, np.uint8), "JPEG") for i in range(4)}
     out = run(folder(write_zip(tmp_path / "images.zip", files), test=1, image=(1, 8, 8), classes=0))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from equilab import data, rng
-from equilab.config import Job, Study, UserError
+from equilab.config import Job, Spec, Study, UserError
 from equilab.metrics import fidelity
 from equilab.models.classifier import Classifier
 from equilab.training import state
@@ -238,6 +239,20 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
     for _, logits in fidelity.extract(images, scorer.extractor):
         parts.tell(logits)
     assert found["inception_score"] == parts.score() != first["inception_score"]
+
+
+def test_the_floor_draws_the_same_images_in_pieces_as_at_once():
+    whole = rng.generator(0, "floor").integers(1437, size=1001)
+    draw = rng.generator(0, "floor")
+    assert np.array_equal(np.concatenate([draw.integers(1437, size=n) for n in (250, 250, 250, 250, 1)]), whole)
+
+
+def test_an_evaluator_of_another_configuration_is_refused(study):
+    network = Spec("classifier", "", {"width": 24, "features": 32})
+    for config, told in ((SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
+                         (SimpleNamespace(network=network), "under another configuration than params.yaml gives now")):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            fidelity.Scorer(study, study, study / "cache", CPU, config)
 
 
 def test_too_few_images_to_score_are_refused(scorer, images):

@@ -68,7 +68,10 @@ def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_
         sections = yaml.safe_load(params.read_text())
         given = sections["notebook"].get(path.stem)
         needs = {"reuse_smoothing": "diffusion", "one_step": "gan", "layer_activation": "activation"}.get(path.stem, "distill")
-        assert given["parameters"] == defaults if given else not sections.get(needs), params
+        needed = sections.get(needs)
+        if path.stem == "sampling_speed":  # where a generator is run in several ways
+            needed = needed and any(len(entry["solver"]) > 1 for entry in sections["evaluate"].values())
+        assert given["parameters"] == defaults if given else not needed, params
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -83,6 +83,18 @@ def test_a_second_clone_without_dvc_has_the_same_bytes(study, tmp_path):
     assert {name: first[name] for name in second} == second
 
 
+def test_a_stage_that_fails_leaves_its_results_as_they_were(study):
+    params, before = study / "params.yaml", (study / "results/cost/cost.csv").read_bytes()
+    text = params.read_text()
+    params.write_text(text.replace("\n  warmup: 1\n", "\n  warmup: -1\n"))
+    assert params.read_text() != text
+    with pytest.raises(AssertionError, match="warmup >= 0"):
+        call(study, "dvc", "repro", "cost")
+    params.write_text(text)
+    call(study, "dvc", "repro", "code")
+    assert (study / "results/cost/cost.csv").read_bytes() == before
+
+
 def test_changing_one_run_rebuilds_one_run(study):
     before = yaml.safe_load((study / "dvc.lock").read_text())["stages"]
     params = study / "params.yaml"

@@ -68,6 +68,7 @@ def fits(tables: Tables, regime: str, measure: str, rule: Rule, over: str = "par
     over images seen is the same. Families with one point have none."""
     found = {}
     models = points(tables, regime, over, rule)
+    models = models[models["last"]] if over == "train_flops" else models  # snapshots of one training are no points of their own
     for family, rows in models.groupby("family", sort=False):
         groups = rows.groupby({"parameters": "recipe", "train_flops": "but_nimg"}[over])
         alike = max((group for _, group in groups), key=lambda group: group["cost"].nunique())

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -273,17 +273,21 @@ def _sha256(images: np.ndarray) -> str:
 class Scorer:
     """Scores images against a study's real ones, split "train" and "test", on its evaluator.
 
-    `evaluator`, `data`: the results of these stages. `cache`: where references are kept.
+    `evaluator`, `data`: the results of these stages. `cache`: where references are kept. `config`: the params section
+    `evaluator`, if the network must be of that.
 
-    Raises: UserError naming the file that is missing or damaged, and what to do.
+    Raises: UserError naming the file that is missing, damaged or of another configuration, and what to do.
     """
 
-    def __init__(self, evaluator: Path, data: Path, cache: Path, device: torch.device):
+    def __init__(self, evaluator: Path, data: Path, cache: Path, device: torch.device, config: Any = None):
         weights = evaluator / "weights.safetensors"
-        if read_metadata(weights).get("network") == "inception":
+        inception = read_metadata(weights).get("network") == "inception"
+        if config is not None and inception != (config.network is None):
+            raise UserError(f"{weights} is {'Inception' if inception else 'a classifier'}, but params ask for the other; run the stage `evaluator` again")
+        if inception:
             self.extractor = inception_extractor(device)
         else:
-            self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS)[0].to(device))
+            self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS, config)[0].to(device))
         self.references = {
             split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
             for split in ("train", "test")
@@ -331,8 +335,8 @@ class Scorer:
         Raises: ValueError for fewer than 10 images.
         """
         train, test = self.references["train"], self.references["test"]
-        drawn = rng.generator(seed, "floor").integers(len(self.train), size=n_samples)
-        batches = (self.train[drawn[start : start + BATCH]] for start in range(0, n_samples, BATCH))
+        draw, starts = rng.generator(seed, "floor"), range(0, n_samples, BATCH)
+        batches = (self.train[draw.integers(len(self.train), size=min(BATCH, n_samples - start))] for start in starts)
         return {
             "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
             "bootstrap": self.scores(batches),

@@ -17,6 +17,9 @@ from equilab.training.machine import device_of, rank
 from equilab.training.state import save_tensors
 
 
+MOST = 10_000_000  # samples, within reason
+
+
 @dataclass(frozen=True)
 class Config:
     """The params section `evaluator`."""
@@ -28,8 +31,8 @@ class Config:
     def __post_init__(self):
         if (self.network is None) != (self.optimisation is None):
             raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
-        if self.samples < SPLITS:
-            raise ValueError(f"samples must be >= {SPLITS}, got {self.samples}")
+        if not SPLITS <= self.samples <= MOST:
+            raise ValueError(f"samples must be {SPLITS} to {MOST:,}, got {self.samples}")
 
 
 def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
