@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -13,6 +14,10 @@ import yaml
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep soon: a busy neighbour costs less; before torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory need not speak
+if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
+    # a freed tensor's memory stays with the process: to take it anew, page by page, was a tenth of a small network's step
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 from equilab import config, graph  # noqa: E402
 from equilab.config import Job, Plan, Study, UserError  # noqa: E402

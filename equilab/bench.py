@@ -125,21 +125,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = [] if given.quick else [*commands(), *memory()]
-    before, rows = peaks(device, given.quick), []
-    names = [name for name in PRECISIONS[device.type] if given.quick or before[name] >= before["fp32"] / SLOW]
-    facts += [{"what": f"{name} is emulated here, its rows are left out", "flop_s": before[name]} for name in before if name not in names]
+    peak, rows = peaks(device, given.quick), []
+    names = [name for name in peak if given.quick or peak[name] >= peak["fp32"] / SLOW]
+    facts += [{"what": f"{name} is emulated here, its rows are left out"} for name in peak if name not in names]
     with bar("bench", len(WORK), unit="work") as progress:
         for work in WORK:
             rows += measured(work, device, names, given.quick)
             progress.update()
-    after = peaks(device, given.quick)  # the larger one counts: a neighbour may have been busy
-    limit = {name: max(before[name], after[name]) for name in before}
-    for what, found in (("matmul before", before), ("matmul after", after)):
-        rows += [{"what": what, "precision": name, "flop_s": rate} for name, rate in found.items()]
-    for row in rows:
-        row["peak_share"] = row["flop_s"] / limit[row["precision"]]
-        if isinstance(goal := row.get("goal"), float):
-            row |= goal_of(row["peak_share"] >= goal, f"{goal:.0%} of peak")
+    rows += [{"what": "matmul", "precision": name, "flop_s": rate, "times_fp32": rate / peak["fp32"]} for name, rate in peak.items()]
     step = next(row["seconds"] for row in rows if (row["what"], row["size"]) == ("train", "GET 0.13M"))
     facts = [row | (goal_of(row["seconds"] < step, "less than GET 0.13M trains on it") if row["what"] == READING else {}) for row in facts]
     facts += [*layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
@@ -189,10 +182,11 @@ def measured(work: Work, device: torch.device, names: list[str], quick: bool) ->
         for name in [SWITCHED[device.type]] if switch else names:
             row = _row(work, switch, name, device, quick, batch, operations)
             rate[name] = row["flop_s"]
-            gain = None if switch else rate[name] / rate["fp32"]
-            row |= {"peak_share": None, "times_fp32": gain, "goal": work.goals.get(name)}
+            row["times_fp32"] = None if switch else rate[name] / rate["fp32"]
+            if goal := work.goals.get(name):
+                row |= goal_of(row["peak_share"] >= goal, f"{goal:.0%} of peak")
             if work.gain and name == "bf16":
-                row |= goal_of(gain >= work.gain, f"{work.gain:g} times fp32")
+                row |= goal_of(row["times_fp32"] >= work.gain, f"{work.gain:g} times fp32")
             yield row
 
 
@@ -204,12 +198,22 @@ def _row(
     start = time.perf_counter()
     most = peak_memory(call, device)
     once = timed(call, device, warmup=1, repeats=1).median if device.type == "cuda" else time.perf_counter() - start
-    seconds = timed(call, device, warmup=0, repeats=1 if quick else min(max(int(SECONDS / once), 2), 30))
+    product, of_product = _product(name, device, quick)
+    turns = {"work": call, "product": product}
+    seconds, limit = in_turns(turns, device, 1 if quick else min(max(int(SECONDS / once), 2), 30)).values()
+    rate, peak = operations / seconds.median, of_product / limit.median
     return {
         "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **columns_of(seconds),
-        "images_s": batch / seconds.median, "flop_s": operations / seconds.median, "memory_mib": most / 2**20,
-        "compile_s": compiling,
+        "images_s": batch / seconds.median, "flop_s": rate, "peak_flop_s": peak, "peak_share": rate / peak,
+        "memory_mib": most / 2**20, "compile_s": compiling,
     }  # fmt: skip
+
+
+def _product(name: str, device: torch.device, quick: bool) -> tuple[Callable[[], object], int]:
+    """Return a large square matrix product in a precision, the machine's own limit, and its FLOPs."""
+    size = 128 if quick else 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32) for _ in range(2))
+    return lambda: a @ b, 2 * size**3
 
 
 def task(work: Work, switch: str, batch: int, device: torch.device, context: Callable, quick: bool) -> Callable[[], None]:
@@ -337,9 +341,9 @@ def markdown(name: str, rows: list[dict[str, Any]], facts: list[dict[str, Any]])
     others = [", ".join(f"{key} {cell(row, key)}" for key in row).removeprefix("what ") for row in facts]
     text = [
         f"# {name}, torch {torch.__version__}", "",
-        f"`seconds` is the median of calls that take about {SECONDS} s together, at least two, after one that is not timed "
-        "(three on a GPU). `peak_share` is of the largest rate of a square matrix product in the same precision, measured "
-        "before and after everything else. `memory_mib` is the most that a call holds.", "",
+        f"`seconds` is the median of calls that take about {SECONDS} s together, at least two, after some that are not timed. "
+        "`peak_share` is of `peak_flop_s`, the median rate of a large square matrix product in the same precision that takes "
+        "turns with them. `memory_mib` is the most that a call holds.", "",
         *(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {other}" for other in others),
     ]  # fmt: skip
     return "\n".join(text) + "\n"
