@@ -52,21 +52,15 @@ def r1(logits: Logits, image: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
 def r1_weight(step: int, gamma: float, interval: int) -> float:
     """Return the weight of `r1` at a step: gamma/2 * interval at every `interval`-th, else 0; gamma/2 on average.
 
+    In the published code of GDD, R1 is a mean over samples but the loss a sum over those of a device: its gamma of 1e-4 at
+    a batch of 256 on 8 devices is one of 1e-4 / 32 against `discriminator_loss`, a mean.
+
     Raises: ValueError for an interval below 1.
     Source: Mescheder 2018, equation (9); lazily as StyleGAN2 (Karras 2020), section 3.1.
     """
     if interval < 1:
         raise ValueError(f"interval is {interval}; give the number of steps from one R1 to the next, at least 1")
     return 0.0 if step % interval else gamma / 2 * interval
-
-
-def r1_gamma(published: float, device_batch: int) -> float:
-    """Return the gamma that weighs `r1` against `discriminator_loss` as `published` does in the published code.
-
-    There R1 is a mean over samples but the loss a sum over those of a device, so gamma depends on the number of
-    devices: a batch of 256 on 8 of them makes 1e-4 a gamma of 1e-4 / 32 here.
-    """
-    return published / device_batch
 
 
 def overfitting(real: Logits) -> Float[Tensor, ""]:

@@ -198,22 +198,15 @@ def _row(
     start = time.perf_counter()
     most = peak_memory(call, device)
     once = timed(call, device, warmup=1, repeats=1).median if device.type == "cuda" else time.perf_counter() - start
-    product, of_product = _product(name, device, quick)
-    turns = {"work": call, "product": product}
-    seconds, limit = in_turns(turns, device, 1 if quick else min(max(int(SECONDS / once), 2), 30)).values()
-    rate, peak = operations / seconds.median, of_product / limit.median
+    size, repeats = (128, 1) if quick else (8192 if device.type == "cuda" else 2048, min(max(int(SECONDS / once), 2), 30))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32) for _ in range(2))
+    seconds, limit = in_turns({"work": call, "product": lambda: a @ b}, device, repeats).values()
+    rate, peak = operations / seconds.median, 2 * size**3 / limit.median
     return {
         "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **columns_of(seconds),
         "images_s": batch / seconds.median, "flop_s": rate, "peak_flop_s": peak, "peak_share": rate / peak,
         "memory_mib": most / 2**20, "compile_s": compiling,
     }  # fmt: skip
-
-
-def _product(name: str, device: torch.device, quick: bool) -> tuple[Callable[[], object], int]:
-    """Return a large square matrix product in a precision, the machine's own limit, and its FLOPs."""
-    size = 128 if quick else 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32) for _ in range(2))
-    return lambda: a @ b, 2 * size**3
 
 
 def task(work: Work, switch: str, batch: int, device: torch.device, context: Callable, quick: bool) -> Callable[[], None]:

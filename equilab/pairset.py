@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from equilab import rng
-from equilab.config import Job, UserError, plain, read_json
+from equilab.config import Job, UserError, plain, read_json, results
 from equilab.data import to_float
 from equilab.files import sha256_of
+from equilab.training.state import read_metadata
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
 
@@ -35,7 +36,7 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        keys = ("count", "held_out", "classes", "shape", "seed", "shard", "dtype", "shards", "noise_checksum")
+        keys = ("count", "held_out", "classes", "shape", "seed", "shard", "dtype", "shards", "noise_checksum", "teacher")
         self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
         self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
@@ -45,8 +46,8 @@ class PairSet:
                             "install the numpy version of the lock file, or make the pairs anew")  # fmt: skip
 
     def check(self, job: Job) -> None:
-        """Compare what meta.json says of how the pairs were made with params as they are: seed, numbers, type and sampler; it does
-        not hold the batch, the precision or the params of the teacher, on which their last bits depend too.
+        """Compare what meta.json says of how the pairs were made with params as they are, seed, numbers, type and sampler, and with
+        the teacher that lies beside them; it does not hold the batch and the precision, on which their last bits depend too.
 
         Raises: UserError naming the key that differs.
         """
@@ -55,6 +56,9 @@ class PairSet:
         for key, value in {"study.seed": job.study.seed, **now}.items():
             if value != (before := self.meta.get(key.partition(".")[2])):
                 raise UserError(f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again")
+        weights = results("teacher") / "weights.safetensors"  # pairs alone can be trained on too
+        if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
+            raise UserError(f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again")
 
     def _open(self, path: Path) -> np.ndarray:
         try:

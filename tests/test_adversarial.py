@@ -128,7 +128,7 @@ def test_the_equivalent_gamma_gives_the_published_direction_on_any_number_of_dev
     main = adversarial.discriminator_loss(discriminate(real, None), discriminate(fake, None))
     penalty = r1(discriminate, real, None)
     theirs = 3 * main + adversarial.r1_weight(0, 1e-4, 1) * penalty
-    ours = main + adversarial.r1_weight(0, adversarial.r1_gamma(1e-4, 3), 1) * penalty
+    ours = main + adversarial.r1_weight(0, 1e-4 / 3, 1) * penalty
     gradients = [torch.cat(torch.autograd.grad(loss, ws, retain_graph=True)) for loss in (theirs, ours)]
     torch.testing.assert_close(gradients[0], 3 * gradients[1])
 

@@ -22,7 +22,7 @@ from equilab.data import to_uint8
 from equilab.diffusion.samplers import finish
 from equilab.models.precond import EDM
 from equilab.pairset import PairSet
-from equilab.training.state import load_network, load_tensors
+from equilab.training.state import load_network, load_tensors, save_tensors
 from equilab.training.teacher import UNETS
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,19 @@ def test_pairs_made_otherwise_than_params_say_now_are_refused(study, tmp_path, c
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
     assert told in (said := capsys.readouterr().err) and "run the stage `pairs` again" in said
+
+
+def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp_path, capsys, monkeypatch):
+    shutil.copytree(study / "results", tmp_path / "results")
+    shutil.copy(SMOKE, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "results/teacher/weights.safetensors"
+    tensors, about = load_tensors(weights)
+    save_tensors(weights, {name: tensor + 1 for name, tensor in tensors.items()}, about)
+    assert __main__.main(["distill", "vit"]) == 2
+    assert "results/pairs was made by another teacher than results/teacher/weights.safetensors" in capsys.readouterr().err
+    weights.unlink()
+    assert __main__.main(["distill", "vit"]) == 0
 
 
 def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from equilab.config import UserError
 UNETS = ("unet", "student")
 AXES = {"unet": "step, from sigma_max to sigma_min", "student": "step, from sigma_max to sigma_min",
         "dit": "step, from the noisiest timestep", "fpdm": "step, from the noisiest timestep", "get": "iteration"}  # fmt: skip
-
+AT = {"unet": "sigma", "student": "sigma", "dit": "timestep", "fpdm": "timestep", "get": "iteration"}  # what a step is at
 
 def read(folder: Path | str, value: str) -> pd.DataFrame:
     """Return the activity of every layer, with `level`: its `value`, "mean" or "rms", min-max normalised over the steps of the
@@ -92,6 +92,6 @@ def at(found: pd.DataFrame, run: str, step: int) -> Figure:
     rows = found[(found["run"] == run) & (found["step"] == step)].sort_values("depth")
     figure, grid = axes(1, 1, 2.4)
     grid[0, 0].bar(rows["layer"], rows["level"].fillna(0), color=figures.BLUE)
-    grid[0, 0].set(ylim=(0, 1.05), ylabel="activity, 0 to 1", title=f"{run}, step {step}: {rows['at'].iloc[0]:.3g}")
+    grid[0, 0].set(ylim=(0, 1.05), ylabel="activity, 0 to 1", title=f"{run}, step {step}: {AT[rows['family'].iloc[0]]} {rows['at'].iloc[0]:.3g}")
     grid[0, 0].tick_params(axis="x", rotation=60)
     return figure

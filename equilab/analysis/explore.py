@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -11,14 +10,15 @@ import numpy as np
 import pandas as pd
 
 from equilab.analysis import activity, chains, figures, students
-from equilab.analysis.tables import Tables
+from equilab.analysis.tables import Tables, short
 
 
 def iterates(tables: Tables) -> widgets.Widget:
     """Return a slider over the iterations of a run: the decoded images, the residual and the norm."""
     found = tables.runs[tables.runs["kind"] == "get"]
     run = widgets.Dropdown(options=dict(zip(found["run"], found["folder"])), description="run")
-    most = _kept(found["folder"].iloc[0])
+    with np.load(found["folder"].iloc[0] / "iterates.npz") as kept:
+        most = len(kept["images"])
     count = widgets.IntSlider(value=1, min=1, max=most, description="iteration", continuous_update=False)
     picture = widgets.Image(format="png")
 
@@ -46,7 +46,8 @@ def settings(tables: Tables) -> widgets.Widget:
             images = kept["images"]  # (K, N, C, H, W), along the headline setting
         shown = min(int(np.nan_to_num(row["iterations"], nan=len(images))), len(images))
         picture.value = figures.png(figures.gallery(images[shown - 1]))
-        found = row[[*tables.measures, "nfe", "iterations", "flops"]].dropna()
+        told = {**tables.measures, "nfe": "nfe", "iterations": "iterations", "flops": "FLOPs of an image"}
+        found = row[list(told)].dropna().map(short).rename(told)
         found["images per second, measured"] = _speed(tables, row)
         found["images shown"] = f"of the first setting, after {shown} of {len(images)}"
         about.value = found.to_frame().to_html(header=False, border=0)
@@ -88,7 +89,7 @@ def one_step(study: students.Students) -> widgets.Widget:
     chosen = lambda nfe: rows if nfe == "all" else rows[rows["nfe"] == nfe]  # noqa: E731
     levels = lambda nfe: ["all", *dict.fromkeys(chosen(nfe)["sigmas"].dropna())]  # noqa: E731
     noise = widgets.IntSlider(value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False)
-    steps = widgets.Dropdown(options=["all", *sorted(rows["nfe"].unique().tolist())], description="evaluations")
+    steps = widgets.Dropdown(options=["all", *sorted(rows["nfe"].astype(int).unique().tolist())], description="evaluations")
     sigmas = widgets.Dropdown(options=levels("all"), description="sigmas")
     picture = widgets.Image(format="png")
 
@@ -130,12 +131,6 @@ def _speed(tables: Tables, row: pd.Series) -> str:
     rows = rows[(rows["iterations"] == row["iterations"]) | rows["iterations"].isna() & bool(row["headline"])]
     known = len(rows) and row["method"] not in ("anderson", "broyden")
     return f"{rows['images_s'].iloc[0]:,.0f}" if known else "not measured"
-
-
-def _kept(folder: Path) -> int:
-    """Return how many iterates of a run are kept."""
-    with np.load(folder / "iterates.npz") as kept:
-        return len(kept["images"])
 
 
 def _board(controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]) -> widgets.Widget:

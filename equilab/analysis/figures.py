@@ -136,7 +136,7 @@ def trained_at(ax, models: pd.DataFrame) -> None:
 
 def ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
     """Return the title of a panel of ours: what is measured, on how many images, over how many seeds."""
-    several = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    several = "none" if seeds.empty else f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     named = {tables.distance: f"{tables.score}, {tables.samples:,} images", "l1_held_out": "held-out L1"}
     return f"ours: {named.get(measure, measure)} (seeds: {several})"
 

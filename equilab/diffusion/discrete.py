@@ -188,11 +188,6 @@ def noise_of_image(
     return ((x - level.alpha_bar.sqrt() * image) / (1 - level.alpha_bar).sqrt()).to(x.dtype)
 
 
-def noise_of_v(x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], level: Level) -> Float[Tensor, "b c h w"]:
-    """Return the noise of a state whose v is known."""
-    return ((1 - level.alpha_bar).sqrt() * x + level.alpha_bar.sqrt() * v).to(x.dtype)
-
-
 def posterior_mean(
     image: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], level: Level
 ) -> Float[Tensor, "b c h w"]:

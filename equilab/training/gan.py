@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -33,7 +34,7 @@ OWN = "study"  # the name of the feature network that the stage `features` train
 class R1:
     """The penalty on the gradient at real images."""
 
-    gamma: float  # against a loss that is a mean over samples: see equilab.adversarial.r1_gamma for the published one
+    gamma: float  # against a loss that is a mean over samples: see equilab.adversarial.r1_weight for the published one
     interval: int  # updates from one to the next
 
     def __post_init__(self):
@@ -230,7 +231,8 @@ def collapsed(config: Config, row: dict[str, int | float]) -> tuple[str, str] | 
 def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int, ...]) -> int:
     """Return the FLOPs by shape of an update for an image, of both players: networks without memory; R1, which comes
     once in an interval, is left out."""
-    size = 2  # a batch norm needs two
+    size, critic = 2, copy.copy(critic)  # a batch norm needs two
+    critic.adaptive = None  # no numbers here to adapt to
     with torch.device("meta"):
         made = torch.empty(size, *image), torch.zeros(size, dtype=torch.int64) if config.conditional else None
         levels = (torch.empty(size, *image), (torch.empty(size), torch.empty(size))) if config.consistency else None
@@ -238,7 +240,6 @@ def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int,
     batch = (made, made, made, draws, 0.0, levels)
 
     def update():
-        critic.adaptive = None  # no numbers here to adapt to
         for player, loss in zip((net, critic), losses_of(config, net, critic, EDM(net, sigma_data=1.0))):
             trained = [p for p in (*net.parameters(), *critic.parameters()) if p.requires_grad]
             own = {id(p) for p in player.parameters()}
