@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equilab import __main__, config, rng  # noqa: F401; __main__ before torch: sets how threads wait, as for the stages
-from equilab.bench_stages import READING, ROOT, columns_of, commands, goal_of, in_turns, memory, students
+from equilab.bench_stages import READING, ROOT, columns_of, commands, goal_of, in_turns, memory, parts, students
 from equilab.diffusion import discrete_samplers as walk
 from equilab.diffusion.discrete import Diffusion, evenly
 from equilab.diffusion.samplers import finish
@@ -99,10 +99,9 @@ WORK = (
     *(Work("sample", size, {"cpu": 4, "cuda": 256}) for size in DEEP),
     *(Work("train", size, {"cpu": 8, "cuda": 64}) for size in DEEP),
     Work("sample", "GET-M/2", {"cpu": 8, "cuda": 512}, switches=("none", "attention unfused", "compiled")),
-    Work("denoise", "DDPM++", {"cpu": 4, "cuda": 256}, switches=("none", "contiguous")),
-    Work("denoise", "DDPM++", {"cuda": 256}, switches=("compiled",)),
+    Work("denoise", "DDPM++", {"cpu": 4, "cuda": 256}, switches=("none", "contiguous", "compiled")),
     Work("train", "GET-M/2", {"cuda": 64}, switches=("compiled",)),
-    Work("train", "GET 0.13M", {"cuda": 128}, switches=("compiled",)),
+    Work("train", "GET 0.13M", {"cpu": 128, "cuda": 128}, switches=("compiled",)),
 )
 SOLVER = Solver("iterate", 6, 0.0, "last", measure=False)
 OPTIMISATION = Optimisation(
@@ -114,7 +113,6 @@ DENOISING = diffusion.Config(
     config.Spec("fpdm", "", {"learned_variance": True}), True, 0.0, Diffusion(1000, 1e-4, 2e-2, True, "v", "learned"), "uniform",
     diffusion.FixedPoint("s_jfb", 3, 3), 0, OPTIMISATION,
 )  # fmt: skip
-HEUN = Sampler("heun", 18, 0.002, 80.0, 7.0)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -135,7 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows += [{"what": "matmul", "precision": name, "flop_s": rate, "times_fp32": rate / peak["fp32"]} for name, rate in peak.items()]
     step = next(row["seconds"] for row in rows if (row["what"], row["size"]) == ("train", "GET 0.13M"))
     facts = [row | (goal_of(row["seconds"] < step, "less than GET 0.13M trains on it") if row["what"] == READING else {}) for row in facts]
-    facts += [*layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
+    call = task(Work("train", "GET 0.13M", {}), "", 2 if given.quick else 128, device, nullcontext, given.quick)
+    facts += [*parts(call, device), *layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
     facts += [error(device, given.quick)] if "bf16" in names else []
     name = machine(device)
     path = given.out / slug(name)
@@ -314,7 +313,7 @@ def error(device: torch.device, quick: bool) -> dict[str, Any]:
     noise = torch.from_numpy(rng.noise(0, "bench", range(1), IMAGE)).to(device)
     for name in ("fp32", "bf16"):
         with precision(name, device)():
-            images[name], _ = finish(HEUN.run(EDM(net, sigma_data=0.5), noise, None))
+            images[name], _ = finish(Sampler("heun", 18, 0.002, 80.0, 7.0).run(EDM(net, sigma_data=0.5), noise, None))
     off, spread = (images["bf16"] - images["fp32"]).abs(), images["fp32"].std().item()
     return {"what": "18 Heun steps in bf16 against fp32", "size": "DDPM++ of random weights", "batch": 1,
             "error_mean": off.mean().item(), "error_max": off.max().item(), "image_std": spread}  # fmt: skip

@@ -84,6 +84,20 @@ def memory() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(threads)
 
 
+def parts(call: Callable[[], None], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield where the time of a step of the small GET goes: the share of each kind of operator in the seconds of all."""
+    call()
+    with torch.profiler.profile() as profiler:
+        for _ in range(10):
+            call()
+    field = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    own = {each.key: getattr(each, field) for each in profiler.key_averages()}
+    total = sum(own.values())
+    for kind, word in {"matrix products": "mm", "GELU": "gelu", "attention": "attention", "LayerNorm": "layer_norm", "copies": "copy_",
+                       "joining the gradients of q, k and v": "aten::cat", "everything else": ""}.items():  # fmt: skip
+        yield {"what": f"a step of GET 0.13M: {kind}", "share": sum(own.pop(key) for key in [*own] if word in key) / total}
+
+
 def students(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """Yield the seconds of an update of the digits study's GDD and GDD-I: of either player, of the feature networks, with R1,
     and of an image, taken in turns; the memory of a whole update, optimisers included; how much faster GDD-I is, and how much faster it would

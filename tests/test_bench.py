@@ -66,6 +66,12 @@ def test_a_goal_is_reached_where_the_figure_says_so(rows):
     assert (gain["reached"] == "yes") == (float(gain["times_fp32"]) >= 2.5)
 
 
+def test_the_parts_of_a_step_of_the_small_get_are_all_of_it(rows):
+    found = {row["what"].removeprefix("a step of GET 0.13M: "): float(row["share"]) for row in rows if "a step of" in row["what"]}
+    assert min(found.values()) > 0 and sum(found.values()) == pytest.approx(1)
+    assert set(found) > {"matrix products", "GELU", "attention", "everything else"}
+
+
 def test_the_error_of_bf16_is_stated_and_its_network_is_no_identity(rows):
     (row,) = (row for row in rows if row["error_max"])
     assert 0 < float(row["error_mean"]) < float(row["error_max"]) < float(row["image_std"])

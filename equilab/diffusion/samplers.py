@@ -57,6 +57,8 @@ def heun(
     label: Int64[Tensor, "b"] | None,
     churn: Churn | None = None,
     noises: Callable[[int], Tensor] | None = None,
+    *,
+    corrected: bool = True,
 ) -> Iterator[Step]:
     """Follow the probability-flow ODE along `sigmas` by Heun's method; second order; yields a Step per step, float64.
 
@@ -65,25 +67,19 @@ def heun(
     Raises: ValueError if sigmas do not fall, or churn comes without noises.
     Source: EDM, algorithm 1; with churn algorithm 2.
     """
-    return _integrate(denoise, noise, sigmas, label, churn, noises, corrected=True)
+    if len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[-1] < 0:
+        raise ValueError(f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas")
+    if churn is not None and noises is None:
+        raise ValueError("churn needs fresh noise; give noises, a function of the step")
+    return _steps(denoise, noise.detach().double(), sigmas.tolist(), label, churn, noises, corrected)
 
 
-def euler(
-    denoise: Callable[..., Denoised],
-    noise: Float[Tensor, "b c h w"],
-    sigmas: Float64[Tensor, "n"],
-    label: Int64[Tensor, "b"] | None,
-    churn: Churn | None = None,
-    noises: Callable[[int], Tensor] | None = None,
-) -> Iterator[Step]:
-    """Follow the probability-flow ODE along `sigmas` by Euler's method; first order; yields a Step per step, float64.
+def euler(*arguments, **named) -> Iterator[Step]:
+    """Follow the ODE by Euler's method, first order: `heun` without its correction, one call of the denoiser a step.
 
-    One call of the denoiser a step: as many as steps.
-
-    Raises: ValueError if sigmas do not fall, or churn comes without noises.
     Source: EDM, algorithm 1 without its lines 6 to 8; with churn algorithm 2 without its lines 9 to 11.
     """
-    return _integrate(denoise, noise, sigmas, label, churn, noises, corrected=False)
+    return heun(*arguments, **named, corrected=False)
 
 
 def finish(steps: Iterable[Step]) -> tuple[Float64[Tensor, "b c h w"], int]:
@@ -91,14 +87,6 @@ def finish(steps: Iterable[Step]) -> tuple[Float64[Tensor, "b c h w"], int]:
     for step in steps:
         last = step
     return last.x, last.nfe
-
-
-def _integrate(denoise, noise, sigmas, label, churn, noises, corrected: bool) -> Iterator[Step]:
-    if len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[-1] < 0:
-        raise ValueError(f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas")
-    if churn is not None and noises is None:
-        raise ValueError("churn needs fresh noise; give noises, a function of the step")
-    return _steps(denoise, noise.detach().double(), sigmas.tolist(), label, churn, noises, corrected)
 
 
 def _steps(denoise, noise, sigmas, label, churn, noises, corrected: bool) -> Iterator[Step]:

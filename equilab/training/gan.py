@@ -157,7 +157,8 @@ def run(config: Config, job: Job) -> None:
     if OWN in config.features:
         inputs["features"] = _refuse_leak()
     torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
-    critic = critic_of(config, job.run, shape, data.classes, lambda name: _trained(job), pretrained=True).to(machine.device_of(job))
+    trained = lambda name: load_network(results("features") / "weights.safetensors", CLASSIFIERS, job.read("features"))[0]  # noqa: E731
+    critic = critic_of(config, job.run, shape, data.classes, trained, pretrained=True).to(machine.device_of(job))
     if set(config.features) - {OWN}:
         inputs["networks"] = checksum(critic.discriminator.networks.state_dict())
     if machine.rank() == 0:
@@ -282,11 +283,6 @@ def _bare(config: Config, job: Job, read: Callable, known: dict = {}) -> tuple[n
             untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
             known[key] = net, critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)
     return known[key]
-
-
-def _trained(job: Job) -> nn.Module:
-    """Return the network that the stage `features` trained."""
-    return load_network(results("features") / "weights.safetensors", CLASSIFIERS, job.read("features"))[0]
 
 
 def _refuse_leak() -> str:
