@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ANALYSIS = ("equilab.analysis.speed:speed", "equilab.analysis.explore:iterates", "equilab.analysis.chains:read",
             "equilab.analysis.students:read", "equilab.analysis.activity:read")  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
-NOTE = "*Here is a widget: it answers when the notebook is open in JupyterLab.*"
+NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opened in JupyterLab, with `results` this study's folder.*"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _drawn(found: pd.DataFrame, parts: list[tuple[str, str]]) -> tuple[Figure, p
             count = max(rows["deep"].max(), 1) if len(rows) else 1
             for layer, one in rows.groupby("layer", sort=False):
                 colour = colormaps["coolwarm_r"](one["deep"].iloc[0] / count)  # red: shallow, blue: deep, as published
-                ax.plot(one["step"], one["level"], color=colour, label=layer.partition(".")[2] or layer)
+                ax.plot(one["at" if one["family"].iloc[0] == "get" else "step"], one["level"], color=colour, label=layer.partition(".")[2] or layer)
             family = rows["family"].iloc[0] if len(rows) else "unet"
             ax.set(title=f"{run}, {part}: {told}" if len(parts) > 1 else f"{run}: {told}", xlabel=AXES[family], ylabel="activity, 0 to 1")
             ax.legend(fontsize=5.5, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))

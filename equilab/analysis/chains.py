@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -119,7 +120,7 @@ def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     for ax, method in zip(grid[0, 1:], ("ddpm", "ddim")):
         for model, rows in found[found["method"] == method].groupby("model", sort=False):
             look = {**LOOKS[rows["family"].iloc[0]], "label": _named(rows.iloc[0])}
-            look |= {} if model in (base(study), base(study, "DiT")) else {"markerfacecolor": "white", "linestyle": "--"}
+            look |= {} if model in (base(study), base(study, "DiT")) else {"markerfacecolor": "white", "linestyle": _lines(study)[model]}
             curve(ax, rows.sort_values("block_evals"), "block_evals", study.distance, look)
         ax.set(title=f"ours: {METHODS[method]}, {study.samples:,} images", xlabel="transformer blocks for an image",
                ylabel=study.score)  # fmt: skip
@@ -140,14 +141,20 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     for reuse, look in REUSE.items():
         curve(ax, found[found["reuse"] == reuse].sort_values("each"), "each", study.distance, look)
     dit = study.averaged(usual(study), confidence).query("family == 'DiT' and method == 'ddim' and block_evals == @blocks")
-    for (_, row), line in zip(dit.iterrows(), ("-", "--", ":", "-.")):
+    for _, row in dit.iterrows():
         name = f"{_named(row)}: {row['steps']} steps of {row['explicit']}"
-        ax.axhline(row[study.distance], color=ORANGE, linewidth=0.9, linestyle=line, label=name)
+        ax.axhline(row[study.distance], color=ORANGE, linewidth=0.9, linestyle=_lines(study)[row["model"]], label=name)
     ax.set(title=f"ours: {blocks:.0f} blocks, DDIM, {study.samples:,} images", xlabel="iterations of a step (fewer: more steps)",
            ylabel=study.score)  # fmt: skip
     logarithmic(ax)
     legend(figure, grid)
     return figure, _numbers(study, pd.concat([found, dit]))
+
+
+def _lines(study: Chains) -> dict[str, str]:
+    """Return how the line of each DiT is drawn, in every figure: solid for the one that is the paper's."""
+    others = dict.fromkeys(study.rows.loc[study.rows["family"] == "DiT", "model"])
+    return dict(zip(dict.fromkeys([base(study, "DiT"), *others]), ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))))
 
 
 def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
@@ -237,9 +244,9 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
         grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
     few = found.loc[found["steps"] >= 4, "steps"].min() if (found["steps"] >= 4).any() else found["steps"].min()  # the first reuses nothing
     shortest = found[found["steps"] == few]
-    tones = dict(zip(sorted(shortest["t"].unique()), figures.TONES[2:]))
+    tones = dict(zip(times := sorted(shortest["t"].unique()), colormaps["viridis"](np.linspace(0, 0.9, len(times)))))
     for (reuse, t), rows in shortest.groupby(["reuse", "t"], sort=False):
-        named = {"color": tones.get(t, figures.TONES[-1]), "label": f"t = {t}" if reuse else None, "markersize": 3}
+        named = {"color": tones[t], "label": f"t = {t}" if reuse else None, "markersize": 3}
         grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
     for ax, steps in zip(grid[0], (most, few)):
         ax.set_yscale("log")
@@ -311,8 +318,8 @@ def about(study: Chains) -> str:
     rows = study.rows.drop_duplicates("run")
     seeds = rows.groupby("model")["seed"].nunique()
     within = lambda values: " to ".join(dict.fromkeys(f"{value:,}" for value in (values.min(), values.max())))  # noqa: E731
-    return (f"{len(seeds)} denoisers of discrete timesteps; seeds: {within(seeds)}; training images seen: {within(rows['nimg'])}; "
-            f"{study.score} of {study.samples:,} images, real against real {study.floor:.3g}.")  # fmt: skip
+    return (f"This study: {len(seeds)} denoisers of discrete timesteps, seeds: {within(seeds)}, that saw {within(rows['nimg'])} images. {study.score} "
+            f"is measured on {study.samples:,} images against the training images; training images drawn at random reach {study.floor:.3g}.")  # fmt: skip
 
 
 def costs(study: Chains) -> pd.DataFrame:
@@ -327,7 +334,7 @@ def costs(study: Chains) -> pd.DataFrame:
 def trainings(study: Chains, confidence: float) -> pd.DataFrame:
     """Return the paper's tables 3 to 5 and figure 7 of this study: every model at its headline setting."""
     found = study.averaged(study.rows[study.rows["position"] == 0], confidence)
-    half = found[f"{study.distance}_half"].map(lambda value: "" if np.isnan(value) else f" ± {value:.2g}")
+    half = found[f"{study.distance}_half"].map(lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}")
     shown = found.assign(parameters=found["parameters"].map(short), train_flops=found["train_flops"].map(short))
     shown[study.distance] = found[study.distance].map("{:.4g}".format) + half
     names = {"label": "run", "parameters": "parameters", "pre": "pre", "post": "post", "gradient": "gradient",

@@ -8,9 +8,12 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from equilab.analysis import activity, chains, figures, students
 from equilab.analysis.tables import Tables, short
+
+SETTING = ("method", "steps", "most_iterations", "tolerance", "pick", "init")  # what a solver or a sampler is set to
 
 
 def iterates(tables: Tables) -> widgets.Widget:
@@ -34,7 +37,9 @@ def settings(tables: Tables) -> widgets.Widget:
     sweeps = pd.concat([tables.sweeps, tables.teacher]).reset_index(drop=True)
 
     def options(name: str) -> list[tuple[str, int]]:
-        return [(_name(row), k) for k, row in sweeps[sweeps["run"] == name].iterrows()]
+        rows = sweeps[sweeps["run"] == name]
+        columns = [column for column in SETTING if column in rows and rows[column].nunique(dropna=False) > 1]
+        return [(_name(row[columns]), k) for k, row in rows.iterrows()]
 
     run = widgets.Dropdown(options=list(dict.fromkeys(sweeps["run"])), description="run")
     setting = widgets.Dropdown(options=options(run.value), description="sampled by")
@@ -45,11 +50,12 @@ def settings(tables: Tables) -> widgets.Widget:
         with np.load(row["folder"] / "iterates.npz") as kept:
             images = kept["images"]  # (K, N, C, H, W), along the headline setting
         shown = min(int(np.nan_to_num(row["iterations"], nan=len(images))), len(images))
-        picture.value = figures.png(figures.gallery(images[shown - 1]))
+        picture.value = figures.png(_gallery(images[shown - 1]))
         told = {**tables.measures, "nfe": "nfe", "iterations": "iterations", "flops": "FLOPs of an image"}
         found = row[list(told)].dropna().map(short).rename(told)
         found["images per second, measured"] = _speed(tables, row)
-        found["images shown"] = f"of the first setting, after {shown} of {len(images)}"
+        kept = row["headline"] or row["as_headline"] and not pd.isna(row["iterations"])
+        found["images shown"] = f"after {shown} of {len(images)}" if kept else "of the first setting; not kept at this one"
         about.value = found.to_frame().to_html(header=False, border=0)
 
     run.observe(lambda change: setattr(setting, "options", options(change["new"])), "value")
@@ -78,7 +84,11 @@ def budgets(study: chains.Chains) -> widgets.Widget:
         picture.value = figures.png(chains.spread(row))
         about.value = f"{study.score} {row[study.distance]:.3g} at {blocks:.0f} blocks"
 
-    steps.observe(lambda change: setattr(how, "options", options(change["new"])), "value")
+    def follow(change: Any) -> None:
+        before, how.options = how.label, options(change["new"])
+        how.label = before if before in dict(how.options) else how.options[0][0]
+
+    steps.observe(follow, "value")
     return _board([steps, how], [about, picture], show)
 
 
@@ -116,11 +126,18 @@ def layers(found: pd.DataFrame) -> widgets.Widget:
     return _board([run, step], [picture], show)
 
 
+def _gallery(images: np.ndarray) -> Figure:
+    """Return up to 16 uint8 images (N, C, H, W) side by side."""
+    figure, grid = figures.axes(2, 8, 2)
+    for ax, image in zip(grid.flat, images):
+        figures.picture(ax, image)
+    return figure
+
+
 def _name(row: pd.Series) -> str:
-    """Return how a setting is called in a list: the columns of a solver or a sampler that are given."""
-    columns = ("method", "steps", "most_iterations", "tolerance", "pick", "init")
+    """Return how a setting is called in a list, by what tells it from the run's others."""
     return ", ".join(f"{c.replace('most_', '')} {row[c]:g}" if isinstance(row[c], float) else str(row[c])
-                     for c in columns if c in row and not pd.isna(row[c])) or "one forward pass"  # fmt: skip
+                     for c in row.index if not pd.isna(row[c])) or "its only way"  # fmt: skip
 
 
 def _speed(tables: Tables, row: pd.Series) -> str:
@@ -129,7 +146,7 @@ def _speed(tables: Tables, row: pd.Series) -> str:
         return "not measured"
     rows = tables.costs[(tables.costs["run"] == row["run"]) & (tables.costs["what"] == "sample")]
     rows = rows[(rows["iterations"] == row["iterations"]) | rows["iterations"].isna() & bool(row["headline"])]
-    known = len(rows) and row["method"] not in ("anderson", "broyden")
+    known = len(rows) and (row["as_headline"] or row["headline"])
     return f"{rows['images_s'].iloc[0]:,.0f}" if known else "not measured"
 
 

@@ -250,18 +250,16 @@ def parameters(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.Data
 def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFrame]:
     """Return GET's value over ViT's at equal parameters, training and sampling FLOPs, and its numbers."""
     figure, grid = axes(len(tables.measures), len(BUDGETS), 2.1 * len(tables.measures) + 0.5, sharey="row")
-    numbers = []
+    numbers, named = [], looks(tables.runs[tables.runs["kind"] == "get"].drop_duplicates("model"))
     for row, measure in zip(grid, tables.measures):
         for ax, (budget, name) in zip(row, BUDGETS.items()):
             found = scaling.equal_budget(tables, regime, budget, measure, rule).dropna(subset=["ratio"])
-            named = looks(found.drop_duplicates("model"))
             for family, rows in found.groupby("family"):
                 joined = rows.sort_values("cost") if budget != "flops" else rows.iloc[:0]
                 ax.plot(joined["cost"], joined["ratio"], color=COLOURS[family], linewidth=0.7, linestyle=LINES[family])
-            for model, look in named.items():
-                one = found[found["model"] == model]
+            for model, one in found.groupby("model", sort=False):
                 reach = [one["ratio"] - one["low"], one["high"] - one["ratio"]]
-                ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **look)
+                ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **named[model])
             if len(found):
                 ax.set_xlim(found["cost"].min() / 1.5, found["cost"].max() * 1.5)
             else:
@@ -295,8 +293,7 @@ def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
         ax.set(title=title, xlabel="iteration")
         if name == "residual":
             logarithmic(ax, x=False)
-        elif np.ptp(ax.dataLim.intervaly) < 1e-3:  # a normalised state: what is left is rounding
-            ax.set_ylim(ax.dataLim.y0 - 0.1, ax.dataLim.y1 + 0.1)
+        _rounding(ax)
     legend(figure, grid)
     return figure, found.drop(columns="model")
 
@@ -326,10 +323,11 @@ def decoded(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
     """Return the decoded iterates of every GET for two noises, a row for each model, and the median residuals."""
     shown, rows = (1, 2, 3, 4, 6, 12, 24), []
     models = _implicit(tables, regime)
-    figure, grid = axes(len(models), 2 * len(shown), 0.2 + WIDTH / 2 / len(shown) * len(models))
+    figure, grid = axes(len(models), 2 * len(shown) + 1, 0.2 + WIDTH / 2 / len(shown) * len(models))  # a gap between the noises
     for first, line, run in zip([True, *[False] * len(grid)], grid, models.itertuples()):
         kept = np.load(run.folder / "iterates.npz")
-        for k, ax in enumerate(line):
+        line[len(shown)].axis("off")
+        for k, ax in enumerate(np.delete(line, len(shown))):
             count, sample = shown[k % len(shown)], k // len(shown)
             picture(ax, kept["images"][count - 1, sample])
             ax.set_title(f"{count}" if first else "", fontsize=7, loc="center")
@@ -346,14 +344,6 @@ def picture(ax, image: np.ndarray, marked: bool = False) -> None:
     ax.spines[:].set(visible=marked, color="red")
 
 
-def gallery(images: np.ndarray) -> Figure:
-    """Return up to 16 uint8 images (N, C, H, W) side by side."""
-    figure, grid = axes(2, 8, 2)
-    for ax, image in zip(grid.flat, images):
-        picture(ax, image)
-    return figure
-
-
 def iterate(kept, count: int) -> Figure:
     """Return the images of one iterate, and where it stands in residual and norm; `kept` is an open iterates.npz."""
     figure, _ = axes(1, 1, 2.6)
@@ -366,7 +356,14 @@ def iterate(kept, count: int) -> Figure:
         ax.plot(np.arange(1, len(median) + 1), median, color=BLUE, linewidth=1)
         ax.plot(count, median[count - 1], "o", color=ORANGE, markersize=7)
         ax.set(title=f"{name} {median[count - 1]:.3g}", xlabel="iteration", yscale=scale)
+        _rounding(ax)
     return figure
+
+
+def _rounding(ax) -> None:
+    """Do not let rounding fill linear axes, where it is all that is left to see of a normalised state."""
+    if ax.get_yscale() == "linear" and np.ptp(ax.dataLim.intervaly) < 1e-3:
+        ax.set_ylim(ax.dataLim.y0 - 0.1, ax.dataLim.y1 + 0.1)
 
 
 def _numbers(tables: Tables, found: pd.DataFrame, at: list[str]) -> pd.DataFrame:

@@ -121,7 +121,7 @@ def images(study: Study) -> Found | None:
         told = f"GDD has not reached CD's {study.value(cd)} after {gdd['nimg']:,.0f} images; CD had after {theirs:,.0f}"
     late = FAILS if gdd["nimg"] >= theirs else OPEN
     found = HOLDS if ours < theirs else OPEN if ours == theirs else late
-    return Found(told, f"{theirs / ours:.3g} times fewer" if np.isfinite(ours) else "–", seeds_of(pd.DataFrame([gdd, cd])), found)
+    return Found(told, f"{theirs / ours:.3g} times as many for CD" if np.isfinite(ours) else "–", seeds_of(pd.DataFrame([gdd, cd])), found)
 
 
 def judges(study: Study) -> Found | None:

@@ -242,7 +242,7 @@ def constant_memory(study: Study) -> Found | None:
     low, high = ((usual[f"seconds_{a}"] / o1[f"seconds_{b}"]).min() for a, b in (("min", "max"), ("max", "min")))
     ours = f"keeps {span(speed.min(), speed.max())} of the speed, {span(memory.min(), memory.max())} of the memory"
     told = FAILS if memory.max() >= 1 else verdict(low, high, study.config.keeps)
-    return Found(ours, f"{span(low, high)} of the speed, over all calls", "1", told)
+    return Found(ours, f"{span(low, high)} of the speed, least of all, over all calls", "1", told)
 
 
 def equal(budget: str, measure_of: Callable[[Tables], str]) -> Test:

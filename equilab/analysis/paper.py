@@ -50,7 +50,7 @@ GDD_JUDGES = pd.DataFrame(  # table 1a
 )  # fmt: skip
 GDD_PENALTIES = pd.DataFrame(  # table 1b; gamma as printed, against a loss summed over the 32 images of a device
     [("diffaugment", None, 2.21), ("none", None, 1.98), ("none", 1e-3, 1.77), ("none", 1e-4, 1.66), ("none", 1e-5, 1.66)],
-    columns=["augmentation", "gamma of R1", "FID"],
+    columns=["augmentation", "gamma of R1, of a sum of losses", "FID"],
 )  # fmt: skip
 GDD_FROZEN = pd.DataFrame(  # table 2; the shares printed for each group, added up
     [("nothing", 0.0, 1.66), ("convolutions", 85.8, 1.54), ("convolutions and QKV", 87.9, 1.60),

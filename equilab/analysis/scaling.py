@@ -217,7 +217,7 @@ def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
     found = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence)
     found = found.sort_values(["kind", "parameters", "nimg"])
     for measure in tables.measures:
-        half = found[f"{measure}_half"].map(lambda value: "" if np.isnan(value) else f" ± {value:.2g}")
+        half = found[f"{measure}_half"].map(lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}")
         found[measure] = found[measure].map("{:.4g}".format) + half
     found[["parameters", "flops_image"]] = found[["parameters", "flops_image"]].map(short)
     shown = {"label": "run", "family": "family", "width": "width", "parameters": "parameters", "pairs": "pairs",

@@ -259,7 +259,7 @@ def machine(tables: Tables) -> str:
     found, peak = kept["environment"], kept["matmul_fp32_flops_s"]
     return (
         f"Measured on {found['device']}, {found['threads']} threads, torch {found['torch']}, batches of "
-        f"{kept['settings']['batch']}; a large matrix product reaches {short(peak)}FLOP/s there."
+        f"{kept['settings']['batch']}; a large matrix product reaches {short(peak)[:-1]} {short(peak)[-1]}FLOP/s there."
     )
 
 
@@ -272,17 +272,19 @@ def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.Da
     if missing := [name for name in names if not (Path(folder) / name).exists()]:
         raise UserError(f"{Path(folder) / missing[0]} is not there; run the stage claims first")
     found = pd.concat([read_table(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
-    return found[found["id"].isin(ids)]
+    found = found[found["id"].isin(ids)].sort_values("id", key=lambda names: names.map(list(ids).index), kind="stable")
+    return found.assign(id=found["id"].str.replace("-", "\u2011"))  # one that breaks no line
 
 
 def findings(found: pd.DataFrame) -> str:
-    """Return in Markdown what became of claims, verdict by verdict, with the likely reason."""
+    """Return in Markdown what became of claims, verdict by verdict, with the likely reason, once for all that share it."""
     parts = []
-    for verdict, rows in found.groupby("verdict", sort=False):
+    for verdict, rows in sorted(found.groupby("verdict"), reverse=True):  # holds, does not hold, cannot be told here
         parts.append(f"**{verdict.capitalize()}**\n")
-        for row in rows.itertuples():
-            name = f"{row.id} ({row.part})" if row.part else row.id
-            parts.append(f"- {name}, {row.claim}: {row.reason}.")
+        for reason, same in rows.groupby("reason", sort=False):
+            names = [row.id + (f" ({row.part})" if row.part else "") for row in same.itertuples()]
+            said = f", {same['claim'].iloc[0]}" if len(names) == 1 else ""
+            parts.append(f"- {', '.join(names)}{said} – {reason}.")
         parts.append("")
     return "\n".join(parts)
 
