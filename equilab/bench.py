@@ -199,8 +199,9 @@ def _row(
     once = timed(call, device, warmup=1, repeats=1).median if device.type == "cuda" else time.perf_counter() - start
     size, repeats = (128, 1) if quick else (8192 if device.type == "cuda" else 2048, min(max(int(SECONDS / once), 2), 30))
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32) for _ in range(2))
-    seconds, limit = in_turns({"work": call, "product": lambda: a @ b}, device, repeats).values()
-    rate, peak = operations / seconds.median, 2 * size**3 / limit.median
+    limit = lambda: 2 * size**3 / timed(lambda: a @ b, device, warmup=1, repeats=5).median  # noqa: E731
+    before, seconds, after = limit(), timed(call, device, warmup=1, repeats=repeats), limit()
+    rate, peak = operations / seconds.median, (before + after) / 2
     return {
         "what": work.what, "size": work.size, "precision": name, "switch": switch, "batch": batch, **columns_of(seconds),
         "images_s": batch / seconds.median, "flop_s": rate, "peak_flop_s": peak, "peak_share": rate / peak,
@@ -334,8 +335,8 @@ def markdown(name: str, rows: list[dict[str, Any]], facts: list[dict[str, Any]])
     text = [
         f"# {name}, torch {torch.__version__}", "",
         f"`seconds` is the median of calls that take about {SECONDS} s together, at least two, after some that are not timed. "
-        "`peak_share` is of `peak_flop_s`, the median rate of a large square matrix product in the same precision that takes "
-        "turns with them. `memory_mib` is the most that a call holds.", "",
+        "`peak_share` is of `peak_flop_s`, the rate of a large square matrix product in the same precision right before and right "
+        "after them. `memory_mib` is the most that a call holds.", "",
         *(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {other}" for other in others),
     ]  # fmt: skip
     return "\n".join(text) + "\n"

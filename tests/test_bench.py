@@ -33,7 +33,7 @@ def test_the_table_is_named_after_the_machine(written):
     assert (written / f"{bench.slug(name)}.md").read_text().startswith(f"# {name}, torch {torch.__version__}\n")
 
 
-def test_each_figure_stands_beside_the_peak_of_its_precision_measured_in_turns_with_it(rows):
+def test_each_figure_stands_beside_the_peak_of_its_precision_measured_right_before_and_after_it(rows):
     products = [row for row in rows if row["what"] == "matmul"]
     assert [row["precision"] for row in products] == [*PRECISIONS["cpu"]]
     assert min(float(row["flop_s"]) for row in products) > 1e6  # some machines have no bf16 instructions: 4e8 was seen

@@ -107,7 +107,7 @@ def test_images_to_reach_what_consistency_distillation_ends_at_are_counted(folde
     put(folder, "gdd", "gan", 1.0, curve=(3.0, 1.9, 1.0))
     put(folder, "cd", "consistency", 2.0, nimg=3000)
     row = found(folder).loc[("GDD-7", "images")]
-    assert row["verdict"] == HOLDS and row["interval"] == "15 times fewer" and "GDD within 200 images, CD within 3,000" in row["ours"]
+    assert row["verdict"] == HOLDS and row["interval"] == "15 times as many for CD" and "GDD within 200 images, CD within 3,000" in row["ours"]
 
 
 @pytest.mark.parametrize(("curve", "nimg", "verdict"), [((2.0, 1.0, 1.0), 3000, FAILS), ((2.0, 1.5, 1.0), 150, OPEN)])

@@ -146,8 +146,7 @@ def _speed(tables: Tables, row: pd.Series) -> str:
         return "not measured"
     rows = tables.costs[(tables.costs["run"] == row["run"]) & (tables.costs["what"] == "sample")]
     rows = rows[(rows["iterations"] == row["iterations"]) | rows["iterations"].isna() & bool(row["headline"])]
-    known = len(rows) and (row["as_headline"] or row["headline"])
-    return f"{rows['images_s'].iloc[0]:,.0f}" if known else "not measured"
+    return f"{rows['images_s'].iloc[0]:,.0f}" if len(rows) and (row["as_headline"] or row["headline"]) else "not measured"
 
 
 def _board(controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]) -> widgets.Widget:
