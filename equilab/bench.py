@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     step = next(row["seconds"] for row in rows if (row["what"], row["size"]) == ("train", "GET 0.13M"))
     facts = [row | (goal_of(row["seconds"] < step, "less than GET 0.13M trains on it") if row["what"] == READING else {}) for row in facts]
     call = task(Work("train", "GET 0.13M", {}), "", 2 if given.quick else 128, device, nullcontext, given.quick)
-    facts += [*parts(call, device), *layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
+    facts += [*parts(call, device, 1 if given.quick else 10), *layers(device, names, given.quick), *training_memory(rows), *students(device, given.quick)]
     facts += [error(device, given.quick)] if "bf16" in names else []
     name = machine(device)
     path = given.out / slug(name)

@@ -84,11 +84,11 @@ def memory() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(threads)
 
 
-def parts(call: Callable[[], None], device: torch.device) -> Iterator[dict[str, Any]]:
+def parts(call: Callable[[], None], device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Yield where the time of a step of the small GET goes: the share of each kind of operator in the seconds of all."""
     call()
     with torch.profiler.profile() as profiler:
-        for _ in range(10):
+        for _ in range(repeats):
             call()
     field = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     own = {each.key: getattr(each, field) for each in profiler.key_averages()}

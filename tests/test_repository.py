@@ -98,7 +98,7 @@ def test_a_stage_depends_on_the_modules_that_it_really_imports():
     modules = [stage.module for stage in graph.STAGES.values()]
     script = f"""if True:
         import importlib, os, sys
-        import sklearn, torch, torchvision  # what takes time, once for all
+        import diffusers, IPython.display, scipy.stats, seaborn, sklearn, timm, torch, torch_fidelity, torchdeq.solver, torchvision  # once
         for module in {modules}:
             if (child := os.fork()) == 0:
                 importlib.import_module(module)

@@ -273,16 +273,20 @@ def critic_of(
 
 
 def _bare(config: Config, job: Job, read: Callable, known: dict = {}) -> tuple[nn.Module, Critic]:  # noqa: B006
-    """Return both players without memory: the same ones for runs whose players are alike, as building them takes seconds."""
-    names = ("network", "conditional", "student", "features", "discriminator", "augment", "adaptive")
+    """Return both players without memory: the same ones for runs that have them alike, as building them takes seconds."""
     own = read("features").network if OWN in config.features else None
-    key = digest(*(getattr(config, name) for name in names), own, job.image, job.classes)
-    if key not in known:
-        net, *_ = onestep.meta(config, job.image, job.classes)
-        with torch.device("meta"):
-            untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
-            known[key] = net, critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)
-    return known[key]
+
+    def once(names: tuple[str, ...], build: Callable[[], nn.Module]) -> nn.Module:
+        key = digest({name: getattr(config, name) for name in names}, own, job.image, job.classes)
+        if key not in known:
+            with torch.device("meta"):
+                known[key] = build()
+        return known[key]
+
+    untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
+    critic = lambda: critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)  # noqa: E731
+    return (once(("network", "conditional", "student"), lambda: onestep.meta(config, job.image, job.classes)[0]),
+            once(("conditional", "features", "discriminator", "augment", "adaptive"), critic))  # fmt: skip
 
 
 def _refuse_leak() -> str:
