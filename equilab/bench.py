@@ -337,7 +337,7 @@ def markdown(name: str, rows: list[dict[str, Any]], facts: list[dict[str, Any]])
         f"# {name}, torch {torch.__version__}", "",
         f"`seconds` is the median of calls that take about {SECONDS} s together, at least two, after some that are not timed. "
         "`peak_share` is of `peak_flop_s`, the rate of a large square matrix product in the same precision right before and right "
-        "after them. `memory_mib` is the most that a call holds.", "",
+        "after them; the rows `matmul` have the best of ten. `memory_mib` is the most that a call holds.", "",
         *(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {other}" for other in others),
     ]  # fmt: skip
     return "\n".join(text) + "\n"

@@ -54,8 +54,8 @@ def settings(tables: Tables) -> widgets.Widget:
         told = {**tables.measures, "nfe": "nfe", "iterations": "iterations", "flops": "FLOPs of an image"}
         found = row[list(told)].dropna().map(short).rename(told)
         found["images per second, measured"] = _speed(tables, row)
-        kept = row["headline"] or row["as_headline"] and not pd.isna(row["iterations"])
-        found["images shown"] = f"after {shown} of {len(images)}" if kept else "of the first setting; not kept at this one"
+        same = row["headline"] or row["as_headline"] and not pd.isna(row["iterations"])
+        found["images shown"] = f"after {shown} of {len(images)}" if same else "of the first setting; not kept at this one"
         about.value = found.to_frame().to_html(header=False, border=0)
 
     run.observe(lambda change: setattr(setting, "options", options(change["new"])), "value")
@@ -86,7 +86,8 @@ def budgets(study: chains.Chains) -> widgets.Widget:
 
     def follow(change: Any) -> None:
         before, how.options = how.label, options(change["new"])
-        how.label = before if before in dict(how.options) else how.options[0][0]
+        if before in dict(how.options):
+            how.label = before
 
     steps.observe(follow, "value")
     return _board([steps, how], [about, picture], show)
@@ -146,7 +147,7 @@ def _speed(tables: Tables, row: pd.Series) -> str:
         return "not measured"
     rows = tables.costs[(tables.costs["run"] == row["run"]) & (tables.costs["what"] == "sample")]
     rows = rows[(rows["iterations"] == row["iterations"]) | rows["iterations"].isna() & bool(row["headline"])]
-    return f"{rows['images_s'].iloc[0]:,.0f}" if len(rows) and (row["as_headline"] or row["headline"]) else "not measured"
+    return f"{rows['images_s'].iloc[0]:,.0f}" if len(rows) and row["as_headline"] else "not measured"
 
 
 def _board(controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]) -> widgets.Widget:

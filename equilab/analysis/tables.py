@@ -264,7 +264,8 @@ def machine(tables: Tables) -> str:
 
 
 def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.DataFrame:
-    """Return the rows of the claims that a notebook checks; those on measured seconds and memory if `timed`.
+    """Return the rows of the claims that a notebook checks, in the order of `ids`, whose hyphens break no line there; those on
+    measured seconds and memory too if `timed`.
 
     Raises: UserError if the stage `claims` has not run.
     """
