@@ -12,15 +12,23 @@ from pathlib import Path
 
 import yaml
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads sleep soon: a busy neighbour costs less; before torch
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "10000"
+)  # idle threads sleep soon: a busy neighbour costs less; before torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory need not speak
 if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
     # a freed tensor's memory stays with the process: to take it anew, page by page, was a tenth of a small network's step
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
-from equilab import config, graph  # noqa: E402
-from equilab.config import Job, Plan, Study, UserError  # noqa: E402
+from equilab import graph
+from equilab.core import config
+from equilab.core.config import UserError
+from equilab.core.job import (
+    Job,
+    Plan,
+    Study,
+)
 
 COMMANDS = ("check", "graph", "code")
 USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
@@ -29,11 +37,19 @@ USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit status; what a user can mend is one sentence on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
-                        "or graph: write dvc.yaml anew; or code: list the "
-                        "modules of every stage and the params, for DVC")  # fmt: skip
-    parser.add_argument("run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs")
-    parser.add_argument("--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params")
+    parser.add_argument(
+        "stage",
+        metavar="STAGE",
+        help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
+        "or graph: write dvc.yaml anew; or code: list the "
+        "modules of every stage and the params, for DVC",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs"
+    )
+    parser.add_argument(
+        "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
     given = parser.parse_args(arguments)
     try:
@@ -42,8 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"equilab: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # what no stage foresaw: a file in the way, a full disk
-        print(f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk space, "
-              "or run the stage that writes it again", file=sys.stderr)  # fmt: skip
+        print(
+            f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk space, "
+            "or run the stage that writes it again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("equilab: stopped; the same command continues where it was", file=sys.stderr)
@@ -59,7 +78,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
     sections = config.read(params)
     os.chdir(params.resolve().parent)
     if stage == "code":
-        from equilab.files import remove_others, write
+        from equilab.core.files import remove_others, write
 
         for name, one in graph.STAGES.items():
             write(Path(f"results/code/{name}.txt"), graph.listed(one.module))
@@ -75,12 +94,16 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         _section(sections, name, params)
     study = config.parse(Study, sections["study"], f"{params}: study")
     data = _config(sections, "data", None, params)[0]
-    read = lambda stage, run=None: _config(sections, stage, run, params)[0] if stage != "latents" or sections.get(stage) else None  # noqa: E731
+    read = lambda stage, run=None: (
+        _config(sections, stage, run, params)[0] if stage != "latents" or sections.get(stage) else None
+    )
     if stage == "check":
-        from equilab.training.machine import device_of
+        from equilab.core.machine import device_of
 
         for name in (name for name in graph.STAGES if sections.get(name)):
-            for one in config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]:
+            for one in (
+                config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]
+            ):
                 settings, module = _config(sections, name, one, params)
                 job = Job(study, name, one, data.image, data.classes, "", read)
                 device_of(job)
@@ -96,7 +119,7 @@ def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
         print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
         _print(module.plan(settings, job, read)(), job)
         return 0
-    from equilab.files import locked
+    from equilab.core.files import locked
 
     with locked(job.name):
         module.run(settings, job)
@@ -107,8 +130,8 @@ def _print(plan: Plan, job: Job) -> None:
     """Print what a stage will cost; the time rests on a matrix product measured now."""
     import torch
 
-    from equilab.metrics.cost import matmul_peak
-    from equilab.training.machine import device_of
+    from equilab.core.machine import device_of
+    from equilab.metrics.counting import matmul_peak
 
     peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
     seconds = plan.flops / (USUAL_SHARE * peak)
@@ -118,7 +141,9 @@ def _print(plan: Plan, job: Job) -> None:
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
     print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
     print(f"# results on disk: {disk}")
-    print(f"# time: about {seconds / 60:,.1f} min and 5 s of start, at {USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s")
+    print(
+        f"# time: about {seconds / 60:,.1f} min and 5 s of start, at {USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s"
+    )
 
 
 def _section(sections: dict, name: str, params: Path):

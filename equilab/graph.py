@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from equilab import config
+from equilab.core import config
 
 PACKAGE = Path(__file__).parent
 HEADER = """# Written by `python -m equilab graph` from the sections of params.yaml. A stage depends on the modules that it imports,
@@ -43,7 +43,7 @@ class Stage:
 
 TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": ("log.csv", "summary.json")}
 STAGES = {
-    "data": Stage("equilab.data", cached=("",)),
+    "data": Stage("equilab.data.images", cached=("",)),
     "evaluator": Stage(
         "equilab.training.evaluator",
         reads=("results/data",),
@@ -51,9 +51,15 @@ STAGES = {
         committed=("log.csv", "summary.json"),
     ),
     "teacher": Stage("equilab.training.teacher", reads=("results/data",), optional=True, **TRAINED),
-    "pairs": Stage("equilab.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True),
-    "latents": Stage("equilab.latents", reads=("results/data", "${latents.vae}"), cached=("",), optional=True),
-    "distill": Stage("equilab.training.distill", reads=("results/pairs",), each=True, optional=True, **TRAINED),
+    "pairs": Stage(
+        "equilab.data.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True
+    ),
+    "latents": Stage(
+        "equilab.data.latents", reads=("results/data", "${latents.vae}"), cached=("",), optional=True
+    ),
+    "distill": Stage(
+        "equilab.training.distill", reads=("results/pairs",), each=True, optional=True, **TRAINED
+    ),
     "diffusion": Stage(
         "equilab.training.diffusion",
         reads=("results/data", "results/latents"),
@@ -84,7 +90,7 @@ STAGES = {
         **TRAINED,
     ),
     "evaluate": Stage(
-        "equilab.evaluate",
+        "equilab.stages.evaluate",
         reads=("results/data", "results/evaluator", "results/pairs", "results/${item.of}", "${latents.vae}"),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
@@ -92,39 +98,74 @@ STAGES = {
         params=("latents",),
     ),
     "relative": Stage(
-        "equilab.relative",
+        "equilab.stages.relative",
         reads=("results/data", "results/evaluator", "results/evaluate"),
         committed=("relative.csv",),
         optional=True,
     ),
     "activation": Stage(
-        "equilab.activation",
-        reads=("results/teacher", "results/distill", "results/diffusion", "results/gan", "results/consistency"),
+        "equilab.stages.activation",
+        reads=(
+            "results/teacher",
+            "results/distill",
+            "results/diffusion",
+            "results/gan",
+            "results/consistency",
+        ),
         committed=("activation.csv",),
         optional=True,
     ),
     "cost": Stage(
-        "equilab.cost",
-        reads=("results/teacher", "results/distill", "results/diffusion", "results/gan", "results/consistency"),
+        "equilab.stages.cost",
+        reads=(
+            "results/teacher",
+            "results/distill",
+            "results/diffusion",
+            "results/gan",
+            "results/consistency",
+        ),
         committed=("cost.csv", "cost.json"),
     ),
     "claims": Stage(
-        "equilab.claims",
-        reads=("${study.root}/equilab/claims.yaml", "results/teacher/summary.json", "results/pairs/meta.json", "results/evaluator/summary.json",
-               "results/distill", "results/diffusion", "results/gan", "results/consistency", "results/evaluate",
-               "results/relative", "results/activation", "results/cost"),
+        "equilab.stages.claims",
+        reads=(
+            "${study.root}/equilab/claims.yaml",
+            "results/teacher/summary.json",
+            "results/pairs/meta.json",
+            "results/evaluator/summary.json",
+            "results/distill",
+            "results/diffusion",
+            "results/gan",
+            "results/consistency",
+            "results/evaluate",
+            "results/relative",
+            "results/activation",
+            "results/cost",
+        ),
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
     ),
     "notebook": Stage(
-        "equilab.notebook",
-        reads=("${study.root}/notebooks/{run}.ipynb", "results/teacher/summary.json", "results/evaluator/summary.json", "results/distill",
-               "results/diffusion", "results/gan", "results/consistency", "results/evaluate", "results/relative", "results/activation", "results/cost",
-               "results/claims.csv", "results/measured.csv"),
+        "equilab.stages.notebook",
+        reads=(
+            "${study.root}/notebooks/{run}.ipynb",
+            "results/teacher/summary.json",
+            "results/evaluator/summary.json",
+            "results/distill",
+            "results/diffusion",
+            "results/gan",
+            "results/consistency",
+            "results/evaluate",
+            "results/relative",
+            "results/activation",
+            "results/cost",
+            "results/claims.csv",
+            "results/measured.csv",
+        ),
         committed=("",),
         each=True,
     ),
     "report": Stage(
-        "equilab.report",
+        "equilab.stages.report",
         reads=("results/notebook", "results/claims.md", "results/measured.md"),
         committed=("index.html",),
     ),
@@ -153,9 +194,28 @@ def code(module: str) -> str:
 
 
 def listed(module: str) -> str:
-    """Return a line for each module that `module` imports, itself included: its name and its checksum."""
-    found = {name: hashlib.sha256(_file(name).read_bytes()).hexdigest() for name in closure(module)}
-    return "".join(f"{name} {checksum}\n" for name, checksum in found.items())
+    """Return a line for each module that `module` imports, itself included: its name and the digest of what it means."""
+    return "".join(f"{name} {meaning(_file(name).read_text(encoding='utf-8'))}\n" for name in closure(module))
+
+
+def meaning(source: str) -> str:
+    """Return a digest of what Python code means: equal for code that differs in docstrings, comments or layout alone."""
+    return hashlib.sha256(repr(_tree(ast.parse(source))).encode()).hexdigest()
+
+
+def _tree(node: Any) -> Any:
+    """Return a syntax tree as nested tuples without docstrings and places; what is empty is left out, since versions
+    of Python differ in that."""
+    if isinstance(node, list):
+        return [_tree(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        fields["body"] = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return type(node).__name__, [
+        (name, _tree(value)) for name, value in fields.items() if value not in (None, [])
+    ]
 
 
 def _file(module: str) -> Path:
@@ -178,25 +238,44 @@ def _imports(path: Path) -> set[str]:
 
 def dvc(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of dvc.yaml for a study with these sections: a stage without one is left out."""
-    modules = [f"${{study.root}}/{path.relative_to(PACKAGE.parent)}" for path in sorted(PACKAGE.rglob("*.py"))]
+    modules = [
+        f"${{study.root}}/{path.relative_to(PACKAGE.parent)}" for path in sorted(PACKAGE.rglob("*.py"))
+    ]
     kept = lambda path, **options: {path: {**options, "persist": True}}  # noqa: E731
-    stages = {"code": {"cmd": "python -m equilab code", "deps": ["params.yaml", *modules], "outs": [kept("results/code")]}}
+    stages = {
+        "code": {
+            "cmd": "python -m equilab code",
+            "deps": ["params.yaml", *modules],
+            "outs": [kept("results/code")],
+        }
+    }
     absent = [name for name in STAGES if not sections.get(name)]
-    there = lambda path: not re.match(rf"(results/|\$\{{)({'|'.join(absent)})(/|\.|$)", path) if absent else True  # noqa: E731
+    there = lambda path: (
+        not re.match(rf"(results/|\$\{{)({'|'.join(absent)})(/|\.|$)", path) if absent else True
+    )
     for name, stage in STAGES.items():
         if name in absent:
             continue
         run = "${key}" if stage.each else ""
         out = f"results/{name}/{run}".rstrip("/")
-        place = lambda file: os.path.normpath(f"{out}/{file}")  # noqa: B023, E731
+        place = lambda file: os.path.normpath(f"{out}/{file}")  # noqa: E731
         section = f"{name}.{run}" if stage.each else name
         entry = {
             "cmd": f"python -m equilab {name} {run}".strip(),
-            "deps": [f"results/code/{name}.txt"] + [path.replace("{run}", run) for path in stage.reads if there(path)],
-            "params": [{"results/code/params.json": [
-                "study.device", "study.seed", "study.run_threads" if stage.each else "study.threads", section,
-                *(key for key in stage.params if key not in absent)]}],
-        }  # fmt: skip
+            "deps": [f"results/code/{name}.txt"]
+            + [path.replace("{run}", run) for path in stage.reads if there(path)],
+            "params": [
+                {
+                    "results/code/params.json": [
+                        "study.device",
+                        "study.seed",
+                        "study.run_threads" if stage.each else "study.threads",
+                        section,
+                        *(key for key in stage.params if key not in absent),
+                    ]
+                }
+            ],
+        }
         if stage.cached:
             entry["outs"] = [kept(place(file)) for file in stage.cached]
         if stage.committed:
@@ -213,7 +292,7 @@ def write(root: Path) -> list[Path]:
 
     Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds.
     """
-    from equilab import files
+    from equilab.core import files
 
     studies = [root / "params.yaml", *sorted(root.glob("studies/*/params.yaml"))]
     for params in studies:

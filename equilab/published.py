@@ -62,7 +62,9 @@ def need(weights: Mapping[str, Tensor], key: str, dimensions: int | None = None)
         raise ValueError(f"published key {key!r} is missing from the weights{_nearest(key, weights)}")
     if dimensions is not None and (weights[key].ndim != dimensions or 0 in weights[key].shape):
         shape = tuple(weights[key].shape)
-        raise ValueError(f"published key {key!r} has shape {shape}, which tells no size; it should have {dimensions} dimensions")
+        raise ValueError(
+            f"published key {key!r} has shape {shape}, which tells no size; it should have {dimensions} dimensions"
+        )
     return weights[key]
 
 
@@ -71,10 +73,14 @@ def _check_config(family: str, builder, config: Mapping) -> None:
     known = [entry.name for entry in entries]
     for name in config:
         if name not in known:
-            raise ValueError(f"{family} takes no {name!r}{_nearest(name, known)}; it takes {', '.join(known) or 'nothing'}")
+            raise ValueError(
+                f"{family} takes no {name!r}{_nearest(name, known)}; it takes {', '.join(known) or 'nothing'}"
+            )
     for entry in entries:
         if entry.default is entry.empty and entry.name not in config:
-            raise ValueError(f"{family} needs {entry.name}, which its tensors do not determine; give {entry.name}=...")
+            raise ValueError(
+                f"{family} needs {entry.name}, which its tensors do not determine; give {entry.name}=..."
+            )
 
 
 def _check_keys(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
@@ -98,4 +104,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); convert the checkpoint first") from None
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); convert the checkpoint first"
+        ) from None

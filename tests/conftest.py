@@ -16,8 +16,23 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that both processes have work until the end."""
-    longest = ["test_study", "test_killed", "test_students", "test_notebooks", "test_repository", "test_config", "test_unet", "test_analysis",
-               "test_bench", "test_latents", "test_pairs", "test_chains", "test_fidelity", "test_gdd_claims", "test_fpdm"]  # fmt: skip
+    longest = [
+        "test_study",
+        "test_killed",
+        "test_students",
+        "test_notebooks",
+        "test_repository",
+        "test_config",
+        "test_unet",
+        "test_analysis",
+        "test_bench",
+        "test_latents",
+        "test_pairs",
+        "test_chains",
+        "test_fidelity",
+        "test_gdd_claims",
+        "test_fpdm",
+    ]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

@@ -22,7 +22,8 @@ def work(folder, command, what="", count=0, after=False, environment=()):
     os.chdir(folder)
     os.environ.update(environment)
     os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    from equilab import __main__, rng
+    from equilab import __main__
+    from equilab.core import rng
 
     if what:
         place = {"noise": rng, "replace": os, "link": os}[what]
@@ -51,8 +52,17 @@ def run(*arguments):
 
 def serve(listener):
     """Run the modules that the program `python` beside this file asks for at a socket, each in a process of its own."""
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it; nothing else draws
-    for module in ("ipykernel.kernelapp", "nbconvert", "papermill", "seaborn", "torch_fidelity", "torchdeq.solver"):
+    os.environ["MPLBACKEND"] = (
+        "module://matplotlib_inline.backend_inline"  # as a kernel sets it; nothing else draws
+    )
+    for module in (
+        "ipykernel.kernelapp",
+        "nbconvert",
+        "papermill",
+        "seaborn",
+        "torch_fidelity",
+        "torchdeq.solver",
+    ):
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with listener:
@@ -72,5 +82,8 @@ def serve(listener):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.executable, sys.argv = str(HERE / "python"), [module, *arguments]  # kernels of notebooks start like this too
+    sys.executable, sys.argv = (
+        str(HERE / "python"),
+        [module, *arguments],
+    )  # kernels of notebooks start like this too
     runpy.run_module(module, run_name="__main__", alter_sys=True)

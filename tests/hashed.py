@@ -49,4 +49,6 @@ def hashed_model(family: str, kind, image: Sequence[int], classes: int, sizes: M
     state, names = model.state_dict(), dit.published_keys(model)
     shapes = {key: state[ours].shape for key, ours in names.items() if key != "pos_embed"}
     table = sine_cosine_table(sizes["width"], image[1] // sizes["patch"], image[2] // sizes["patch"])
-    return published.load(family, hashed_weights(shapes) | {"pos_embed": table}, heads=sizes["heads"], **config)
+    return published.load(
+        family, hashed_weights(shapes) | {"pos_embed": table}, heads=sizes["heads"], **config
+    )

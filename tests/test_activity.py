@@ -4,19 +4,29 @@ import pandas as pd
 import pytest
 import torch
 
-from equilab.activation import Activity
 from equilab.analysis import activity
-from equilab.config import UserError
+from equilab.core.config import UserError
 from equilab.models.dit import DiT
 from equilab.models.layers import unpatchify
 from equilab.models.unet import Block, UNet
+from equilab.stages.activation import Activity
 
 
 @pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
 def test_a_unet_tells_what_its_last_convolutions_put_out_and_is_not_changed_by_it(architecture):
     torch.manual_seed(0)
-    net = UNet((1, 8, 8), 3, architecture=architecture, width=8, multipliers=[1, 2], blocks=1, attention=[4], head_channels=0,
-               dropout=0.0, augment=0).eval()  # fmt: skip
+    net = UNet(
+        (1, 8, 8),
+        3,
+        architecture=architecture,
+        width=8,
+        multipliers=[1, 2],
+        blocks=1,
+        attention=[4],
+        head_channels=0,
+        dropout=0.0,
+        augment=0,
+    ).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, level, label = torch.randn(2, 1, 8, 8), torch.randn(2), torch.tensor([0, 2])
@@ -62,15 +72,32 @@ def table(folder, peaks):
     rows = []
     for depth, (layer, peak) in enumerate(peaks.items()):
         for step in range(1, 11):
-            rows.append({"run": "teacher", "family": "unet", "layer": layer, "depth": depth, "step": step, "at": 80.0 / step,
-                         "mean": 0.0, "rms": 3.0 - 0.1 * abs(step - peak)})  # fmt: skip
+            rows.append(
+                {
+                    "run": "teacher",
+                    "family": "unet",
+                    "layer": layer,
+                    "depth": depth,
+                    "step": step,
+                    "at": 80.0 / step,
+                    "mean": 0.0,
+                    "rms": 3.0 - 0.1 * abs(step - peak),
+                }
+            )
     (folder / "activation").mkdir(parents=True)
     pd.DataFrame(rows).to_csv(folder / "activation" / "activation.csv", index=False)
     return folder
 
 
 def test_activity_is_normalised_layer_by_layer_and_its_peaks_are_ordered(tmp_path):
-    names = ["enc.8x8_block0", "enc.8x8_block1", "enc.4x4_block0", "dec.4x4_in0", "dec.4x4_block0", "dec.8x8_block0"]
+    names = [
+        "enc.8x8_block0",
+        "enc.8x8_block1",
+        "enc.4x4_block0",
+        "dec.4x4_in0",
+        "dec.4x4_block0",
+        "dec.8x8_block0",
+    ]
     published = dict(zip(names, [9, 6, 2, 1, 5, 10]))  # shallow late, deep early
     found = activity.read(table(tmp_path / "a", published), "rms")
     assert found.groupby("layer")["level"].agg(["min", "max"]).to_numpy().tolist() == [[0.0, 1.0]] * 6
@@ -78,7 +105,9 @@ def test_activity_is_normalised_layer_by_layer_and_its_peaks_are_ordered(tmp_pat
     assert dict(zip(*activity.peaks(found)[["layer", "step"]].to_numpy().T)) == published
     together = activity.order(found).query("part == 'all'").iloc[0]
     assert together["rank correlation"] > 0.9 and together["p"] < 0.05
-    turned = activity.read(table(tmp_path / "b", {name: 11 - peak for name, peak in published.items()}), "rms")
+    turned = activity.read(
+        table(tmp_path / "b", {name: 11 - peak for name, peak in published.items()}), "rms"
+    )
     assert activity.order(turned).query("part == 'all'")["rank correlation"].iloc[0] < -0.9
     flat = activity.read(tmp_path / "a", "mean")
     assert flat["level"].isna().all() and activity.peaks(flat).empty

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import golden, weights_of
 
-from equilab import adversarial, published
+from equilab import published
+from equilab.training import adversarial
 
 SIZE = 8
 
@@ -43,7 +44,10 @@ def test_losses_of_constant_logits():
 
 def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_summed_weights():
     torch.manual_seed(0)
-    w1, w2 = torch.randn(5, 48, dtype=torch.float64, requires_grad=True), torch.randn(2, 48, dtype=torch.float64)
+    w1, w2 = (
+        torch.randn(5, 48, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 48, dtype=torch.float64),
+    )
     penalty = r1(linear(w1, w2), torch.randn(3, 3, 4, 4, dtype=torch.float64), None)
     total = w1.sum(0) + w2.sum(0)
     torch.testing.assert_close(penalty, total.square().sum())
@@ -104,7 +108,9 @@ def test_losses_and_gradients_are_the_published_ones_over_the_number_of_samples(
     for key in keys:
         close(gradients[key.removeprefix("out.ns.G.grad.")], t[key], 1e-4)
     fake = model.generate(t["in.z_discriminator"], None).image.detach()
-    loss = 3 * adversarial.discriminator_loss(discriminate(t["in.real_images"], None), discriminate(fake, None))
+    loss = 3 * adversarial.discriminator_loss(
+        discriminate(t["in.real_images"], None), discriminate(fake, None)
+    )
     close(loss, t["out.ns.D.loss"], 1e-5)
     for gradient, name in zip(torch.autograd.grad(loss, ws), ("w1", "w2")):
         close(gradient, t[f"out.ns.D.grad.{name}"], 1e-4)
@@ -134,7 +140,10 @@ def test_the_equivalent_gamma_gives_the_published_direction_on_any_number_of_dev
 
 
 def test_overfitting_is_the_mean_sign_and_moves_the_probability_toward_its_target():
-    assert adversarial.overfitting((torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [-1.0]]))) == 0.25
+    assert (
+        adversarial.overfitting((torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [-1.0]])))
+        == 0.25
+    )
     probability, ramp = 0.0, {"target": 0.6, "nimg": 256, "ramp_nimg": 2560}
     for _ in range(5):
         probability = adversarial.adapt(probability, 0.9, **ramp)
@@ -146,7 +155,7 @@ def test_overfitting_is_the_mean_sign_and_moves_the_probability_toward_its_targe
 
 def test_draws_are_functions_of_their_index():
     rows = adversarial.draws(1, "augment", [4, 7])
-    assert rows.shape == (2, adversarial.DRAWS) and 0 <= rows.min() and rows.max() < 1
+    assert rows.shape == (2, adversarial.DRAWS) and rows.min() >= 0 and rows.max() < 1
     assert torch.equal(rows[1:], adversarial.draws(1, "augment", [7]))
     assert not torch.equal(rows[0], rows[1])
 
@@ -165,7 +174,9 @@ def test_each_augmentation_does_what_it_says():
     assert torch.equal(augmented(image), image)
     torch.testing.assert_close(augmented(image, 0), image)
     torch.testing.assert_close(augmented(image, 0, brightness=0.9), image + 0.4)
-    torch.testing.assert_close(augmented(image, 0, saturation=0.0), image.mean(1, keepdim=True).expand_as(image))
+    torch.testing.assert_close(
+        augmented(image, 0, saturation=0.0), image.mean(1, keepdim=True).expand_as(image)
+    )
     mean = image.mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(augmented(image, 0, contrast=0.0), (image + mean) / 2)
     assert torch.equal(augmented(image, 1), image)
@@ -183,8 +194,12 @@ def test_augmentation_of_odd_sizes_moves_every_image_its_own_way_and_passes_grad
     draws = adversarial.draws(0, "augment", range(64))
     out = adversarial.augment(image, draws, 1.0)
     assert torch.equal(out[3:5], adversarial.augment(image[3:5], draws[3:5], 1.0))
-    cut = adversarial.augment(torch.ones_like(image), torch.cat([torch.full((64, 2), 0.9), draws[:, 2:]], 1), 0.9)
-    assert (cut == 0).flatten(1).sum(1).max() == 4 * 5 and len({tuple(row.flatten().tolist()) for row in cut}) > 20
+    cut = adversarial.augment(
+        torch.ones_like(image), torch.cat([torch.full((64, 2), 0.9), draws[:, 2:]], 1), 0.9
+    )
+    assert (cut == 0).flatten(1).sum(1).max() == 4 * 5 and len(
+        {tuple(row.flatten().tolist()) for row in cut}
+    ) > 20
     (gradient,) = torch.autograd.grad(out.square().sum(), image, create_graph=True)
     gradient.square().sum().backward()
     assert image.grad.isfinite().all() and image.grad.any()

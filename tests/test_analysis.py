@@ -8,7 +8,7 @@ import pytest
 
 from equilab.analysis import figures, get_claims, paper, scaling, speed, tables, verdicts
 from equilab.analysis.verdicts import FAILS, HOLDS, OPEN
-from equilab.config import UserError
+from equilab.core.config import UserError
 
 RULE = scaling.Rule(confidence=0.95, margin_distance=0.15, margin_l1=0.05, equal_budget=0.05, ranked=300.0)
 CONFIG = verdicts.Config(RULE, larger=5.0, keeps=0.7, iterations=(2, 6))
@@ -45,7 +45,8 @@ def write_study(folder, runs, distance="fd_train"):
     keep(folder / "pairs/meta.json", {"count": 1000, "held_out": 100, "nfe": 38500})
     keep(folder / "evaluate/teacher/metrics.json", {"of": "teacher", "kind": "unet", "run": "teacher"})
     table(
-        folder / "evaluate/teacher/sweep.csv", [{"method": "heun", "steps": 18, "nfe": 35, "flops": 1e9, distance: 1.0}]
+        folder / "evaluate/teacher/sweep.csv",
+        [{"method": "heun", "steps": 18, "nfe": 35, "flops": 1e9, distance: 1.0}],
     )
     save_iterates(folder / "evaluate/teacher", 3, "unet")
     costs = [{"run": "teacher", "what": "sample", "nfe": 35, **timing(5.0, 9.0)}]
@@ -53,12 +54,19 @@ def write_study(folder, runs, distance="fd_train"):
         keep(folder / f"distill/{run['name']}/summary.json", summary(run))
         at = folder / f"evaluate/{run['name']}"
         rows = [setting(run, distance, count) for count in (ITERATIONS if run["kind"] == "get" else [None])]
-        keep(at / "metrics.json", {"of": f"distill/{run['name']}", "run": run["name"], **rows[0], "nimg": run["nimg"]})
+        keep(
+            at / "metrics.json",
+            {"of": f"distill/{run['name']}", "run": run["name"], **rows[0], "nimg": run["nimg"]},
+        )
         table(at / "sweep.csv", rows)
         table(
             at / "curve.csv",
             [
-                {"nimg": int(run["nimg"] * part), distance: run["fd"] * rise, "l1_held_out": run["fd"] * rise / 20}
+                {
+                    "nimg": int(run["nimg"] * part),
+                    distance: run["fd"] * rise,
+                    "l1_held_out": run["fd"] * rise / 20,
+                }
                 for part, rise in run["curve"].items()
             ],
         )
@@ -87,7 +95,8 @@ def write_study(folder, runs, distance="fd_train"):
     table(folder / "cost/cost.csv", costs)
     environment = {"device": "cpu AVX512", "threads": 2, "torch": "2"}
     keep(
-        folder / "cost/cost.json", {"environment": environment, "matmul_fp32_flops_s": 1e11, "settings": {"batch": 16}}
+        folder / "cost/cost.json",
+        {"environment": environment, "matmul_fp32_flops_s": 1e11, "settings": {"batch": 16}},
     )
     return folder
 
@@ -115,7 +124,9 @@ def timing(seconds, memory):
 
 def summary(run):
     network = {"kind": run["kind"], "width": run["parameters"], "depth": 1, "patch": 2}
-    network |= {"normalise": run["normalise"]} if run["kind"] == "get" else {"conditioning": run["conditioning"]}
+    network |= (
+        {"normalise": run["normalise"]} if run["kind"] == "get" else {"conditioning": run["conditioning"]}
+    )
     optimisation = {
         "batch": run["batch"],
         "micro_batch": run["batch"],
@@ -158,13 +169,24 @@ def setting(run, distance, count):
         "precision": 0.8,
         "recall": 0.8,
     }
-    solver = {"method": "iterate", "tolerance": 0.0, "pick": "last", "memory": None, "mixing": None, "init": "zeros"}
-    return row | ({**solver, "most_iterations": count, "residual": 0.1 / count, "diverged": 0} if count else {})
+    solver = {
+        "method": "iterate",
+        "tolerance": 0.0,
+        "pick": "last",
+        "memory": None,
+        "mixing": None,
+        "init": "zeros",
+    }
+    return row | (
+        {**solver, "most_iterations": count, "residual": 0.1 / count, "diverged": 0} if count else {}
+    )
 
 
 def save_iterates(folder, count, kind):
     draw = np.random.default_rng(0)
-    traced = {name: draw.random((8, count), np.float32) + 0.1 for name in ("norm", "residual", "direction", "drift")}
+    traced = {
+        name: draw.random((8, count), np.float32) + 0.1 for name in ("norm", "residual", "direction", "drift")
+    }
     images = draw.integers(0, 256, (count, 16, 1, 8, 8), np.uint8)
     np.savez(folder / "iterates.npz", images=images, **(traced if kind == "get" else {}))
 
@@ -179,7 +201,9 @@ VITS = [model(f"vit-{size}", "vit", size, 4 * (1000 / size) ** 0.5) for size in 
 def test_the_fit_recovers_an_exponent_and_its_interval_covers_it_as_often_as_it_says():
     x, draw = np.array([1.0, 2, 4, 8, 16]), np.random.default_rng(0)
     exact = scaling.power_law(x, 3 * x**-0.5, 0.95)
-    np.testing.assert_allclose((exact.factor, exact.exponent, exact.low, exact.high), (3, -0.5, -0.5, -0.5), rtol=1e-9)
+    np.testing.assert_allclose(
+        (exact.factor, exact.exponent, exact.low, exact.high), (3, -0.5, -0.5, -0.5), rtol=1e-9
+    )
     noisy = [scaling.power_law(x, 3 * x**-0.5 * np.exp(0.1 * draw.normal(size=5)), 0.95) for _ in range(1000)]
     assert 0.93 < np.mean([fit.low < -0.5 < fit.high for fit in noisy]) < 0.97
 
@@ -190,12 +214,17 @@ def test_two_sizes_have_an_exponent_without_an_interval():
 
 
 def test_quality_over_training_has_an_exponent_through_one_model_trained_for_several_lengths(tmp_path):
-    lengths = [{**model(f"vit-{n}", "vit", 1000, 4 * (1000 / n) ** 0.7), "nimg": n, "decay": "cosine"} for n in (1000, 2000, 4000)]
+    lengths = [
+        {**model(f"vit-{n}", "vit", 1000, 4 * (1000 / n) ** 0.7), "nimg": n, "decay": "cosine"}
+        for n in (1000, 2000, 4000)
+    ]
     found = read(tmp_path, *lengths, {**model("wide", "vit", 3000, 1.0), "nimg": 8000, "decay": "cosine"})
     regime = found.runs.loc[found.runs["run"] == "vit-4000", "regime"].iloc[0]
     laws = scaling.fits(found, regime, "fd_train", RULE, "train_flops")
     assert laws["ViT"].points == 3 and laws["ViT"].exponent == pytest.approx(-0.7)
-    running = read(tmp_path / "b", *({**one, "decay": "none"} for one in lengths))  # snapshots on the way are no points of their own
+    running = read(
+        tmp_path / "b", *({**one, "decay": "none"} for one in lengths)
+    )  # snapshots on the way are no points of their own
     assert scaling.fits(running, regime, "fd_train", RULE, "train_flops")["ViT"].points == 3
     assert set(scaling.fits_table(found, regime, RULE)["over"]) == {"training FLOPs or images, one model"}
 
@@ -206,7 +235,9 @@ def test_a_run_without_snapshots_has_its_end_on_its_curve(tmp_path):
     found = tables.read(folder)
     (end,) = found.curves[found.curves["run"] == "vit-100"].to_dict("records")
     run = found.runs.set_index("run").loc["vit-100"]
-    assert end["last"] and all(end[key] == run[key] for key in ("nimg", "fd_train", "l1_held_out", "train_flops"))
+    assert end["last"] and all(
+        end[key] == run[key] for key in ("nimg", "fd_train", "l1_held_out", "train_flops")
+    )
 
 
 def test_runs_that_differ_in_their_seed_are_replicates_of_one_model(tmp_path):
@@ -248,10 +279,12 @@ def test_at_equal_parameters_a_get_is_compared_with_the_frontier_of_vits(tmp_pat
         model("get", "get", 2000, 2.0),
         model("large", "get", 64000, 0.5),
     )
-    rows = scaling.equal_budget(found, tables.main_regime(found), "parameters", "fd_train", RULE).set_index("label")
-    assert rows.loc["get", "other"] == pytest.approx(4 / np.sqrt(2)) and rows.loc["get", "ratio"] == pytest.approx(
-        np.sqrt(0.5)
+    rows = scaling.equal_budget(found, tables.main_regime(found), "parameters", "fd_train", RULE).set_index(
+        "label"
     )
+    assert rows.loc["get", "other"] == pytest.approx(4 / np.sqrt(2)) and rows.loc[
+        "get", "ratio"
+    ] == pytest.approx(np.sqrt(0.5))
     assert rows.loc["get", "high"] / rows.loc["get", "ratio"] == pytest.approx(1.15)
     assert np.isnan(rows.loc["large", "ratio"]), "no ViT is that large"
 
@@ -300,7 +333,10 @@ def test_figures_have_the_same_bytes_whatever_the_users_settings(tmp_path):
     import matplotlib as mpl
 
     found = read(
-        tmp_path, *VITS, model("get", "get", 2000, 2.0), model("get-published", "get", 2000, 3.0, normalise=False)
+        tmp_path,
+        *VITS,
+        model("get", "get", 2000, 2.0),
+        model("get-published", "get", 2000, 3.0, normalise=False),
     )
     regime = tables.main_regime(found)
     for name, draw in (
@@ -313,14 +349,22 @@ def test_figures_have_the_same_bytes_whatever_the_users_settings(tmp_path):
         mpl.rcParams.update({"font.size": 20, "savefig.dpi": 30})
         figures.save(str(tmp_path / "b"), name, *draw(found, regime, RULE))
         for kind in ("png", "csv"):
-            assert (tmp_path / f"a/{name}.{kind}").read_bytes() == (tmp_path / f"b/{name}.{kind}").read_bytes()
+            assert (tmp_path / f"a/{name}.{kind}").read_bytes() == (
+                tmp_path / f"b/{name}.{kind}"
+            ).read_bytes()
         assert len(pd.read_csv(tmp_path / f"a/{name}.csv")) >= 5
 
 
 def judged(folder, *runs, of=None):
     """Return the verdict of every claim in a study of `runs`, by (id, part), or of those with the id `of`."""
-    study = get_claims.Study(CONFIG, read(folder, *runs), json.loads((folder / "pairs/meta.json").read_text()))
-    tests = {key: test for key, test in {**get_claims.COUNTED, **get_claims.MEASURED}.items() if of in (None, key[0])}
+    study = get_claims.Study(
+        CONFIG, read(folder, *runs), json.loads((folder / "pairs/meta.json").read_text())
+    )
+    tests = {
+        key: test
+        for key, test in {**get_claims.COUNTED, **get_claims.MEASURED}.items()
+        if of in (None, key[0])
+    }
     found = verdicts.rows(study, tests)
     assert found["reason"].str.len().min() > 10 and list(found) == list(verdicts.COLUMNS)
     return found.set_index(["id", "part"])["verdict"]
@@ -361,7 +405,9 @@ def test_claims_against_vit_follow_the_quality_of_get(tmp_path, fd, expected):
 
 def test_a_claim_against_vit_cannot_be_told_without_vits(tmp_path):
     found = judged(tmp_path, get(2.0))
-    assert {found[key] for key in found.index if key[0] in ("GET-1", "GET-2", "GET-3", "GET-4", "X-1")} == {OPEN}
+    assert {found[key] for key in found.index if key[0] in ("GET-1", "GET-2", "GET-3", "GET-4", "X-1")} == {
+        OPEN
+    }
 
 
 @pytest.mark.parametrize(("at_two", "expected"), [(1.5, HOLDS), (1.05, OPEN), (0.5, FAILS)])
@@ -420,11 +466,21 @@ def test_constant_memory_may_cost_little_or_much_speed(tmp_path):
 
 def test_with_seeds_their_interval_decides_and_not_the_margin(tmp_path):
     """FDs 1.95 and 2.05 against 2.4 and 2.42 of the smaller model: within 25%, but far beyond what seeds do."""
-    spread = lambda size, values: [get(v, size, seed=k) | {"name": f"get-{size}-{k}"} for k, v in enumerate(values)]  # noqa: E731
+    spread = lambda size, values: [
+        get(v, size, seed=k) | {"name": f"get-{size}-{k}"} for k, v in enumerate(values)
+    ]
     assert (
-        judged(tmp_path / "a", *spread(2000, (2.2, 2.21, 2.2)), *spread(4000, (2.1, 2.09, 2.1)), of="GET-6")["GET-6", ""] == HOLDS
+        judged(tmp_path / "a", *spread(2000, (2.2, 2.21, 2.2)), *spread(4000, (2.1, 2.09, 2.1)), of="GET-6")[
+            "GET-6", ""
+        ]
+        == HOLDS
     )
-    assert judged(tmp_path / "b", *spread(2000, (2.2, 4.4, 3.3)), *spread(4000, (1.5, 3.0, 2.2)), of="GET-6")["GET-6", ""] == OPEN
+    assert (
+        judged(tmp_path / "b", *spread(2000, (2.2, 4.4, 3.3)), *spread(4000, (1.5, 3.0, 2.2)), of="GET-6")[
+            "GET-6", ""
+        ]
+        == OPEN
+    )
 
 
 def test_a_table_in_markdown_escapes_what_would_break_it():

@@ -30,14 +30,20 @@ def test_the_table_is_named_after_the_machine(written):
     assert {path.name for path in written.iterdir()} == {f"{bench.slug(name)}.csv", f"{bench.slug(name)}.md"}
     assert bench.slug("AMD EPYC, 2 threads") == "amd-epyc-2-threads"
     assert bench.slug("Intel(R) Xeon(R) CPU @ 2.20GHz, 4 threads") == "intel-r-xeon-r-cpu-2-20ghz-4-threads"
-    assert (written / f"{bench.slug(name)}.md").read_text().startswith(f"# {name}, torch {torch.__version__}\n")
+    assert (
+        (written / f"{bench.slug(name)}.md").read_text().startswith(f"# {name}, torch {torch.__version__}\n")
+    )
 
 
 def test_each_figure_stands_beside_the_peak_of_its_precision_measured_right_before_and_after_it(rows):
     products = [row for row in rows if row["what"] == "matmul"]
     assert [row["precision"] for row in products] == [*PRECISIONS["cpu"]]
-    assert min(float(row["flop_s"]) for row in products) > 1e6  # some machines have no bf16 instructions: 4e8 was seen
-    assert float(products[0]["times_fp32"]) == 1  # what a network can gain at most by bf16 stands beside what it gains
+    assert (
+        min(float(row["flop_s"]) for row in products) > 1e6
+    )  # some machines have no bf16 instructions: 4e8 was seen
+    assert (
+        float(products[0]["times_fp32"]) == 1
+    )  # what a network can gain at most by bf16 stands beside what it gains
     networks = [row for row in rows if row["images_s"]]
     assert len(networks) > 20
     for row in networks:
@@ -53,7 +59,12 @@ def test_every_work_has_a_row_in_each_precision_and_every_switch_one_beside_none
     for work in WORK:
         if "cpu" in work.batch and not work.switches:
             assert {(work.what, work.size, name, "") for name in PRECISIONS["cpu"]} <= found
-    assert {switch for *_, switch in found} == {"", "none", "attention unfused", "contiguous"}  # no compiling when quick
+    assert {switch for *_, switch in found} == {
+        "",
+        "none",
+        "attention unfused",
+        "contiguous",
+    }  # no compiling when quick
 
 
 def test_a_goal_is_reached_where_the_figure_says_so(rows):
@@ -67,7 +78,11 @@ def test_a_goal_is_reached_where_the_figure_says_so(rows):
 
 
 def test_the_parts_of_a_step_of_the_small_get_are_all_of_it(rows):
-    found = {row["what"].removeprefix("a step of GET 0.13M: "): float(row["share"]) for row in rows if "a step of" in row["what"]}
+    found = {
+        row["what"].removeprefix("a step of GET 0.13M: "): float(row["share"])
+        for row in rows
+        if "a step of" in row["what"]
+    }
     assert min(found.values()) > 0 and sum(found.values()) == pytest.approx(1)
     assert set(found) > {"matrix products", "GELU", "attention", "everything else"}
 
@@ -92,10 +107,14 @@ def test_an_application_of_fpdms_layer_stands_beside_a_layer_of_dit(rows):
     names = ("an application of FPDM's layer", "the same without the maps of its injection")
     found = {name: [row for row in rows if row["what"] == name] for name in names}
     for tied, alone in zip(*found.values()):
-        assert 1 < float(tied["flop_times"]) < 4 / 3 + 0.1  # the injection's own projections, shared by two applications here
+        assert (
+            1 < float(tied["flop_times"]) < 4 / 3 + 0.1
+        )  # the injection's own projections, shared by two applications here
         assert 0.9 < float(alone["flop_times"]) < 1  # its modulation, once
         for row in (tied, alone):
-            assert (row["reached"] == "yes") == (float(row["seconds_times"]) <= 1.05 * float(row["flop_times"]))
+            assert (row["reached"] == "yes") == (
+                float(row["seconds_times"]) <= 1.05 * float(row["flop_times"])
+            )
     assert [[row["precision"] for row in each] for each in found.values()] == [[*PRECISIONS["cpu"]]] * 2
 
 
@@ -103,10 +122,16 @@ def test_a_chain_is_as_many_calls_and_the_memory_of_training_is_compared(rows):
     of = {(row["what"], row["size"], row["precision"]): row for row in rows}
     for size in bench.DEEP:
         chain, call = (of[what, size, "fp32"] for what in ("sample", "denoise"))
-        assert float(chain["flop_s"]) * float(chain["seconds"]) == pytest.approx(bench.STEPS * float(call["flop_s"]) * float(call["seconds"]))
-    (less,) = (row for row in rows if row["what"].startswith("training memory") and row["precision"] == "fp32")
+        assert float(chain["flop_s"]) * float(chain["seconds"]) == pytest.approx(
+            bench.STEPS * float(call["flop_s"]) * float(call["seconds"])
+        )
+    (less,) = (
+        row for row in rows if row["what"].startswith("training memory") and row["precision"] == "fp32"
+    )
     tied, explicit = (float(of["train", size, "fp32"]["memory_mib"]) for size in reversed(bench.DEEP))
-    assert float(less["share"]) == pytest.approx(1 - tied / explicit) and (less["reached"] == "yes") == (float(less["share"]) >= 0.6)
+    assert float(less["share"]) == pytest.approx(1 - tied / explicit) and (less["reached"] == "yes") == (
+        float(less["share"]) >= 0.6
+    )
 
 
 def test_work_names_networks_that_exist():

@@ -48,7 +48,9 @@ def test_budgets_are_within_one_iteration_of_the_published_ones_whose_names_are_
         steps, total, sampled = int(steps), int(total), entry["list_index_order"][::-1]
         ours = {"increasing": decreasing, "decreasing": increasing, "fixed": constant}[kind](steps, total)
         assert sum(ours) == total
-        assert max(abs(a - b) for a, b in zip(ours, sampled, strict=True)) <= (0 if kind == "fixed" else 1), name
+        assert max(abs(a - b) for a, b in zip(ours, sampled, strict=True)) <= (0 if kind == "fixed" else 1), (
+            name
+        )
         missed += [name] if sum(sampled) != total else []
     assert missed == ["steps87_budget522_decreasing"]
 
@@ -89,7 +91,9 @@ def test_an_adaptive_budget_spends_where_residuals_are_large():
 
 def test_the_rule_of_the_adaptive_budget_is_the_one_described():
     traces = [(0.8, 0.4, 0.2), (1.6, 0.8, 0.4)]  # an iteration halves; the second step needs one more
-    assert adaptive(traces, 12, 56) == 5 + 1  # 50 left for 10 steps, and half of one more than their mean, rounded
+    assert (
+        adaptive(traces, 12, 56) == 5 + 1
+    )  # 50 left for 10 steps, and half of one more than their mean, rounded
     assert adaptive(traces[::-1], 12, 56) == 4
     assert adaptive(traces, 12, 2 + 6 + 10) == 2
     assert adaptive(traces, 3, 30) == 24
@@ -103,7 +107,9 @@ def test_the_rule_of_the_adaptive_budget_is_the_one_described():
 @pytest.mark.parametrize("kind", ["constant", "increasing", "decreasing", "adaptive"])
 def test_a_budget_with_less_than_one_iteration_a_step_is_refused(kind):
     for total in (0, 9):
-        with pytest.raises(ValueError, match=f"^total is {total}, but each of 10 steps needs 1 .*; give 10 or more$"):
+        with pytest.raises(
+            ValueError, match=f"^total is {total}, but each of 10 steps needs 1 .*; give 10 or more$"
+        ):
             Budget(kind, total)([], 10)
 
 

@@ -8,8 +8,10 @@ from typing import Literal
 import pytest
 import yaml
 
-from equilab import __main__, config, graph
-from equilab.config import UserError
+from equilab import __main__, graph
+from equilab.core import config
+from equilab.core.config import UserError
+from equilab.core.job import Job
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "studies/smoke/params.yaml"
@@ -81,7 +83,9 @@ def test_yaml_numbers_are_those_of_version_1_2_and_keys_are_given_once(tmp_path)
         config.read(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("params", [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))], ids=str)
+@pytest.mark.parametrize(
+    "params", [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))], ids=str
+)
 def test_every_study_passes_its_check(params, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     status, told = __main__.main(["check", "--params", str(params)]), capsys.readouterr().err
@@ -114,7 +118,9 @@ def test_every_study_passes_its_check(params, monkeypatch, capsys):
         (["data"], "techer", {}, "unknown section 'techer'; did you mean 'teacher'?"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(stage, path, value, sentence, tmp_path, monkeypatch, capsys):
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    stage, path, value, sentence, tmp_path, monkeypatch, capsys
+):
     params = config.read(SMOKE)
     place = params
     *above, last = path.split(".")
@@ -141,12 +147,12 @@ def test_every_key_of_params_reaches_a_config():
 
 def test_the_plan_of_what_measures_and_looks_at_networks_is_the_sum_of_their_calls():
     """Of a GET and a teacher, by hand: calls, images, iterations, training steps."""
-    from equilab import activation, cost
+    from equilab.stages import activation, cost
     from equilab.training import distill, teacher
 
     sections = config.read(SMOKE)
     read = lambda stage, run=None: __main__._config(sections, stage, run, SMOKE)[0]  # noqa: E731
-    job = config.Job(read_study(sections), "cost", None, (1, 8, 8), 10, "", read)
+    job = Job(read_study(sections), "cost", None, (1, 8, 8), 10, "", read)
     get, unet = read("distill", "get"), read("teacher")
     about = [distill.counted(get, job.image, 10), teacher.counted(unet, job.image, 10)]
     one, two = distill.generation(get, job.image, 10, [1, 2])
@@ -167,10 +173,26 @@ def read_study(sections):
     return config.parse(config.Study, sections["study"], "study")
 
 
-@pytest.mark.parametrize("stage", ["data", "evaluator", "teacher", "pairs", "distill get", "evaluate get", "evaluate fpdm", "cost",
-                                   "relative", "activation", "claims"])  # fmt: skip
-def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage, tmp_path, monkeypatch, capsys):
-    from equilab.metrics import cost
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "data",
+        "evaluator",
+        "teacher",
+        "pairs",
+        "distill get",
+        "evaluate get",
+        "evaluate fpdm",
+        "cost",
+        "relative",
+        "activation",
+        "claims",
+    ],
+)
+def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(
+    stage, tmp_path, monkeypatch, capsys
+):
+    from equilab.metrics import counting as cost
 
     monkeypatch.setattr(cost, "matmul_peak", lambda device, dtype, longest: 1e12)
     (tmp_path / "params.yaml").write_text(SMOKE.read_text())
@@ -186,5 +208,8 @@ def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(stage
     if stage == "distill get":
         assert "# parameters: 5,876" in printed
     if stage not in ("data", "claims"):
-        assert float(re.search(r"# time: about ([\d.,]+) min", printed)[1]) >= 0 and "# parameters: none" not in printed
+        assert (
+            float(re.search(r"# time: about ([\d.,]+) min", printed)[1]) >= 0
+            and "# parameters: none" not in printed
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]

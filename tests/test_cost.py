@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from equilab.metrics.cost import flops, parameters
+from equilab.metrics.counting import flops, parameters
 from equilab.models import get, vit
 from equilab.models.layers import Attention
 from equilab.solvers import Solver

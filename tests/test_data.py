@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from equilab import config, data
-from equilab.config import Job, Study, UserError
+from equilab.core import config
+from equilab.core.config import UserError
+from equilab.core.job import Job, Study
+from equilab.data import images as data
 
 DIGITS = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8], "classes": 10}
 
@@ -34,7 +36,9 @@ def run_digits(seed=0):
 
 
 def folder(path, test=None, test_path=None, image=(3, 4, 5), classes=3):
-    return data.Config("folder", str(path), None if test_path is None else str(test_path), test, image, classes)
+    return data.Config(
+        "folder", str(path), None if test_path is None else str(test_path), test, image, classes
+    )
 
 
 def encoded(pixels, format="PNG", mode=None):
@@ -105,7 +109,13 @@ def test_digits_are_split_by_the_seed_and_scaled_to_the_full_range(digits, tmp_p
 def test_the_same_seed_writes_the_same_bytes(digits, tmp_path):
     again = run_digits()
     names = sorted(file.name for file in again.iterdir())
-    assert names == ["meta.json", "test_images.npy", "test_labels.npy", "train_images.npy", "train_labels.npy"]
+    assert names == [
+        "meta.json",
+        "test_images.npy",
+        "test_labels.npy",
+        "train_images.npy",
+        "train_labels.npy",
+    ]
     assert all((again / name).read_bytes() == (digits / name).read_bytes() for name in names)
 
 
@@ -162,7 +172,11 @@ def test_what_the_data_were_before_leaves_no_file(tmp_path):
     del files["dataset.json"]
     write_zip(tmp_path / "a.zip", files)
     run(folder("a.zip", test=2, classes=0))
-    assert {path.name for path in (tmp_path / "results/data").iterdir()} == {"meta.json", "train_images.npy", "test_images.npy"}
+    assert {path.name for path in (tmp_path / "results/data").iterdir()} == {
+        "meta.json",
+        "train_images.npy",
+        "test_images.npy",
+    }
 
 
 def test_grey_jpeg_images_have_one_channel(tmp_path):
@@ -185,16 +199,28 @@ LABELS = json.loads(FILES["dataset.json"])["labels"]
     "files, message",
     [
         (damaged(FILES, "00/00002.png"), "00/00002.png in .*cannot be read"),
-        ({**FILES, "00/00002.png": encoded(PIXELS[2][:3])}, r"00/00002.png .* is \(3, 3, 5\), .* \(3, 4, 5\)"),
+        (
+            {**FILES, "00/00002.png": encoded(PIXELS[2][:3])},
+            r"00/00002.png .* is \(3, 3, 5\), .* \(3, 4, 5\)",
+        ),
         ({**FILES, "00/00002.png": encoded(PIXELS[2][..., 0])}, "00/00002.png .*same size and mode"),
         ({**FILES, "00/00002.png": encoded(PIXELS[2], mode="RGBA")}, "00/00002.png .*mode RGBA; convert"),
         ({**FILES, "00/00002.png": encoded(PIXELS[2], mode="P")}, "00/00002.png .*mode P; convert"),
         ({**FILES, "dataset.json": json.dumps({"labels": LABELS[1:]})}, f"has no label for {FIRST}"),
-        ({**FILES, "dataset.json": json.dumps({"labels": [*LABELS, ["x.png", 1]]})}, "labels an image .* x.png"),
-        ({**FILES, "dataset.json": json.dumps({"labels": [[FIRST, 0.5], *LABELS[1:]]})}, f"{FIRST} the label 0.5"),
+        (
+            {**FILES, "dataset.json": json.dumps({"labels": [*LABELS, ["x.png", 1]]})},
+            "labels an image .* x.png",
+        ),
+        (
+            {**FILES, "dataset.json": json.dumps({"labels": [[FIRST, 0.5], *LABELS[1:]]})},
+            f"{FIRST} the label 0.5",
+        ),
         ({**FILES, "dataset.json": "{"}, "dataset.json in .* is not"),
         ({**FILES, "dataset.json": "{}"}, "dataset.json in .* is not"),
-        ({**FILES, "dataset.json": json.dumps({"labels": [[n, 3] for n, _ in LABELS]})}, "classes is 3, .* to 4"),
+        (
+            {**FILES, "dataset.json": json.dumps({"labels": [[n, 3] for n, _ in LABELS]})},
+            "classes is 3, .* to 4",
+        ),
         ({"readme.txt": "none"}, "holds no image"),
     ],
 )
@@ -234,7 +260,13 @@ def test_an_impossible_number_of_held_out_images_is_refused(test, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"test": None}, {"path": "x"}, {"source": "cifar10"}, {"source": "folder"}, {"path": "x", "test_path": "y"}],
+    [
+        {"test": None},
+        {"path": "x"},
+        {"source": "cifar10"},
+        {"source": "folder"},
+        {"path": "x", "test_path": "y"},
+    ],
 )
 def test_keys_that_the_source_does_not_read_are_refused(change):
     with pytest.raises(UserError, match="data: source .* reads"):
@@ -269,7 +301,9 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(name, fault, digits,
     for file in digits.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     whole = (tmp_path / name).read_bytes()
-    changed = {"missing": b"", "cut short": whole[:-20], "longer": whole + b"x", "garbage": b"\x00" * 99}[fault]
+    changed = {"missing": b"", "cut short": whole[:-20], "longer": whole + b"x", "garbage": b"\x00" * 99}[
+        fault
+    ]
     (tmp_path / name).write_bytes(changed)
     if fault == "missing":
         (tmp_path / name).unlink()

@@ -4,30 +4,54 @@ import numpy as np
 import pytest
 import torch
 
-from equilab import config as configs
-from equilab import evaluate, sample
-from equilab.config import UserError
+from equilab.core import config as configs
+from equilab.core.config import UserError
 from equilab.diffusion import discrete_losses
 from equilab.diffusion.discrete import noised
+from equilab.sampling import generators as sample
+from equilab.stages import evaluate
 from equilab.training import diffusion, loop
 
 OPTIMISATION = dict(
-    nimg=64, batch=8, micro_batch=8, lr=1e-3, betas=[0.9, 0.999], weight_decay=0.0, clip=1.0, warmup_nimg=0, decay="none",
-    decay_start_nimg=0, ema_half_life_nimg=64.0, ema_warmup=0, precision="fp32", compile=False, report_nimg=8, snapshots=[],
-)  # fmt: skip
+    nimg=64,
+    batch=8,
+    micro_batch=8,
+    lr=1e-3,
+    betas=[0.9, 0.999],
+    weight_decay=0.0,
+    clip=1.0,
+    warmup_nimg=0,
+    decay="none",
+    decay_start_nimg=0,
+    ema_half_life_nimg=64.0,
+    ema_warmup=0,
+    precision="fp32",
+    compile=False,
+    report_nimg=8,
+    snapshots=[],
+)
 SIZES = dict(width=16, heads=2, patch=2, expansion=2, learned_variance=True)
 ENTRY = dict(
     network={"kind": "fpdm", "pre": 1, "post": 1, "pre_post_timestep": False, **SIZES},
     conditional=True,
     label_dropout=0.1,
-    diffusion=dict(timesteps=100, beta_start=1e-3, beta_end=0.1, zero_terminal_snr=True, prediction="v", variance="learned"),
+    diffusion=dict(
+        timesteps=100,
+        beta_start=1e-3,
+        beta_end=0.1,
+        zero_terminal_snr=True,
+        prediction="v",
+        variance="learned",
+    ),
     weight="uniform",
     fixed_point=dict(gradient="s_jfb", without=3, steps=2),
     seed=0,
     optimisation=OPTIMISATION,
 )
 DIT = {**ENTRY, "network": {"kind": "dit", "depth": 3, **SIZES}, "fixed_point": None}
-ALONG = dict(blocks=20, budget="constant", reuse=True, method="iterate", tolerance=0, memory=None, mixing=None)
+ALONG = dict(
+    blocks=20, budget="constant", reuse=True, method="iterate", tolerance=0, memory=None, mixing=None
+)
 CHAIN = dict(method="ddim", steps=4, eta=0.0, clamp=True, guidance=None, fixed_point=ALONG)
 
 
@@ -37,7 +61,9 @@ def parsed(entry=ENTRY, **changes):
 
 def chain(entry=CHAIN, **changes):
     along = {**ALONG, **changes.pop("along")} if "along" in changes else entry["fixed_point"]
-    return configs.parse(sample.ChainSampler, {**entry, "fixed_point": along, **changes}, "evaluate.run.chain")
+    return configs.parse(
+        sample.ChainSampler, {**entry, "fixed_point": along, **changes}, "evaluate.run.chain"
+    )
 
 
 def denoiser(config):
@@ -75,7 +101,9 @@ def test_the_counts_of_an_update_are_drawn_from_their_ranges_and_from_nothing_el
 def test_the_loss_is_the_error_and_the_bound_of_the_networks_output():
     config = parsed()
     net = denoiser(config).net
-    image, noise = (torch.from_numpy(np.random.default_rng(k).normal(size=(5, 1, 8, 8)).astype("f")) for k in (0, 1))
+    image, noise = (
+        torch.from_numpy(np.random.default_rng(k).normal(size=(5, 1, 8, 8)).astype("f")) for k in (0, 1)
+    )
     t, label = torch.tensor([0, 3, 50, 98, 99]), torch.tensor([0, 1, 2, 9, 10])
     found = diffusion.loss_of(config)(net, (image.tanh(), noise, t, label, (2, 1)))
     steps = config.diffusion.chain()
@@ -108,9 +136,9 @@ def test_a_budget_of_blocks_is_spent_to_the_last_one(budget, blocks):
     assert (applied + 2 * setting.steps == blocks).all() and found.nfe == setting.steps
     cost = generator.cost(setting)
     assert cost["block_evals"] == blocks and cost["iterations"] == blocks - 8
-    assert cost["flops"] == pytest.approx(sum(
-        diffusion.call(generator.config, (1, 8, 8), 10, int(s.iterations[0])) for s in found.solutions
-    ))  # fmt: skip
+    assert cost["flops"] == pytest.approx(
+        sum(diffusion.call(generator.config, (1, 8, 8), 10, int(s.iterations[0])) for s in found.solutions)
+    )
 
 
 def test_samples_that_have_converged_stop_costing_and_end_as_they_would_alone():

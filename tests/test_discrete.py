@@ -23,7 +23,9 @@ PUBLISHED = {"timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 def published_diffusion(prediction, zero_terminal_snr, variance="learned"):
-    return Diffusion(**PUBLISHED, zero_terminal_snr=zero_terminal_snr, prediction=prediction, variance=variance)
+    return Diffusion(
+        **PUBLISHED, zero_terminal_snr=zero_terminal_snr, prediction=prediction, variance=variance
+    )
 
 
 # where the reference values of a diffusion are: file, prefix
@@ -113,7 +115,9 @@ def test_any_timesteps_that_rise_are_a_chain():
 )
 def test_what_is_no_diffusion_is_refused_by_name(change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Diffusion(**{**PUBLISHED, "zero_terminal_snr": False, "prediction": "v", "variance": "learned"} | change)
+        Diffusion(
+            **{**PUBLISHED, "zero_terminal_snr": False, "prediction": "v", "variance": "learned"} | change
+        )
 
 
 def test_image_noise_and_v_determine_each_other():
@@ -166,7 +170,9 @@ def test_variances_that_are_not_learned_are_the_published_ones_where_they_are_us
     prediction, value = chain.split(published["in.step.x_t"], 3)
     assert value is None and torch.equal(prediction, published["in.step.x_t"])
     ours = chain.log_variance(None, chain.at(at)).flatten().float()
-    assert_agree(ours[1:], published[f"out.step.fixed_{variance}.log_variance"][1:], 1e-6)  # at index 0, no noise
+    assert_agree(
+        ours[1:], published[f"out.step.fixed_{variance}.log_variance"][1:], 1e-6
+    )  # at index 0, no noise
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,11 @@ def test_single_steps_are_the_published_ones(kind, clamp):
 @pytest.mark.parametrize("kind", KINDS)
 def test_samplers_are_the_published_ones(kind):
     diffusion, given, out = reference(kind)
-    chain, noise, noises = diffusion.chain(evenly(1000, 20)), given("loop.x_T"), lambda step: given("loop.noises")[step]
+    chain, noise, noises = (
+        diffusion.chain(evenly(1000, 20)),
+        given("loop.x_T"),
+        lambda step: given("loop.noises")[step],
+    )
 
     def net(x, t, label):
         assert x.dtype == torch.float32
@@ -61,7 +65,9 @@ def test_samplers_are_the_published_ones(kind):
     last = finish(ddpm(explicit(net), noise, chain, None, noises, **PLAIN))
     assert (last.nfe, last.t, last.solution, last.x.dtype) == (20, 0, None, torch.float64)
     assert_agree(last.x.float(), out("loop.ddpm"), 1e-4)
-    assert_agree(finish(ddim(explicit(net), noise, chain, None, eta=0.0, **PLAIN)).x.float(), out("loop.ddim"), 1e-4)
+    assert_agree(
+        finish(ddim(explicit(net), noise, chain, None, eta=0.0, **PLAIN)).x.float(), out("loop.ddim"), 1e-4
+    )
 
 
 def denoiser(chain, mean, std):
@@ -76,7 +82,9 @@ def denoiser(chain, mean, std):
         level = chain.at(position)
         snr = level.alpha_bar / (1 - level.alpha_bar)
         spread = 1 / (1 / std**2 + snr)
-        image = mean + spread * level.alpha_bar.sqrt() / (1 - level.alpha_bar) * (x - level.alpha_bar.sqrt() * mean)
+        image = mean + spread * level.alpha_bar.sqrt() / (1 - level.alpha_bar) * (
+            x - level.alpha_bar.sqrt() * mean
+        )
         noise = (x - level.alpha_bar.sqrt() * image) / (1 - level.alpha_bar).sqrt()
         prediction = noise if diffusion.prediction == "noise" else velocity(image, noise, level)
         if diffusion.variance != "learned":
@@ -92,12 +100,16 @@ def denoiser(chain, mean, std):
 def moments(sampler, chain, predict, **options):
     """Return mean and standard deviation of what a sampler, affine in its noises, makes of unit noise."""
     count = len(chain.t)
-    units = torch.eye(count + 1, count, dtype=torch.float64)  # row i: one of the noises is 1; the last row: none
+    units = torch.eye(
+        count + 1, count, dtype=torch.float64
+    )  # row i: one of the noises is 1; the last row: none
 
     def noises(step):
         return units[:, step + 1 if step + 1 < count else 0][:, None, None, None]
 
-    x = finish(sampler(predict, units[:, 0][:, None, None, None], chain, None, noises, **PLAIN, **options)).x.flatten()
+    x = finish(
+        sampler(predict, units[:, 0][:, None, None, None], chain, None, noises, **PLAIN, **options)
+    ).x.flatten()
     return x[-1].item(), (x[:-1] - x[-1]).norm().item()
 
 
@@ -145,7 +157,10 @@ def test_the_error_of_ddim_on_normal_data_falls_with_the_length_of_the_steps():
 
 def test_ddim_of_eta_one_is_ddpm_of_the_small_variance():
     chain = of("small").chain(evenly(1000, 12))
-    predict, noise = denoiser(chain, 0.3, 0.5), torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    predict, noise = (
+        denoiser(chain, 0.3, 0.5),
+        torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)),
+    )
     noises = fresh(0, "test", [0, 1], noise)
     one = [step.x for step in ddpm(predict, noise, chain, None, noises, **PLAIN)]
     other = [step.x for step in ddim(predict, noise, chain, None, noises, eta=1.0, **PLAIN)]
@@ -160,7 +175,9 @@ def test_images_do_not_depend_on_the_batch_and_the_last_step_draws_nothing():
     whole = finish(ddpm(net, noise, chain, None, fresh(3, "test", [5, 6, 7, 8], noise), **PLAIN)).x
     for rows in ([0], [2, 1], [3]):
         one = fresh(3, "test", [5 + i for i in rows], noise[rows])
-        part = finish(ddpm(net, noise[rows], chain, None, lambda step: drawn.append(step) or one(step), **PLAIN)).x
+        part = finish(
+            ddpm(net, noise[rows], chain, None, lambda step: drawn.append(step) or one(step), **PLAIN)
+        ).x
         assert torch.equal(part, whole[rows])
     assert drawn == 3 * list(range(5))
     assert not torch.equal(fresh(3, "test", [5], noise[:1])(0), fresh(3, "test", [5], noise[:1])(1))
@@ -179,13 +196,17 @@ def test_a_step_shows_the_timestep_the_predicted_image_and_the_state():
     assert [step.nfe for step in steps] == [1, 2, 3]
     torch.testing.assert_close(steps[1].image, steps[0].x * chain.levels[0][1].sqrt(), rtol=1e-6, atol=1e-9)
     assert torch.equal(steps[2].x, steps[2].image)
-    clamped = finish(ddim(explicit(lambda x, t, label: -9 * x), start(), chain, None, eta=0.0, reuse=False, clamp=True))
+    clamped = finish(
+        ddim(explicit(lambda x, t, label: -9 * x), start(), chain, None, eta=0.0, reuse=False, clamp=True)
+    )
     assert clamped.x.abs().max() == 1
 
 
 def test_sampling_keeps_no_graph():
     chain, noise = of("small").chain([0, 999]), start().requires_grad_()
-    assert not finish(ddpm(explicit(lambda x, t, label: x), noise, chain, None, nothing, **PLAIN)).x.requires_grad
+    assert not finish(
+        ddpm(explicit(lambda x, t, label: x), noise, chain, None, nothing, **PLAIN)
+    ).x.requires_grad
     assert torch.is_grad_enabled()
 
 
@@ -291,7 +312,9 @@ def test_guidance_pulls_away_from_the_null_class_and_its_halves_keep_their_solut
 
     toy, null = Toy(), 7
     predict = guided(implicit(net, ITERATE), 3.0, null, "all")
-    steps = list(ddim(predict, start(), chain, label, eta=0.0, reuse=True, clamp=False, budget=Budget("adaptive", 9)))
+    steps = list(
+        ddim(predict, start(), chain, label, eta=0.0, reuse=True, clamp=False, budget=Budget("adaptive", 9))
+    )
     assert all(labels.tolist() == [1, 2, 7, 7] for labels in toy.labels)
     assert [len(step.solution.z) for step in steps] == [4] * 4
     assert all(carry is step.solution.z for carry, step in zip(toy.carries[1:], steps))
@@ -303,7 +326,9 @@ def test_guidance_pulls_away_from_the_null_class_and_its_halves_keep_their_solut
     without, second = implicit(net, ITERATE)(x, t, torch.tensor([7, 7]), carry[2:], 2)
     torch.testing.assert_close(output, without + 3 * (with_label - without))
     torch.testing.assert_close(solution.z, torch.cat([first.z, second.z]))
-    torch.testing.assert_close(guided(implicit(net, ITERATE), 1.0, null, "all")(x, t, label, carry, 2)[0], with_label)
+    torch.testing.assert_close(
+        guided(implicit(net, ITERATE), 1.0, null, "all")(x, t, label, carry, 2)[0], with_label
+    )
 
 
 @pytest.mark.parametrize(("channels", "count"), [("all", 5), ("first_three", 3)])

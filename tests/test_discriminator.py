@@ -9,9 +9,9 @@ from conftest import golden, weights_of
 from torch import nn
 from torch.nn import functional as F
 
-from equilab import adversarial
-from equilab.models import discriminator as D
+from equilab.models import discriminators as D
 from equilab.models.classifier import Classifier
+from equilab.training import adversarial
 
 SIZES = {"channels": 4, "width": 16, "embedding": 5, "condition": 6}
 PUBLISHED = {"channels": 64, "width": 512, "embedding": 320, "condition": 64}
@@ -75,7 +75,9 @@ def test_projected_maps_agree_with_the_published_ones():
     weights = {}
     for key, value in weights_of(t).items():
         level, kind = key.removeprefix("layer").split(".")[0].split("_")
-        weights[f"across_{'channels' if kind == 'ccm' else 'scales'}.{level}.{key.rpartition('.')[2]}"] = value
+        weights[f"across_{'channels' if kind == 'ccm' else 'scales'}.{level}.{key.rpartition('.')[2]}"] = (
+            value
+        )
     projector.load_state_dict(weights)
     maps = projector([t[f"in.feat{level}"] for level in range(4)])
     for level, ours in enumerate(maps):
@@ -89,12 +91,16 @@ def test_the_projected_discriminator_over_vgg_has_the_published_sizes(kind, fact
     with torch.device("meta"):
         network = D.feature_network("vgg16_bn", pretrained=False)
         classes = 1000 if kind == "cond" else 0
-        model = D.FeatureDiscriminator([network], (3, 32, 32), classes, mixing="projected", side=224, **PUBLISHED)
+        model = D.FeatureDiscriminator(
+            [network], (3, 32, 32), classes, mixing="projected", side=224, **PUBLISHED
+        )
         logits = model(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64) if classes else None)
         maps = model.projectors[0](network.features(torch.zeros(1, 3, 224, 224))[-4:])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == reference[kind]["parameters_per_backbone"]["vgg16_bn"]
-    assert sum(p.numel() for p in model.projectors.parameters()) == reference["projector_parameters"]["vgg16_bn"]
+    assert (
+        sum(p.numel() for p in model.projectors.parameters()) == reference["projector_parameters"]["vgg16_bn"]
+    )
     assert [list(x.shape[1:]) for x in maps] == list(reference["feature_shapes"][0].values())
     assert [tuple(x.shape) for x in logits] == [(2, 4 * 11 * 11)]
 
@@ -180,7 +186,9 @@ def test_minibatch_deviation_of_known_values():
     x = torch.tensor([0.0, 0.0, 2.0, 4.0, 0.0, 0.0, 2.0, 4.0]).view(8, 1, 1, 1).expand(8, 2, 4, 4)
     out = D.minibatch_deviation(x)
     assert torch.equal(out[:, :2], x)
-    expected = torch.tensor([1.0, 2.0]).repeat(4)[:, None, None].expand(8, 4, 4)  # of (0, 2, 0, 2) and (0, 4, 0, 4)
+    expected = (
+        torch.tensor([1.0, 2.0]).repeat(4)[:, None, None].expand(8, 4, 4)
+    )  # of (0, 2, 0, 2) and (0, 4, 0, 4)
     torch.testing.assert_close(out[:, 2], expected)
     torch.testing.assert_close(D.minibatch_deviation(x[:3])[:, 2], torch.full((3, 4, 4), 1e-4))
 
@@ -203,13 +211,18 @@ def test_stylegan2_keeps_its_scale_and_every_parameter_learns(classes):
     image, label = torch.randn(64, 3, 16, 16), torch.arange(64) % classes if classes else None
     (logits,) = model(image, label)
     assert logits.shape == (64, 1) and 0.05 < logits.std() < 5
-    (adversarial.discriminator_loss((logits,), (logits,)) + adversarial.r1(model(image.requires_grad_(), label), image)).backward()
+    (
+        adversarial.discriminator_loss((logits,), (logits,))
+        + adversarial.r1(model(image.requires_grad_(), label), image)
+    ).backward()
     unused = {"logits.bias"} if not classes else set()  # real and generated images push it apart alike
     for name, parameter in model.named_parameters():
         assert name in unused or parameter.grad.any(), name
     assert len(model.blocks) == 2
     with pytest.raises(ValueError, match="a label"):
-        D.StyleGAN2((3, 4, 4), 0, width=8, embedding=4, condition=4)(torch.zeros(1, 3, 4, 4), torch.tensor([0]))
+        D.StyleGAN2((3, 4, 4), 0, width=8, embedding=4, condition=4)(
+            torch.zeros(1, 3, 4, 4), torch.tensor([0])
+        )
 
 
 def test_a_residual_block_of_a_constant_image_is_known():
@@ -243,7 +256,14 @@ def test_a_residual_block_of_a_constant_image_is_known():
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(change, sentence):
     network = D.classifier_network(Classifier((1, 8, 8), 10, width=8, features=8))
-    config = {"networks": [network], "image": (1, 8, 8), "classes": 0, "mixing": "projected", "side": 8, **SIZES}
+    config = {
+        "networks": [network],
+        "image": (1, 8, 8),
+        "classes": 0,
+        "mixing": "projected",
+        "side": 8,
+        **SIZES,
+    }
     with pytest.raises(ValueError, match=sentence):
         D.FeatureDiscriminator(**config | change)
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from equilab import published
 from equilab.diffusion.discrete_samplers import explicit, guided
-from equilab.metrics.cost import parameters
+from equilab.metrics.counting import parameters
 from equilab.models import dit
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "patch": 2, "expansion": 2, "learned_variance": True}

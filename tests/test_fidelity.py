@@ -14,11 +14,13 @@ from conftest import golden
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from equilab import data, rng
-from equilab.config import Job, Spec, Study, UserError
+from equilab.core import rng
+from equilab.core.config import Spec, UserError
+from equilab.core.job import Job, Study
+from equilab.data import images as data
 from equilab.metrics import fidelity
+from equilab.models import checkpoint as state
 from equilab.models.classifier import Classifier
-from equilab.training import state
 
 CPU = torch.device("cpu")
 
@@ -61,7 +63,9 @@ def images():
 
 
 def features(count, size, seed, scale=1.0):
-    return scale * torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(
+        count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 class Images(Dataset):
@@ -116,7 +120,9 @@ def test_kid_agrees_with_the_published_values(dtype):
     one, two = (values[f"in.features{i}"].to(getattr(torch, dtype)) for i in (1, 2))
     options = {"subsets": int(about["kid_subsets"]), "subset": int(about["kid_subset_size"]), "seed": 2020}
     tolerance = {"float32": 1e-6, "float64": 1e-10}[dtype]
-    assert fidelity.kid(one, two, **options) == pytest.approx(values[f"out.kid_mean_{dtype}"].item(), rel=tolerance)
+    assert fidelity.kid(one, two, **options) == pytest.approx(
+        values[f"out.kid_mean_{dtype}"].item(), rel=tolerance
+    )
     full = fidelity.kid(one, two, subsets=10, subset=400, seed=7)
     assert full == pytest.approx(values[f"out.kid10_full_seed7_mean_{dtype}"].item(), rel=tolerance)
 
@@ -131,7 +137,10 @@ def test_inception_score_agrees_with_the_published_values():
 def test_the_inception_score_of_what_is_not_kept_is_that_of_the_same_parts():
     values, _ = golden("metrics")
     logits = values["in.logits"]
-    parts, order = fidelity.Parts(10), torch.arange(len(logits)).reshape(10, -1).T.flatten()  # image k of part k modulo 10
+    parts, order = (
+        fidelity.Parts(10),
+        torch.arange(len(logits)).reshape(10, -1).T.flatten(),
+    )  # image k of part k modulo 10
     for block in logits[order].split(37):
         parts.tell(block)
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -151,13 +160,18 @@ def test_precision_and_recall_agree_with_the_published_values(neighbours):
             values[f"in.features{made}"], values[f"in.features{real}"], neighbours=neighbours
         )
         key = f"out.prc_k{neighbours}_generated{made}_real{real}"
-        assert found == pytest.approx((values[f"{key}_precision"].item(), values[f"{key}_recall"].item()), rel=1e-7)
+        assert found == pytest.approx(
+            (values[f"{key}_precision"].item(), values[f"{key}_recall"].item()), rel=1e-7
+        )
 
 
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     generator = torch.Generator().manual_seed(0)
     mix = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
-    a, b = torch.linspace(0.1, 3, 12).double(), torch.linspace(2, 0.5, 12).double()  # variances along common axes
+    a, b = (
+        torch.linspace(0.1, 3, 12).double(),
+        torch.linspace(2, 0.5, 12).double(),
+    )  # variances along common axes
     gap = torch.linspace(-1, 1, 12).double()
     one = fidelity.Statistics(torch.zeros(12).double(), mix @ a.diag() @ mix.T)
     two = fidelity.Statistics(gap, mix @ b.diag() @ mix.T)
@@ -188,10 +202,21 @@ def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, 
     assert fidelity.register(scorer.extractor) == name
     train = data.load(study, "train").images
     theirs = calculate_metrics(
-        input1=Images(images), input2=Images(train), feature_extractor=name, cuda=False, cache=False, verbose=False,
-        batch_size=fidelity.BATCH, save_cpu_ram=True, isc=True, fid=True, kid=True, prc=True, kid_subset_size=320,
+        input1=Images(images),
+        input2=Images(train),
+        feature_extractor=name,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        batch_size=fidelity.BATCH,
+        save_cpu_ram=True,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=320,
         kid_subsets=9,
-    )  # fmt: skip
+    )
     ours = scorer.scores(images)
     for key, theirs_key, tolerance in [
         ("fd_train", "frechet_inception_distance", 1e-5),  # they take the mean in float32
@@ -206,8 +231,15 @@ def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, 
 def test_all_scores_are_reported_and_the_distance_is_never_called_fid(scorer, images):
     found = scorer.scores(images)
     assert set(found) == {
-        "fd_train", "fd_test", "kid_train", "kid_test", "precision", "recall", "inception_score", "n_samples"
-    }  # fmt: skip
+        "fd_train",
+        "fd_test",
+        "kid_train",
+        "kid_test",
+        "precision",
+        "recall",
+        "inception_score",
+        "n_samples",
+    }
     assert found["n_samples"] == 320
     json.dumps(found)
 
@@ -221,7 +253,14 @@ def test_the_distances_alone_are_the_same_numbers_from_an_array_or_from_batches(
 
 def test_noise_scores_worse_than_real_images_by_every_score(scorer, images):
     noise, floor = scorer.scores(images), scorer.floor(1437, seed=0)
-    assert set(floor["test"]) == {"fd_train", "kid_train", "precision", "recall", "inception_score", "n_samples"}
+    assert set(floor["test"]) == {
+        "fd_train",
+        "kid_train",
+        "precision",
+        "recall",
+        "inception_score",
+        "n_samples",
+    }
     assert floor["test"]["n_samples"] == 360 and floor["bootstrap"]["n_samples"] == 1437
     assert floor["bootstrap"]["fd_train"] < floor["test"]["fd_train"] < noise["fd_train"] / 10
     assert abs(floor["test"]["kid_train"]) < noise["kid_train"] / 10
@@ -244,13 +283,17 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
 def test_the_floor_draws_the_same_images_in_pieces_as_at_once():
     whole = rng.generator(0, "floor").integers(1437, size=1001)
     draw = rng.generator(0, "floor")
-    assert np.array_equal(np.concatenate([draw.integers(1437, size=n) for n in (250, 250, 250, 250, 1)]), whole)
+    assert np.array_equal(
+        np.concatenate([draw.integers(1437, size=n) for n in (250, 250, 250, 250, 1)]), whole
+    )
 
 
 def test_an_evaluator_of_another_configuration_is_refused(study):
     network = Spec("classifier", "", {"width": 24, "features": 32})
-    for config, told in ((SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
-                         (SimpleNamespace(network=network), "under another configuration than params.yaml gives now")):  # fmt: skip
+    for config, told in (
+        (SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
+        (SimpleNamespace(network=network), "under another configuration than params.yaml gives now"),
+    ):
         with pytest.raises(UserError, match=told):
             fidelity.Scorer(study, study, study / "cache", CPU, config)
 
@@ -274,7 +317,9 @@ def test_a_reference_is_computed_once_and_again_when_it_is_damaged(scorer, study
     content = file.read_bytes()
     again = fidelity.reference(train, watched, tmp_path, compared=1000)
     assert sum(calls) == seen == 1437
-    torch.testing.assert_close([*again.statistics, *again[1:]], [*first.statistics, *first[1:]], rtol=0, atol=0)
+    torch.testing.assert_close(
+        [*again.statistics, *again[1:]], [*first.statistics, *first[1:]], rtol=0, atol=0
+    )
     file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     again = fidelity.reference(train, watched, tmp_path, compared=1000)
     assert sum(calls) == 2 * seen and file.read_bytes() == content
@@ -303,7 +348,9 @@ def test_another_process_finds_the_same_bits(scorer, study, images, tmp_path):
         f"scorer = Scorer(study, study, Path({str(tmp_path)!r}), torch.device('cpu'))\n"
         f"print(json.dumps([scorer.scores(np.load({str(tmp_path / 'images.npy')!r})), scorer.floor(100, 0)]))\n"
     )
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    other = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ)
+    )
     assert other.returncode == 0, other.stderr
     assert json.loads(other.stdout.splitlines()[-1]) == [scorer.scores(images), scorer.floor(100, 0)]
 
@@ -326,7 +373,9 @@ def test_inception_features_are_named_fid_and_take_grey_images(tmp_path, monkeyp
 
     with monkeypatch.context() as patch:  # random weights of the right shapes in place of the published ones
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: None
+        )
         weights = FeatureExtractorInceptionV3("random", ["2048"]).state_dict()
     path = tmp_path / "checkpoints" / fidelity.INCEPTION
     path.parent.mkdir()

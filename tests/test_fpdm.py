@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from equilab import published
 from equilab.diffusion.discrete_samplers import guided, implicit
-from equilab.metrics.cost import flops, parameters, peak_memory
+from equilab.metrics.counting import flops, parameters, peak_memory
 from equilab.models import dit, fpdm
 from equilab.solvers import Gradient, Solver, equilibrium
 
@@ -115,7 +115,9 @@ def test_jfb_is_one_step_and_implicit_is_where_many_steps_lead():
 
 def test_full_size_fpdm_gives_the_published_predictions():
     t, metadata = golden("full_fpdm_xl-2_pre1_post1")
-    model = hashed_model("fpdm", fpdm.FPDM, (4, 32, 32), 1000, fpdm.SIZES["FPDM-XL/2"], pre_post_timestep=False)
+    model = hashed_model(
+        "fpdm", fpdm.FPDM, (4, 32, 32), 1000, fpdm.SIZES["FPDM-XL/2"], pre_post_timestep=False
+    )
     assert parameters(model) == int(metadata["parameters"])
     solver = Solver("iterate", metadata["config"]["iterations"], 0.0, "last")
     for timestep in (False, True):
@@ -134,7 +136,9 @@ def test_all_sizes_of_fpdm_have_the_published_numbers_of_parameters(facts):
             kind, size, *rest = name.split()
             numbers = {word.rstrip("0123456789"): int(word.lstrip("preostcla")) for word in rest}
             classes = numbers.pop("classes")
-            assert parameters(fpdm.FPDM((4, 32, 32), classes, **fpdm.SIZES[f"{kind}-{size}"] | numbers)) == count, name
+            assert (
+                parameters(fpdm.FPDM((4, 32, 32), classes, **fpdm.SIZES[f"{kind}-{size}"] | numbers)) == count
+            ), name
     assert {f"FPDM-{name.split()[1]}" for name in table} == {*fpdm.SIZES}
 
 
@@ -271,14 +275,21 @@ def test_a_label_is_needed_exactly_if_there_are_classes_and_a_carry_must_fit():
     with pytest.raises(ValueError, match="a label is given"):
         fpdm.FPDM((1, 8, 8), 0, **SMALL)(x, t, label, None, TWICE)
     for shape in ((3, 16, 16), (2, 4, 16), (2, 16, 8)):
-        with pytest.raises(ValueError, match=r"^carry has shape \(\d, .*, the state \(2, 16, 16\); give the z"):
+        with pytest.raises(
+            ValueError, match=r"^carry has shape \(\d, .*, the state \(2, 16, 16\); give the z"
+        ):
             model(x, t, label, torch.zeros(shape), TWICE)
 
 
 def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name():
     weights = weights_of(golden("fpdm_tiny")[0])
     config = {"heads": 2, "pre_post_timestep": False}
-    keys = ["pos_embed", "final_layer.linear.bias", "block_fixed_point.mlp.fc1.weight", "block_pre_projection.bias"]
+    keys = [
+        "pos_embed",
+        "final_layer.linear.bias",
+        "block_fixed_point.mlp.fc1.weight",
+        "block_pre_projection.bias",
+    ]
     for key in keys:
         with pytest.raises(ValueError, match=f"'{key}' is missing"):
             published.load("fpdm", {k: v for k, v in weights.items() if k != key}, **config)

@@ -13,7 +13,13 @@ from equilab.models.unet import UNet
 
 CIFAR10 = {"width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
 FFHQ = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
-IMAGENET = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "head_channels": 64}
+IMAGENET = {
+    "width": 192,
+    "multipliers": (1, 2, 3, 4),
+    "blocks": 3,
+    "attention": (32, 16, 8),
+    "head_channels": 64,
+}
 TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0}
 PUBLISHED = {
     "cifar10_ncsnpp_uncond": ((3, 32, 32), 0, "ncsnpp", CIFAR10),
@@ -71,7 +77,9 @@ def test_the_generator_agrees_with_the_published_one():
 @torch.no_grad()
 def test_the_full_size_generator_agrees_with_the_published_one():
     t, metadata = golden("full_gdd_cifar10_ncsnpp_uncond")
-    shapes = {f"model.{key}": value.shape for key, value in on_meta("cifar10_ncsnpp_uncond").state_dict().items()}
+    shapes = {
+        f"model.{key}": value.shape for key, value in on_meta("cifar10_ncsnpp_uncond").state_dict().items()
+    }
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     weights = {key: taps.outer(taps)[None, None] / 64 for key in shapes if key.endswith("resample_filter")}
     weights |= hashed_weights({key: shape for key, shape in shapes.items() if key not in weights})
@@ -99,7 +107,11 @@ def test_the_table_and_the_variants_hold_the_published_groups(name, facts):
     counts, net = facts["gdd_parameter_groups"][name], on_meta(name)
     rows = {row.group: row for row in gdd.table(net)}
     groups = {key.removeprefix("other: "): value for key, value in counts["groups"].items()}
-    ours = {"embedding": "embedding mapping (map_*)", "convolution": "block conv0/conv1", "projection": "proj"}
+    ours = {
+        "embedding": "embedding mapping (map_*)",
+        "convolution": "block conv0/conv1",
+        "projection": "proj",
+    }
     for group in ("embedding", "norm", "affine", "convolution", "projection", "qkv", "skip"):
         expected = groups.pop(ours.get(group, group))
         assert rows[group].parameters == expected["n"]
@@ -120,8 +132,16 @@ def test_shares_of_the_blocks_are_those_of_table_2(facts):
     rows = {row.group: row.parameters for row in gdd.table(on_meta("cifar10_ncsnpp_uncond"))}
     blocks = facts["gdd_parameter_groups_unet_blocks_only_cifar10"]
     total = 55_393_024  # without the last norm, whose 512 parameters are outside the blocks
-    assert total == sum(rows[group] for group in ("norm", "affine", "convolution", "projection", "qkv", "skip")) - 512
-    shares = [rows["norm"] + rows["affine"], rows["convolution"] + rows["projection"], rows["qkv"], rows["skip"]]
+    assert (
+        total
+        == sum(rows[group] for group in ("norm", "affine", "convolution", "projection", "qkv", "skip")) - 512
+    )
+    shares = [
+        rows["norm"] + rows["affine"],
+        rows["convolution"] + rows["projection"],
+        rows["qkv"],
+        rows["skip"],
+    ]
     expected = [blocks[key] for key in ("norm_plus_affine", "conv0_conv1_plus_proj", "qkv", "skip")]
     assert [round(100 * share / total, 3) for share in shares] == expected
 

@@ -10,8 +10,8 @@ import pytest
 from equilab.analysis import gdd_claims, students, verdicts
 from equilab.analysis.scaling import Rule
 from equilab.analysis.verdicts import FAILS, HOLDS, OPEN
-from equilab.config import UserError
-from equilab.evaluate import packed
+from equilab.core.config import UserError
+from equilab.stages.evaluate import packed
 
 CONFIG = verdicts.Config(Rule(0.95, 0.15, 0.05, 0.05, 300.0), 5.0, 0.7, (2, 6))
 JUDGE = {"kind": "features", "mixing": "projected"}
@@ -25,17 +25,28 @@ def put(folder, name, stage, fd, curve=(2.0, 1.5, 1.0), seed=0, student=None, **
     if stage in ("gan", "consistency"):
         config |= {"student": {**USUAL, **(student or {})}, "optimisation": {"nimg": 300}}
     if stage == "gan":
-        config |= {"discriminator": JUDGE, "features": ["study"], "discriminator_lr": 1e-3, "r1": {"gamma": 1e-4, "interval": 16},
-                   "augment": "none", "adaptive": None, "consistency": None}  # fmt: skip
+        config |= {
+            "discriminator": JUDGE,
+            "features": ["study"],
+            "discriminator_lr": 1e-3,
+            "r1": {"gamma": 1e-4, "interval": 16},
+            "augment": "none",
+            "adaptive": None,
+            "consistency": None,
+        }
     config |= changes
     run, of = (None, "teacher") if stage == "teacher" else (name, f"{stage}/{name}")
     nimg = changes.get("nimg", 300)
     (folder / of).mkdir(parents=True)
-    (folder / of / "summary.json").write_text(json.dumps({"run": run, "config": config, "parameters": 100, "nimg": nimg}))
+    (folder / of / "summary.json").write_text(
+        json.dumps({"run": run, "config": config, "parameters": 100, "nimg": nimg})
+    )
     place = folder / "evaluate" / name
     place.mkdir(parents=True)
     (place / "metrics.json").write_text(json.dumps({"of": of, "kind": "unet", "run": name}))
-    sweep = pd.DataFrame({"nfe": [35, 11] if stage == "teacher" else [len(config.get("student", USUAL)["sigmas"])]})
+    sweep = pd.DataFrame(
+        {"nfe": [35, 11] if stage == "teacher" else [len(config.get("student", USUAL)["sigmas"])]}
+    )
     sweep = sweep.assign(fd_train=[fd, 9.0][: len(sweep)], inception_score=9.0, precision=0.8, recall=0.7)
     sweep.to_csv(place / "sweep.csv", index=False)
     along = pd.DataFrame({"nimg": np.arange(1, 4) * nimg // 3, "fd_train": fd * np.array(curve)})
@@ -107,10 +118,16 @@ def test_images_to_reach_what_consistency_distillation_ends_at_are_counted(folde
     put(folder, "gdd", "gan", 1.0, curve=(3.0, 1.9, 1.0))
     put(folder, "cd", "consistency", 2.0, nimg=3000)
     row = found(folder).loc[("GDD-7", "images")]
-    assert row["verdict"] == HOLDS and row["interval"] == "15 times as many for CD" and "GDD within 200 images, CD within 3,000" in row["ours"]
+    assert (
+        row["verdict"] == HOLDS
+        and row["interval"] == "15 times as many for CD"
+        and "GDD within 200 images, CD within 3,000" in row["ours"]
+    )
 
 
-@pytest.mark.parametrize(("curve", "nimg", "verdict"), [((2.0, 1.0, 1.0), 3000, FAILS), ((2.0, 1.5, 1.0), 150, OPEN)])
+@pytest.mark.parametrize(
+    ("curve", "nimg", "verdict"), [((2.0, 1.0, 1.0), 3000, FAILS), ((2.0, 1.5, 1.0), 150, OPEN)]
+)
 def test_who_has_not_reached_it_fails_only_if_it_saw_as_many_images(folder, curve, nimg, verdict):
     put(folder, "gdd", "gan", 2.5, curve=(3.0, 2.0, 1.0), nimg=nimg)
     put(folder, "cd", "consistency", 2.0, curve=curve, nimg=600)
@@ -147,7 +164,9 @@ def test_an_order_of_few_is_no_proof():
     assert np.isnan(verdicts.ordered([1, 1], [1, 2])[0])
 
 
-@pytest.mark.parametrize(("gdd", "gdd_i", "verdict"), [(3.0, 1.0, HOLDS), (1.0, 1.0, OPEN), (1.0, 3.0, FAILS)])
+@pytest.mark.parametrize(
+    ("gdd", "gdd_i", "verdict"), [(3.0, 1.0, HOLDS), (1.0, 1.0, OPEN), (1.0, 3.0, FAILS)]
+)
 def test_overfitting_is_what_the_end_is_above_the_best_snapshot(folder, gdd, gdd_i, verdict):
     put(folder, "gdd", "gan", 2.0, curve=(2.0, 1 / gdd, 1.0))
     put(folder, "gdd-i", "gan", 2.0, curve=(2.0, 1 / gdd_i, 1.0), student={"freeze": "gdd_i"})
@@ -160,13 +179,19 @@ def relative(folder, distances):
     rows = []
     for name, (sigmas, fd, apart) in distances.items():
         put(folder, name, "gan", fd, student={"sigmas": sigmas})
-        rows += [{"first": "gdd", "second": name, "distance": apart}, {"first": name, "second": "gdd", "distance": apart}]
+        rows += [
+            {"first": "gdd", "second": name, "distance": apart},
+            {"first": name, "second": "gdd", "distance": apart},
+        ]
     (folder / "relative").mkdir()
     pd.DataFrame(rows).to_csv(folder / "relative/relative.csv", index=False)
 
 
 def test_students_of_more_steps_are_further_away_and_of_larger_middles_nearer(folder):
-    steps = {f"gdd-{n}": ([80.0 / 32 ** (k / (n - 1)) for k in range(n)], 2.0 + 0.01 * n, 0.3 * n) for n in (2, 4, 8, 10)}
+    steps = {
+        f"gdd-{n}": ([80.0 / 32 ** (k / (n - 1)) for k in range(n)], 2.0 + 0.01 * n, 0.3 * n)
+        for n in (2, 4, 8, 10)
+    }
     middles = {f"gdd-2-{m:g}": ([80.0, m], 2.0, 0.6 - 0.004 * m) for m in (5.0, 10.0, 20.0)}
     relative(folder, steps | middles)
     table = found(folder)
@@ -181,12 +206,19 @@ def test_students_are_alike_in_all_but_the_steps_where_they_saw_as_many_images(f
     relative(folder, {"gdd-2": ([80.0, 2.5], 2.1, 0.9)})
     put(folder, "gdd-2-long", "gan", 1.5, student={"sigmas": [80.0, 2.5]}, optimisation={"nimg": 600})
     path = folder / "relative/relative.csv"
-    more = pd.DataFrame([{"first": "gdd", "second": "gdd-2-long", "distance": 0.7}, {"first": "gdd-2", "second": "gdd-2-long", "distance": 0.4}])
+    more = pd.DataFrame(
+        [
+            {"first": "gdd", "second": "gdd-2-long", "distance": 0.7},
+            {"first": "gdd-2", "second": "gdd-2-long", "distance": 0.4},
+        ]
+    )
     pd.concat([pd.read_csv(path), more]).to_csv(path, index=False)
     study = students.read(folder)
     assert students.relatives(study)["run"].tolist() == ["gdd-2"]
     table = students.pairs(study).set_index("rel-FD")
-    assert table.loc["gdd-2", "gdd-2-long"] == table.loc["gdd-2-long", "gdd-2"] == 0.4 and np.isnan(table.loc["gdd", "gdd"])
+    assert table.loc["gdd-2", "gdd-2-long"] == table.loc["gdd-2-long", "gdd-2"] == 0.4 and np.isnan(
+        table.loc["gdd", "gdd"]
+    )
 
 
 def test_the_baselines_are_the_best_of_their_family_and_a_discriminator_from_scratch_is_no_headline(folder):
@@ -206,9 +238,15 @@ def test_figures_and_tables_show_every_student(folder):
     put(folder, "vit", "distill", 4.0)
     study = students.read(folder)
     assert set(students.methods(study, 0.95)["method"]) == {"teacher", "ViT", "CD", "GDD", "GDD-I"}
-    for figure, numbers in (students.images(study, 0.95), students.gallery(study), students.distances(study),
-                            students.changed(study, 0.95, {"frozen": ["GDD", "GDD-I"], "CD": ["CD", "CD-I"]})):  # fmt: skip
+    for figure, numbers in (
+        students.images(study, 0.95),
+        students.gallery(study),
+        students.distances(study),
+        students.changed(study, 0.95, {"frozen": ["GDD", "GDD-I"], "CD": ["CD", "CD-I"]}),
+    ):
         assert figure.axes and isinstance(numbers, pd.DataFrame)
-    assert len(students.gallery(study)[1]) == 5 and students.final(Path(study.rows["folder"].iloc[0])).shape == (16, 1, 8, 8)
+    assert len(students.gallery(study)[1]) == 5 and students.final(
+        Path(study.rows["folder"].iloc[0])
+    ).shape == (16, 1, 8, 8)
     assert len(students.side_by_side(study, students.first(study), 3).axes) == 6
     assert "3 students in 3 runs" in students.about(study)

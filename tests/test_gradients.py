@@ -69,7 +69,9 @@ def test_unrolled_gradients_pass_every_application_and_stop_at_the_start():
     for ours, expected in zip(f.grads(solution), f.expected(f.init, 6)):
         torch.testing.assert_close(ours, expected)
     fourth = equilibrium(f, f.init, PLAIN, Gradient("unrolled")).iterates[3]
-    torch.testing.assert_close(torch.autograd.grad((f.weight * fourth).sum(), f.a)[0], f.expected(f.init, 4)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad((f.weight * fourth).sum(), f.a)[0], f.expected(f.init, 4)[0]
+    )
     solution = equilibrium(f, f.init, PLAIN, Gradient("unrolled"))
     assert torch.autograd.grad(solution.z.sum(), f.init, allow_unused=True) == (None,)
 
@@ -181,7 +183,11 @@ def test_without_autograd_every_choice_returns_plain_values():
     model, noise = transformer()
     with torch.no_grad():
         reference = model(noise, None, None, Solver("iterate", 7, 0.0, "last")).image
-        for gradient in (Gradient("jfb"), Gradient("implicit", adjoint=PLAIN), Gradient("multi_step", steps=1)):
+        for gradient in (
+            Gradient("jfb"),
+            Gradient("implicit", adjoint=PLAIN),
+            Gradient("multi_step", steps=1),
+        ):
             image = model(noise, None, None, lambda f, init: equilibrium(f, init, PLAIN, gradient)).image
             assert torch.equal(image, reference) and not image.requires_grad
 
@@ -204,7 +210,11 @@ def test_an_invalid_gradient_is_refused_by_the_name_of_its_field(fields, word):
 
 def test_counts_and_methods_that_do_not_fit_are_refused():
     f = Linear()
-    for gradient, counts in ((Gradient("s_jfb"), None), (Gradient("jfb"), (1, 1)), (Gradient("s_jfb"), (1, 0))):
+    for gradient, counts in (
+        (Gradient("s_jfb"), None),
+        (Gradient("jfb"), (1, 1)),
+        (Gradient("s_jfb"), (1, 0)),
+    ):
         with pytest.raises(ValueError, match="counts"):
             equilibrium(f, f.init, PLAIN, gradient, counts)
     with pytest.raises(ValueError, match="'broyden' cannot be unrolled"):

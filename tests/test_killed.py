@@ -8,13 +8,22 @@ import pytest
 from forked import context, run, work
 
 SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
-STAGES = {"data": ["data"], "teacher": ["teacher"], "pairs": ["pairs"], "distill": ["distill", "get-noise"],
-          "diffusion": ["diffusion", "fpdm"], "features": ["features"], "gan": ["gan", "gdd"]}  # fmt: skip
+STAGES = {
+    "data": ["data"],
+    "teacher": ["teacher"],
+    "pairs": ["pairs"],
+    "distill": ["distill", "get-noise"],
+    "diffusion": ["diffusion", "fpdm"],
+    "features": ["features"],
+    "gan": ["gan", "gdd"],
+}
 
 
 def content(folder):
     """Return the bytes of all results below a folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,9 @@ def test_a_killed_stage_does_not_start_from_nothing(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     folder = tmp_path / "study"
     shutil.rmtree(folder / ".equilab")
-    assert run(folder, ["teacher"], "replace", 2, True) == -signal.SIGKILL  # right after the first state was saved
+    assert (
+        run(folder, ["teacher"], "replace", 2, True) == -signal.SIGKILL
+    )  # right after the first state was saved
     assert run(folder, ["teacher"], "noise", 20, False) == -signal.SIGKILL  # 20 of 40 micro batches are left
     assert run(folder, ["teacher"], "noise", 22, True) == 0
 
@@ -75,7 +86,9 @@ def test_a_larger_set_of_pairs_adds_to_what_is_there(whole, tmp_path):
     shutil.rmtree(folder / "results/pairs")  # as DVC does before it runs a stage
     params = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(params.replace("count: 200", "count: 320"))
-    assert run(folder, ["pairs"], "noise", 6, False) == 0  # two shards of two blocks, and the noise's checksum
+    assert (
+        run(folder, ["pairs"], "noise", 6, False) == 0
+    )  # two shards of two blocks, and the noise's checksum
     after = content(folder / "results/pairs")
     assert len(after) == len(before) + 2
     assert all(after[name] == before[name] for name in before if name != "meta.json")

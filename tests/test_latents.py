@@ -9,7 +9,10 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 
-from equilab import __main__, config, data, graph, latents, rng
+from equilab import __main__, graph
+from equilab.core import config, rng
+from equilab.data import images as data
+from equilab.data import latents
 
 SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
 
@@ -19,10 +22,17 @@ def vae(tmp_path_factory):
     """The folder of a VAE of 8x8 grey images to latents 2x4x4."""
     torch.manual_seed(0)
     made = AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=8,
         scaling_factor=0.5,
-    )  # fmt: skip
+    )
     folder = tmp_path_factory.mktemp("vae")
     made.save_pretrained(folder)
     return folder
@@ -72,7 +82,9 @@ def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, v
     images = data.load(Path("results/data"), "train").images
     net = AutoencoderKL.from_pretrained(vae).eval()
     with torch.inference_mode():
-        moments = net.quant_conv(net.encoder(data.to_float(torch.from_numpy(images[items]))))  # mean and log variance
+        moments = net.quant_conv(
+            net.encoder(data.to_float(torch.from_numpy(images[items])))
+        )  # mean and log variance
     mean, log_variance = moments.chunk(2, 1)
     noise = torch.from_numpy(rng.noise(0, "latents", items, (2, 4, 4)))
     torch.testing.assert_close(found, 0.5 * (mean + (log_variance / 2).exp() * noise))
@@ -121,14 +133,24 @@ def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_pa
     sections = config.read(Path("params.yaml"))
     sections["latents"]["vae"] = "other"
     keep(sections)
-    assert "was made by another VAE than other holds; run the stage latents again" in refused(capsys, "evaluate", "dit")
+    assert "was made by another VAE than other holds; run the stage latents again" in refused(
+        capsys, "evaluate", "dit"
+    )
     assert not Path("results/evaluate").exists()
 
 
 def test_samples_are_decoded_to_pixels(study):
     called("check")
-    for command in (["evaluator"], ["latents"], ["diffusion", "fpdm"], ["diffusion", "dit"], ["evaluate", "fpdm"],
-                    ["evaluate", "dit"], ["cost"], ["claims"]):  # fmt: skip
+    for command in (
+        ["evaluator"],
+        ["latents"],
+        ["diffusion", "fpdm"],
+        ["diffusion", "dit"],
+        ["evaluate", "fpdm"],
+        ["evaluate", "dit"],
+        ["cost"],
+        ["claims"],
+    ):
         called(*command)
     samples = np.load("results/evaluate/fpdm/samples.npy")
     assert samples.shape == (100, 1, 8, 8) and samples.dtype == np.uint8
@@ -137,21 +159,46 @@ def test_samples_are_decoded_to_pixels(study):
         assert np.array_equal(kept["images"][-1], samples[:16])  # the last prediction is the image
     summary = json.loads(Path("results/diffusion/fpdm/summary.json").read_text())
     assert summary["image"] == [2, 4, 4] and set(summary["inputs"]) == {"data", "latents"}
-    assert "FPDM-1" in Path("results/claims.md").read_text() and "GET-1" not in Path("results/claims.md").read_text()
+    assert (
+        "FPDM-1" in Path("results/claims.md").read_text()
+        and "GET-1" not in Path("results/claims.md").read_text()
+    )
 
 
 def test_the_graph_has_the_stages_of_the_study_alone(study):
     stages = graph.dvc(config.read(Path("params.yaml")))["stages"]
-    assert list(stages) == ["code", "data", "evaluator", "latents", "diffusion", "evaluate", "cost", "claims", "report"]
-    assert "results/latents" in stages["diffusion"]["do"]["deps"] and "latents" in stages["evaluate"]["do"]["params"][0]["results/code/params.json"]
-    assert not [path for stage in stages.values() for path in stage.get("do", stage)["deps"] if "pairs/" in path or "distill" in path and "results" in path]
+    assert list(stages) == [
+        "code",
+        "data",
+        "evaluator",
+        "latents",
+        "diffusion",
+        "evaluate",
+        "cost",
+        "claims",
+        "report",
+    ]
+    assert (
+        "results/latents" in stages["diffusion"]["do"]["deps"]
+        and "latents" in stages["evaluate"]["do"]["params"][0]["results/code/params.json"]
+    )
+    assert not [
+        path
+        for stage in stages.values()
+        for path in stage.get("do", stage)["deps"]
+        if "pairs/" in path or ("distill" in path and "results" in path)
+    ]
     assert "latents" not in graph.dvc(config.read(SMOKE))["stages"]
 
 
 @pytest.mark.parametrize(
     ("change", "command", "sentence"),
     [
-        ({"vae": "nowhere"}, ["check"], "nowhere holds no VAE; place there the files config.json and diffusion_pytorch_model"),
+        (
+            {"vae": "nowhere"},
+            ["check"],
+            "nowhere holds no VAE; place there the files config.json and diffusion_pytorch_model",
+        ),
         ({"shape": [4, 4, 4]}, ["latents"], "latents.shape is [4, 4, 4], the VAE in"),
         ({"batch": 100}, ["latents"], "batch a divisor of 1024"),
     ],
@@ -169,7 +216,9 @@ def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study
     shard = Path("results/latents/latents-0000000000.npy")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")
-    assert f"{shard} is missing or damaged; run the stage latents again" in refused(capsys, "diffusion", "dit")
+    assert f"{shard} is missing or damaged; run the stage latents again" in refused(
+        capsys, "diffusion", "dit"
+    )
     shard.write_bytes(whole)
     sections = config.read(Path("params.yaml"))
     sections["evaluate"]["dit"]["chain"][0]["clamp"] = True

@@ -3,7 +3,7 @@ import torch
 from conftest import golden
 from test_unet import assert_agree, stored
 
-from equilab import losses
+from equilab.diffusion import losses
 from equilab.models import Denoised
 
 

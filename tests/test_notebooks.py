@@ -9,8 +9,10 @@ import pytest
 import yaml
 from test_analysis import VITS, get, write_study
 
-from equilab import graph, notebook, report
-from equilab.config import Job, Study, UserError
+from equilab import graph
+from equilab.core.config import UserError
+from equilab.core.job import Job, Study
+from equilab.stages import notebook, report
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,12 +31,13 @@ def code(path):
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Stand in the folder of a study whose results are made by hand, claims included."""
-    from equilab import claims
     from equilab.analysis.scaling import Rule
+    from equilab.stages import claims
 
     monkeypatch.chdir(tmp_path)
     write_study(
-        tmp_path / "results", [*VITS, get(2.0), get(3.0, 4000), {**get(2.5), "name": "published", "normalise": False}]
+        tmp_path / "results",
+        [*VITS, get(2.0), get(3.0, 4000), {**get(2.5), "name": "published", "normalise": False}],
     )
     claims.run(claims.Config(Rule(**RULE), larger=5.0, keeps=0.7, iterations=(2, 6)), job("claims"))
     return tmp_path
@@ -45,12 +48,25 @@ def test_a_notebook_is_short_stripped_and_thin(path):
     source, cells = nbformat.read(path, 4), code(path)
     nbformat.validate(source)
     assert len(cells) <= 12 and sum(len(cell.source.splitlines()) for cell in cells) <= 80
-    assert source.metadata.kernelspec.name == "python3" and set(source.metadata) == {"kernelspec", "language_info"}
+    assert source.metadata.kernelspec.name == "python3" and set(source.metadata) == {
+        "kernelspec",
+        "language_info",
+    }
     assert [cell.id for cell in source.cells] == [f"cell-{k:03d}" for k in range(len(source.cells))]
     assert all(not cell.outputs and cell.execution_count is None for cell in cells), (
         "run `jupyter nbconvert --clear-output`"
     )
-    logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.IfExp, ast.For, ast.While, ast.With, ast.Try)
+    logic = (
+        ast.FunctionDef,
+        ast.ClassDef,
+        ast.Lambda,
+        ast.If,
+        ast.IfExp,
+        ast.For,
+        ast.While,
+        ast.With,
+        ast.Try,
+    )
     for cell in cells:
         assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, logic)], cell.source
     assert source.cells[0].cell_type == "markdown" and "explore." in cells[-1].source
@@ -59,7 +75,9 @@ def test_a_notebook_is_short_stripped_and_thin(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_every_study(path):
     defaults = {
-        t.id: ast.literal_eval(node.value) for node in ast.parse(code(path)[0].source).body for t in node.targets
+        t.id: ast.literal_eval(node.value)
+        for node in ast.parse(code(path)[0].source).body
+        for t in node.targets
     }
     assert defaults == notebook.parameters(nbformat.read(path, 4))
     assert (ROOT / "notebooks" / defaults.pop("results")).resolve() == ROOT / "results"
@@ -67,7 +85,9 @@ def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_
     for params in (ROOT / "params.yaml", *ROOT.glob("studies/*/params.yaml")):
         sections = yaml.safe_load(params.read_text())
         given = sections["notebook"].get(path.stem)
-        needs = {"reuse_smoothing": "diffusion", "one_step": "gan", "layer_activation": "activation"}.get(path.stem, "distill")
+        needs = {"reuse_smoothing": "diffusion", "one_step": "gan", "layer_activation": "activation"}.get(
+            path.stem, "distill"
+        )
         needed = sections.get(needs)
         if path.stem == "sampling_speed":  # where a generator is run in several ways
             needed = needed and any(len(entry["solver"]) > 1 for entry in sections["evaluate"].values())
@@ -78,7 +98,7 @@ def test_a_notebook_opens_the_committed_results_and_its_parameters_are_those_of_
 def test_the_stage_depends_on_the_modules_that_a_notebook_imports(path, tmp_path):
     (tmp_path / "cells.py").write_text("\n".join(cell.source for cell in code(path)))
     found = graph._imports(tmp_path / "cells.py")
-    assert found and found <= {*graph.closure("equilab.notebook"), "equilab.analysis"}
+    assert found and found <= {*graph.closure("equilab.stages.notebook"), "equilab.analysis"}
 
 
 def executed(name):
@@ -92,7 +112,9 @@ def test_a_notebook_executes_twice_to_the_same_bytes_and_the_book_of_all_is_offl
     text = first["scaling.ipynb"].decode()
     assert "seconds" not in text.replace("depends on measured seconds", "") and "images_s" not in text
     stems = lambda kind: [name.rpartition(".")[0] for name in first if name.endswith(kind)]  # noqa: E731
-    assert len(stems(".png")) == 7 and sorted(first) == sorted([f"{s}{e}" for s in stems(".png") for e in (".png", ".csv")] + ["scaling.ipynb"])
+    assert len(stems(".png")) == 7 and sorted(first) == sorted(
+        [f"{s}{e}" for s in stems(".png") for e in (".png", ".csv")] + ["scaling.ipynb"]
+    )
     assert not list(Path(".equilab").rglob("*.failed.ipynb"))
     done = nbformat.reads(text, 4)
     nbformat.validate(done)
@@ -126,12 +148,15 @@ def test_a_failing_cell_keeps_what_was_there_and_is_named_in_one_sentence(tmp_pa
     kept.parent.mkdir(parents=True)
     kept.write_text("kept")
     with pytest.raises(
-        UserError, match=r"failed in cell 3: ZeroDivisionError: division by zero; it is kept in .*one\.failed\.ipynb"
+        UserError,
+        match=r"failed in cell 3: ZeroDivisionError: division by zero; it is kept in .*one\.failed\.ipynb",
     ):
         notebook.run(notebook.Config({"scale": 2.0}), job("notebook", "one", "."))
     assert [path.name for path in kept.parent.iterdir()] == ["old.csv"]
     failed = nbformat.read(".equilab/notebook/one.failed.ipynb", 4)
-    assert "scale = 2.0" in failed.cells[-2].source or any("scale = 2.0" in cell.source for cell in failed.cells)
+    assert "scale = 2.0" in failed.cells[-2].source or any(
+        "scale = 2.0" in cell.source for cell in failed.cells
+    )
 
 
 def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -139,7 +164,9 @@ def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything
     book(tmp_path, "pass")
     with pytest.raises(UserError, match="did you mean 'one'"):
         notebook.plan(notebook.Config({}), job("notebook", "ones", "."), print)
-    with pytest.raises(UserError, match=r"notebook.one.parameters.scael: unknown parameter; did you mean 'scale'"):
+    with pytest.raises(
+        UserError, match=r"notebook.one.parameters.scael: unknown parameter; did you mean 'scale'"
+    ):
         notebook.run(notebook.Config({"scael": 1.0}), job("notebook", "one", "."))
     assert not Path("results").exists()
 
@@ -162,7 +189,8 @@ def test_what_changes_from_run_to_run_is_taken_out():
         ],
     )
     source = nbformat.v4.new_notebook(
-        cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "papermill": {}}
+        cells=[cell],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "papermill": {}},
     )
     done = notebook.normalised(source)
     assert set(done.metadata) == {"kernelspec", "language_info"} and done.cells[0].metadata == {"tags": ["t"]}

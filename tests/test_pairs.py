@@ -16,13 +16,16 @@ import torch
 import yaml
 from forked import context, run, work
 
-from equilab import __main__, config, evaluate, pairs, rng
-from equilab.config import UserError
-from equilab.data import to_uint8
+from equilab import __main__
+from equilab.core import config, rng
+from equilab.core.config import UserError
+from equilab.data import pairs
+from equilab.data.images import to_uint8
+from equilab.data.pairset import PairSet
 from equilab.diffusion.samplers import finish
+from equilab.models.checkpoint import load_network, load_tensors, save_tensors
 from equilab.models.precond import EDM
-from equilab.pairset import PairSet
-from equilab.training.state import load_network, load_tensors, save_tensors
+from equilab.stages import evaluate
 from equilab.training.teacher import UNETS
 
 ROOT = Path(__file__).parent.parent
@@ -81,12 +84,21 @@ def test_the_set_is_memory_mapped(study):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing or damaged; run the stage that writes it again"),
+        (
+            lambda folder: (folder / "meta.json").unlink(),
+            "meta.json is missing or damaged; run the stage that writes it again",
+        ),
         (lambda folder: (folder / "meta.json").write_text("{"), "meta.json is missing or damaged"),
         (lambda folder: (folder / "images-0000000060.npy").unlink(), "images-0000000060.npy is missing"),
-        (lambda folder: shorten(folder / "images-0000000060.npy"), "images-0000000060.npy is missing, cut short or damaged"),
+        (
+            lambda folder: shorten(folder / "images-0000000060.npy"),
+            "images-0000000060.npy is missing, cut short or damaged",
+        ),
         (lambda folder: change(folder / "images-0000000120.npy"), "images-0000000120.npy is damaged"),
-        (lambda folder: np.save(folder / "images-0000000000.npy", np.zeros((60, 3, 8, 8), np.uint8)), "says otherwise"),
+        (
+            lambda folder: np.save(folder / "images-0000000000.npy", np.zeros((60, 3, 8, 8), np.uint8)),
+            "says otherwise",
+        ),
         (lambda folder: forge(folder / "meta.json"), "noise regenerated from its index differs"),
     ],
 )
@@ -116,14 +128,27 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
     shutil.rmtree(folder / "results/pairs")
     shutil.rmtree(folder / ".equilab")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "equilab", "pairs"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "equilab",
+        "pairs",
+    ]
     done = subprocess.run(torchrun, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     ranks = [{**told, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]  # what torchrun tells its processes
-    both = [context.Process(target=work, args=(folder, ["distill", "vit"]), kwargs={"environment": one}) for one in ranks]
+    both = [
+        context.Process(target=work, args=(folder, ["distill", "vit"]), kwargs={"environment": one})
+        for one in ranks
+    ]
     for process in both:
         process.start()
     for process in both:
@@ -133,12 +158,19 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
         assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
     assert run(study, ["distill", "vit"]) == 0
     two, one = (load_tensors(f / "results/distill/vit/weights.safetensors")[0] for f in (folder, study))
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)  # Adam divides by gradients near 0: rounding grows
-    losses = [np.genfromtxt(f / "results/distill/vit/log.csv", delimiter=",", names=True)["loss"] for f in (folder, study)]
+    torch.testing.assert_close(
+        two, one, rtol=1e-3, atol=5e-4
+    )  # Adam divides by gradients near 0: rounding grows
+    losses = [
+        np.genfromtxt(f / "results/distill/vit/log.csv", delimiter=",", names=True)["loss"]
+        for f in (folder, study)
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(study, tmp_path, capsys, monkeypatch):
+def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
+    study, tmp_path, capsys, monkeypatch
+):
     params = config.read(SMOKE)
     params["distill"]["vit"]["pairs"] = 201
     shutil.copytree(study / "results", tmp_path / "results")
@@ -148,12 +180,17 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     assert "distill.vit.pairs is 201, the set has 200" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("key", "value", "told"), [
-    ("pairs.sampler.sigma_max", 70.0, "pairs.sampler is "),
-    ("pairs.count", 260, "pairs.count is 260, but results/pairs was made with 200"),
-    ("study.seed", 7, "study.seed is 7, but results/pairs was made with 0"),
-])  # fmt: skip
-def test_pairs_made_otherwise_than_params_say_now_are_refused(study, tmp_path, capsys, monkeypatch, key, value, told):
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("pairs.sampler.sigma_max", 70.0, "pairs.sampler is "),
+        ("pairs.count", 260, "pairs.count is 260, but results/pairs was made with 200"),
+        ("study.seed", 7, "study.seed is 7, but results/pairs was made with 0"),
+    ],
+)
+def test_pairs_made_otherwise_than_params_say_now_are_refused(
+    study, tmp_path, capsys, monkeypatch, key, value, told
+):
     params = config.read(SMOKE)
     *above, last = key.split(".")
     place = params
@@ -175,7 +212,10 @@ def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp
     tensors, about = load_tensors(weights)
     save_tensors(weights, {name: tensor + 1 for name, tensor in tensors.items()}, about)
     assert __main__.main(["distill", "vit"]) == 2
-    assert "results/pairs was made by another teacher than results/teacher/weights.safetensors" in capsys.readouterr().err
+    assert (
+        "results/pairs was made by another teacher than results/teacher/weights.safetensors"
+        in capsys.readouterr().err
+    )
     weights.unlink()
     assert __main__.main(["distill", "vit"]) == 0
 

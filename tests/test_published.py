@@ -14,7 +14,10 @@ GET = weights_of(golden("get_uncond")[0])
 
 def test_a_file_and_a_mapping_give_the_same_model(tmp_path):
     save_file(GET, tmp_path / "get.safetensors")
-    one, other = published.load("get", tmp_path / "get.safetensors", heads=2), published.load("get", GET, heads=2)
+    one, other = (
+        published.load("get", tmp_path / "get.safetensors", heads=2),
+        published.load("get", GET, heads=2),
+    )
     for name, value in one.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=0)
     assert not one.training
@@ -24,11 +27,27 @@ def test_a_file_and_a_mapping_give_the_same_model(tmp_path):
     ("change", "config", "sentence"),
     [
         ({"blocks.0.attn.qkv.weight": None}, {"heads": 2}, "'blocks.0.attn.qkv.weight' is missing"),
-        ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, {"heads": 2}, "unexpected key 'blocks.0.attn.kqv.weight'"),
-        ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, {"heads": 2}, "the nearest is 'blocks.0.attn.qkv.weight'"),
+        (
+            {"blocks.0.attn.kqv.weight": torch.zeros(1)},
+            {"heads": 2},
+            "unexpected key 'blocks.0.attn.kqv.weight'",
+        ),
+        (
+            {"blocks.0.attn.kqv.weight": torch.zeros(1)},
+            {"heads": 2},
+            "the nearest is 'blocks.0.attn.qkv.weight'",
+        ),
         ({"blocks.0.mlp.fc1.bias": torch.zeros(7)}, {"heads": 2}, "'blocks.0.mlp.fc1.bias' has shape (7,)"),
-        ({"x_embedder.proj.weight": torch.zeros(3)}, {"heads": 2}, "'x_embedder.proj.weight' has shape (3,), which tells no size"),
-        ({"deq_blocks.0.mlp.fc1.weight": torch.zeros(4, 0)}, {"heads": 2}, "'deq_blocks.0.mlp.fc1.weight' has shape (4, 0)"),
+        (
+            {"x_embedder.proj.weight": torch.zeros(3)},
+            {"heads": 2},
+            "'x_embedder.proj.weight' has shape (3,), which tells no size",
+        ),
+        (
+            {"deq_blocks.0.mlp.fc1.weight": torch.zeros(4, 0)},
+            {"heads": 2},
+            "'deq_blocks.0.mlp.fc1.weight' has shape (4, 0)",
+        ),
         ({}, {}, "get needs heads"),
         ({}, {"heads": 2, "head": 2}, "get takes no 'head'; the nearest is 'heads'"),
         ({}, {"heads": 5}, "heads"),

@@ -25,14 +25,18 @@ def noise():
 @pytest.mark.parametrize("steps", [5, 18, 40])
 def test_the_schedule_agrees_with_the_published_one(steps):
     values, _, _ = stored("edm_ddpmpp")
-    torch.testing.assert_close(edm_sigmas(steps, **PUBLISHED), values[f"out.schedule{steps}"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        edm_sigmas(steps, **PUBLISHED), values[f"out.schedule{steps}"], rtol=1e-10, atol=0
+    )
 
 
 def test_a_schedule_of_one_step_goes_from_the_largest_sigma_to_zero():
     assert edm_sigmas(1, **PUBLISHED).tolist() == pytest.approx([80.0, 0.0])
 
 
-@pytest.mark.parametrize("change", [{"sigma_min": 0.0}, {"sigma_min": 80.0}, {"rho": 0.0}, {"sigma_max": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"sigma_min": 0.0}, {"sigma_min": 80.0}, {"rho": 0.0}, {"sigma_max": -1.0}]
+)
 def test_a_range_that_is_no_schedule_is_refused(change):
     with pytest.raises(ValueError, match=str(next(iter(change)))):
         edm_sigmas(5, **PUBLISHED | change)
@@ -51,7 +55,14 @@ def test_samplers_agree_with_the_published_ones(name):
         "heun5_sigma_0.01_50_rho5": (heun(model, start, other, label), 9),
         "euler5": (euler(model, start, edm_sigmas(5, **PUBLISHED), label), 5),
         "heun6_churn": (
-            heun(model, start, edm_sigmas(6, **PUBLISHED), label, churn, lambda step: values["in.churn_noises"][step]),
+            heun(
+                model,
+                start,
+                edm_sigmas(6, **PUBLISHED),
+                label,
+                churn,
+                lambda step: values["in.churn_noises"][step],
+            ),
             11,
         ),
     }
@@ -75,7 +86,9 @@ def test_the_error_on_gaussian_data_falls_with_the_order_of_the_method(sampler, 
 
 
 @pytest.mark.parametrize(("sampler", "claimed"), [(euler, 18), (heun, 35)])
-def test_the_claimed_number_of_calls_is_the_number_of_calls_and_the_carry_passes_through_all(sampler, claimed):
+def test_the_claimed_number_of_calls_is_the_number_of_calls_and_the_carry_passes_through_all(
+    sampler, claimed
+):
     steps = list(sampler(exact, noise(), edm_sigmas(18, **PUBLISHED), None))
     assert [step.nfe for step in steps][-1] == claimed == steps[-1].calls[-1].carry
     assert sum(len(step.calls) for step in steps) == claimed

@@ -182,7 +182,9 @@ def test_plain_iteration_has_the_same_bits_measured_or_not():
     assert solver("iterate", 2, measure=False)(lambda z, rows: z / 0, f.init).diverged.all()
 
 
-@pytest.mark.parametrize("method, iterations", [("iterate", 8), ("anderson", 8), ("anderson", 3), ("broyden", 8)])
+@pytest.mark.parametrize(
+    "method, iterations", [("iterate", 8), ("anderson", 8), ("anderson", 3), ("broyden", 8)]
+)
 def test_the_iterates_are_those_of_torchdeq(method, iterations):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

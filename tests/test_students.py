@@ -10,9 +10,12 @@ import torch
 import yaml
 from conftest import golden
 
-from equilab import __main__, config, losses, rng
-from equilab.data import load
-from equilab.models import Denoised, discriminator, gdd
+from equilab import __main__
+from equilab.core import config, rng
+from equilab.data.images import load
+from equilab.diffusion import losses
+from equilab.models import Denoised, gdd
+from equilab.models import discriminators as discriminator
 from equilab.models.precond import EDM
 from equilab.training import classify, gan, loop, onestep
 from equilab.training.loop import Run, fit
@@ -55,8 +58,14 @@ def batch_of(entry):
         image = torch.from_numpy(rng.noise(9, "real", positions, IMAGE)).tanh()
         label = torch.from_numpy(rng.integers(9, "label", positions, 10))
         made = [gan._made(9, player, positions, IMAGE, 10) for player in ("generator", "critic")]
-        draws = tuple(gan.adversarial.draws(9, name, positions) for name in "abc") if entry.augment != "none" else (None,) * 3
-        weight = gan.adversarial.r1_weight(positions.start // entry.optimisation.batch, entry.r1.gamma, entry.r1.interval)
+        draws = (
+            tuple(gan.adversarial.draws(9, name, positions) for name in "abc")
+            if entry.augment != "none"
+            else (None,) * 3
+        )
+        weight = gan.adversarial.r1_weight(
+            positions.start // entry.optimisation.batch, entry.r1.gamma, entry.r1.interval
+        )
         along = (made[0][0], entry.consistency.levels.draw(9, positions)) if entry.consistency else None
         return (image, label), *made, draws, weight, along
 
@@ -77,9 +86,13 @@ def test_a_consistency_loss_on_straight_trajectories_has_a_closed_form():
     image, noise = torch.rand(2, *IMAGE), torch.randn(2, *IMAGE)
     constant = losses.consistency(teacher, teacher, image, noise, (high, low), None)
     assert constant.item() == 0
-    identity = losses.consistency(lambda x, *_: Denoised(x, None, None), teacher, image, noise, (high, low), None)
+    identity = losses.consistency(
+        lambda x, *_: Denoised(x, None, None), teacher, image, noise, (high, low), None
+    )
     x = image + high[:, None, None, None] * noise
-    torch.testing.assert_close(identity, ((x - center) * (1 - low / high)[:, None, None, None]).square().mean())
+    torch.testing.assert_close(
+        identity, ((x - center) * (1 - low / high)[:, None, None, None]).square().mean()
+    )
 
 
 def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_position():
@@ -116,7 +129,10 @@ def test_a_student_of_two_steps_goes_where_the_equation_says():
 def test_both_players_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):
     frozen = replace(entry, student=replace(entry.student, freeze="gdd_i"))
     run, losses_of, (net, teacher, critic) = run_of(frozen, tmp_path, nimg=96, report_nimg=96, snapshots=())
-    before = {key: value.clone() for key, value in (*net.state_dict(prefix="g.").items(), *critic.state_dict(prefix="d.").items())}
+    before = {
+        key: value.clone()
+        for key, value in (*net.state_dict(prefix="g.").items(), *critic.state_dict(prefix="d.").items())
+    }
     judge = {key: value.clone() for key, value in teacher.state_dict().items()}
     list(fit(run, batch_of(frozen), *losses_of))
     after = {**net.state_dict(prefix="g."), **critic.state_dict(prefix="d.")}
@@ -126,20 +142,31 @@ def test_both_players_move_and_what_is_frozen_stays_without_gradient_or_moments(
     assert {key for key in moved if key.startswith("g.")} == {key for key in trained if key.startswith("g.")}
     assert {key for key in trained if key.startswith("d.")} <= moved
     assert all(torch.equal(value, judge[key]) for key, value in teacher.state_dict().items())
-    still = [p for layer in gdd.layers(net) if layer.group in gdd.VARIANTS["gdd_i"] for p in layer.module.parameters()]
+    still = [
+        p
+        for layer in gdd.layers(net)
+        if layer.group in gdd.VARIANTS["gdd_i"]
+        for p in layer.module.parameters()
+    ]
     assert still and all(p.grad is None and not p.requires_grad for p in still)
     assert not {id(p) for p in still} & {id(p) for p in run.players[0].optimizer.state}
     assert list(run.log[0]) == ["nimg", "loss", "lr", "loss_discriminator"]
 
 
 def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(entry, tmp_path):
-    run, losses_of, (_, _, critic) = run_of(entry, tmp_path, nimg=32, report_nimg=32, batch=32, micro_batch=32, snapshots=())
+    run, losses_of, (_, _, critic) = run_of(
+        entry, tmp_path, nimg=32, report_nimg=32, batch=32, micro_batch=32, snapshots=()
+    )
     (network,), calls = critic.discriminator.networks, []
     original = network.features
     network.features = lambda image: calls.append(len(image)) or original(image)
     assert batch_of(entry)(range(32))[-2] > 0  # R1 is due
     list(fit(run, batch_of(entry), *losses_of))
-    assert calls == [32, 32, 32]  # generated ones for the generator; real and generated ones for the discriminator
+    assert calls == [
+        32,
+        32,
+        32,
+    ]  # generated ones for the generator; real and generated ones for the discriminator
 
 
 @pytest.mark.parametrize("name", ["gdd", "gdd-i-2"])
@@ -172,7 +199,9 @@ def test_the_probability_of_augmentation_follows_the_logits(sections, tmp_path):
     torch.testing.assert_close(critic.probability.item(), 0.05)
 
 
-def test_a_collapsed_discriminator_and_a_loss_that_is_no_number_stop_the_run_and_keep_its_last_state(entry, tmp_path):
+def test_a_collapsed_discriminator_and_a_loss_that_is_no_number_stop_the_run_and_keep_its_last_state(
+    entry, tmp_path
+):
     entry = replace(entry, collapse=0.5)
     assert gan.collapsed(entry, {"loss_discriminator": 0.6}) is None
     run, (generate, _), _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
@@ -182,11 +211,29 @@ def test_a_collapsed_discriminator_and_a_loss_that_is_no_number_stop_the_run_and
         known["fall"] *= 0.8
         return critic(*batch[0], None)[0].mean() * 0 + known["fall"], torch.tensor(known["fall"])
 
-    with pytest.raises(config.UserError, match=r"the discriminator has collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma"):
+    with pytest.raises(
+        config.UserError,
+        match=r"the discriminator has collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma",
+    ):
         list(fit(run, batch_of(entry), generate, criticise, watch=lambda row: gan.collapsed(entry, row)))
-    assert Run(players(entry)[0], run.config, 0, "id", tmp_path, CPU, ("discriminator", players(entry)[2], 1e-3)).nimg == 64
-    with pytest.raises(config.UserError, match="the loss became nan at step.*lower optimisation.lr or discriminator_lr or clip"):
-        list(fit(run, batch_of(entry), generate, lambda critic, batch: critic(*batch[0], None)[0].mean() * float("nan")))
+    assert (
+        Run(
+            players(entry)[0], run.config, 0, "id", tmp_path, CPU, ("discriminator", players(entry)[2], 1e-3)
+        ).nimg
+        == 64
+    )
+    with pytest.raises(
+        config.UserError,
+        match="the loss became nan at step.*lower optimisation.lr or discriminator_lr or clip",
+    ):
+        list(
+            fit(
+                run,
+                batch_of(entry),
+                generate,
+                lambda critic, batch: critic(*batch[0], None)[0].mean() * float("nan"),
+            )
+        )
 
 
 @pytest.fixture
@@ -214,7 +261,10 @@ def refused(capsys, *command):
     ("change", "sentence"),
     [
         ({"network": {"width": 16}}, "gan.gdd.network.width is 16, but the teacher's is 8"),
-        ({"network": {"architecture": "ncsnpp"}}, "gan.gdd.network.architecture is ncsnpp, but the teacher's is ddpmpp"),
+        (
+            {"network": {"architecture": "ncsnpp"}},
+            "gan.gdd.network.architecture is ncsnpp, but the teacher's is ddpmpp",
+        ),
         ({"network": {"dropout": 0.1}}, "gan.gdd.network.dropout is 0.1; students are trained with 0"),
         ({"conditional": False}, "gan.gdd.conditional is False, but the teacher's is True"),
         ({"features": ["evaluator"]}, "it would leak into the score"),
@@ -228,13 +278,31 @@ def refused(capsys, *command):
         ({"r1": {"interval": 0}}, "interval is 0"),
         ({"r1": {"gamma": -1.0}}, "gamma must be >= 0"),
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "ramp_nimg must be >= 1"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 0, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}}}, "steps must be >= 1"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 4, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0}}}, "give the same to both"),
+        (
+            {
+                "consistency": {
+                    "weight": 1.0,
+                    "levels": {"steps": 0, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
+                }
+            },
+            "steps must be >= 1",
+        ),
+        (
+            {
+                "consistency": {
+                    "weight": 1.0,
+                    "levels": {"steps": 4, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0},
+                }
+            },
+            "give the same to both",
+        ),
         ({"features": ["study", "study"]}, "names a network twice"),
         ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
     ],
 )
-def test_a_student_that_cannot_be_is_refused_before_work_starts(capsys, tmp_path, monkeypatch, sections, change, sentence):
+def test_a_student_that_cannot_be_is_refused_before_work_starts(
+    capsys, tmp_path, monkeypatch, sections, change, sentence
+):
     monkeypatch.chdir(tmp_path)
     given = copy.deepcopy(sections)
     for key, value in change.items():
@@ -270,7 +338,10 @@ def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(ca
     for image, classes in (((3, 8, 8), 10), ((1, 8, 8), 4)):  # teachers that are sound, of other images
         net = __main__._config(study, "teacher", None, SMOKE)[0].network.build(image, classes)
         loop.save_tensors(weights, net.state_dict(), {**about, "image": list(image), "classes": classes})
-        assert f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10; train it again" in refused(capsys, "gan", "gdd")
+        assert (
+            f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10; train it again"
+            in refused(capsys, "gan", "gdd")
+        )
     loop.save_tensors(weights, tensors, about)
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "is damaged" in refused(capsys, "gan", "gdd")
@@ -281,43 +352,87 @@ def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(study):
     keep(study)
     for stage in ("evaluator", "features"):
         assert __main__.main([stage]) == 0
-    one, other = (loop.load_tensors(Path("results", stage, "weights.safetensors"))[0] for stage in ("evaluator", "features"))
-    assert classify.CLASSIFIERS and not any(torch.equal(one[key], other[key]) for key in one if key.endswith("weight") and one[key].ndim > 1)
+    one, other = (
+        loop.load_tensors(Path("results", stage, "weights.safetensors"))[0]
+        for stage in ("evaluator", "features")
+    )
+    assert classify.CLASSIFIERS and not any(
+        torch.equal(one[key], other[key]) for key in one if key.endswith("weight") and one[key].ndim > 1
+    )
 
 
 def test_an_update_of_both_players_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):
     """R1 included; through heads without a batch norm, those of maps of few pixels."""
     moved = {}
-    alike = replace(entry, discriminator=replace(entry.discriminator, arguments={**entry.discriminator.arguments, "mixing": "last"}))
+    alike = replace(
+        entry,
+        discriminator=replace(
+            entry.discriminator, arguments={**entry.discriminator.arguments, "mixing": "last"}
+        ),
+    )
     for micro in (32, 8):
-        run, both, (net, _, critic) = run_of(alike, tmp_path / str(micro), micro_batch=micro, nimg=32, report_nimg=32, snapshots=())
-        assert not [m for m in critic.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.training and m not in [*critic.discriminator.networks.modules()]]
+        run, both, (net, _, critic) = run_of(
+            alike, tmp_path / str(micro), micro_batch=micro, nimg=32, report_nimg=32, snapshots=()
+        )
+        assert not [
+            m
+            for m in critic.modules()
+            if isinstance(m, torch.nn.BatchNorm2d)
+            and m.training
+            and m not in [*critic.discriminator.networks.modules()]
+        ]
         for _ in range(200):  # the spectral norms, a power iteration closer at each pass, are done
             critic(torch.zeros(2, *IMAGE), torch.zeros(2, dtype=torch.int64), None)
         for player in run.players:  # moves by the gradient, not by its sign
             player.optimizer = torch.optim.SGD(player.named.values(), lr=1.0)
         for _ in fit(run, batch_of(alike), *both):
             pass
-        moved[micro] = torch.cat([p.detach().flatten() for player in (net, critic) for p in player.parameters()])
-    start = torch.cat([p.detach().flatten() for player in (players(alike)[0], players(alike)[2]) for p in player.parameters()])
-    assert (moved[32] - start).norm() > 1e-5 and (moved[8] - moved[32]).norm() <= 1e-3 * (moved[32] - start).norm()
+        moved[micro] = torch.cat(
+            [p.detach().flatten() for player in (net, critic) for p in player.parameters()]
+        )
+    start = torch.cat(
+        [
+            p.detach().flatten()
+            for player in (players(alike)[0], players(alike)[2])
+            for p in player.parameters()
+        ]
+    )
+    assert (moved[32] - start).norm() > 1e-5 and (moved[8] - moved[32]).norm() <= 1e-3 * (
+        moved[32] - start
+    ).norm()
 
 
 def test_a_student_without_classes_is_trained_in_bf16(entry, tmp_path):
-    alone = replace(entry, conditional=False, optimisation=replace(entry.optimisation, precision="bf16", nimg=64, report_nimg=64, snapshots=()))
+    alone = replace(
+        entry,
+        conditional=False,
+        optimisation=replace(entry.optimisation, precision="bf16", nimg=64, report_nimg=64, snapshots=()),
+    )
     torch.manual_seed(0)
     net = alone.network.build(IMAGE, 0)
     teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
     gdd.prepare(net, "gdd")
     critic = gan.critic_of(alone, "gdd", IMAGE, 0, lambda name: features(), pretrained=False)
-    run = Run(net, alone.optimisation, 0, "id", tmp_path, CPU, ("discriminator", critic, alone.discriminator_lr))
+    run = Run(
+        net, alone.optimisation, 0, "id", tmp_path, CPU, ("discriminator", critic, alone.discriminator_lr)
+    )
     before = [p.detach().clone() for p in net.parameters()]
 
     def read(positions):
         image = torch.from_numpy(rng.noise(9, "real", positions, IMAGE)).tanh()
         made = [gan._made(9, player, positions, IMAGE, 0) for player in ("generator", "critic")]
-        return (image, None), *made, (None,) * 3, gan.adversarial.r1_weight(positions.start // 32, 1e-4, 2), None
+        return (
+            (image, None),
+            *made,
+            (None,) * 3,
+            gan.adversarial.r1_weight(positions.start // 32, 1e-4, 2),
+            None,
+        )
 
-    rows = [step.report for step in fit(run, read, *gan.losses_of(alone, net, critic, teacher)) if step.report]
+    rows = [
+        step.report for step in fit(run, read, *gan.losses_of(alone, net, critic, teacher)) if step.report
+    ]
     assert len(rows) == 1 and rows[0]["loss_discriminator"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters())) and {p.dtype for p in net.parameters()} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters())) and {
+        p.dtype for p in net.parameters()
+    } == {torch.float32}

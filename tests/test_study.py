@@ -12,15 +12,24 @@ import yaml
 from forked import HERE, context, run, serve
 
 ROOT = HERE.parent
-MEASURED = ("results/cost/", "results/measured.", "results/notebook/sampling_speed", "results/notebook/reuse_smoothing",
-            "results/report/")  # fmt: skip
+MEASURED = (
+    "results/cost/",
+    "results/measured.",
+    "results/notebook/sampling_speed",
+    "results/notebook/reuse_smoothing",
+    "results/report/",
+)
 
 
 def clone(folder):
     """Copy what git tracks, or would, into a folder that is a repository of its own; return its smoke study."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in names.stdout.decode().strip("\0").split("\0"):
-        if (ROOT / name).is_file() and not name.startswith(("results/", "studies/smoke/results/", "tests/golden/")):
+        if (ROOT / name).is_file() and not name.startswith(
+            ("results/", "studies/smoke/results/", "tests/golden/")
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
@@ -31,7 +40,12 @@ def clone(folder):
 def call(study, *command):
     """Run a command in a study as a shell with the environment active would; `python` starts warm. Return its output."""
     path = os.pathsep.join([str(HERE), os.path.dirname(sys.executable), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(study.parent.parent), "DVC_NO_ANALYTICS": "1"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(study.parent.parent),
+        "DVC_NO_ANALYTICS": "1",
+    }
     done = subprocess.run(command, cwd=study, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -54,15 +68,25 @@ def study(tmp_path_factory):
         server.start()
     try:
         folder = clone(tmp_path_factory.mktemp("first"))
-        call(folder, "make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke", "EACH=8")  # this environment's
+        call(
+            folder, "make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke", "EACH=8"
+        )  # this environment's
         yield folder
     finally:
         server.kill()
 
 
 def test_one_command_ends_with_figures_tables_notebooks_claims_and_a_book(study):
-    for name in ("notebook/scaling/scaling.ipynb", "notebook/sampling_speed/sampling_speed.ipynb", "report/index.html",
-                 "claims.md", "claims.csv", "measured.md", "cost/cost.csv", "evaluate/get/metrics.json"):  # fmt: skip
+    for name in (
+        "notebook/scaling/scaling.ipynb",
+        "notebook/sampling_speed/sampling_speed.ipynb",
+        "report/index.html",
+        "claims.md",
+        "claims.csv",
+        "measured.md",
+        "cost/cost.csv",
+        "evaluate/get/metrics.json",
+    ):
         assert (study / "results" / name).stat().st_size > 100, name
     for notebook in ("scaling", "sampling_speed", "reuse_smoothing"):
         assert list((study / "results/notebook" / notebook).glob("*.png"))
@@ -75,8 +99,18 @@ def test_with_nothing_to_do_nothing_is_done(study):
 
 def test_a_second_clone_without_dvc_has_the_same_bytes(study, tmp_path):
     other = clone(tmp_path)
-    for stage in (["data"], ["evaluator"], ["teacher"], ["pairs"], ["distill", "get"], ["evaluate", "get"], ["diffusion", "fpdm"],
-                  ["evaluate", "fpdm"], ["features"], ["gan", "gdd"]):  # fmt: skip
+    for stage in (
+        ["data"],
+        ["evaluator"],
+        ["teacher"],
+        ["pairs"],
+        ["distill", "get"],
+        ["evaluate", "get"],
+        ["diffusion", "fpdm"],
+        ["evaluate", "fpdm"],
+        ["features"],
+        ["gan", "gdd"],
+    ):
         assert run(other, stage) == 0, (other / "log").read_text()
     first, second = content(study), content(other)
     assert len(second) > 35
@@ -99,10 +133,19 @@ def test_changing_one_run_rebuilds_one_run(study):
     before = yaml.safe_load((study / "dvc.lock").read_text())["stages"]
     params = study / "params.yaml"
     text = params.read_text()
-    params.write_text(text.replace("{init: noise, iterations: 2, gradient: jfb", "{init: noise, iterations: 1, gradient: jfb"))
+    params.write_text(
+        text.replace(
+            "{init: noise, iterations: 2, gradient: jfb", "{init: noise, iterations: 1, gradient: jfb"
+        )
+    )
     assert "code:" in call(study, "dvc", "status", "dvc.yaml")
     call(study, "dvc", "repro", "code")
     told = call(study, "dvc", "status", "dvc.yaml")
     params.write_text(text)
-    assert "distill@get-noise" in told and "distill@get:" not in told and "distill@vit" not in told and "teacher:" not in told
+    assert (
+        "distill@get-noise" in told
+        and "distill@get:" not in told
+        and "distill@vit" not in told
+        and "teacher:" not in told
+    )
     assert len(before) == 33

@@ -8,17 +8,30 @@ import torch
 from conftest import golden
 from torch import nn
 
-from equilab import files
-from equilab.config import UserError
-from equilab.training import machine, state
+from equilab.core import files, machine
+from equilab.core.config import UserError
+from equilab.models import checkpoint as state
 from equilab.training.loop import Optimisation, Run, ema_decay, fit, learning_rate
 
 CPU = torch.device("cpu")
 BASE = Optimisation(
-    nimg=320, batch=8, micro_batch=8, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, clip=1.0, warmup_nimg=80, decay="cosine",
-    decay_start_nimg=160, ema_half_life_nimg=64.0, ema_warmup=0.0, precision="fp32", compile=False, report_nimg=80,
+    nimg=320,
+    batch=8,
+    micro_batch=8,
+    lr=1e-2,
+    betas=(0.9, 0.99),
+    weight_decay=0.1,
+    clip=1.0,
+    warmup_nimg=80,
+    decay="cosine",
+    decay_start_nimg=160,
+    ema_half_life_nimg=64.0,
+    ema_warmup=0.0,
+    precision="fp32",
+    compile=False,
+    report_nimg=80,
     snapshots=(160, 320),
-)  # fmt: skip
+)
 TARGET = torch.linspace(-1, 1, 5)
 
 
@@ -87,7 +100,12 @@ def test_accumulated_micro_batches_are_the_large_batch(tmp_path):
     for name, micro in (("one", 8), ("four", 2)):
         (tmp_path / name).mkdir()
     exact = lambda micro, name: Run(  # noqa: E731
-        nn.Sequential(nn.Linear(5, 5)), dataclasses.replace(BASE, micro_batch=micro), 0, name, tmp_path / name, CPU
+        nn.Sequential(nn.Linear(5, 5)),
+        dataclasses.replace(BASE, micro_batch=micro),
+        0,
+        name,
+        tmp_path / name,
+        CPU,
     )
     one, four = exact(8, "one"), exact(2, "four")
     four.net.load_state_dict(one.net.state_dict())
@@ -107,7 +125,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_s
 
     batches = list(range(40))
     run = Run(Line(), BASE, 0, "identity", tmp_path, CPU)
-    with pytest.raises(UserError, match=r"the loss became nan at step 13 \(104 images\); .* lower optimisation.lr"):
+    with pytest.raises(
+        UserError, match=r"the loss became nan at step 13 \(104 images\); .* lower optimisation.lr"
+    ):
         for _ in fit(run, batch_of, broken):
             pass
     tensors, metadata = state.load_tensors(tmp_path / "state.safetensors")
@@ -115,7 +135,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_s
 
 
 def test_weights_that_are_no_longer_finite_are_found_where_the_loss_was_still_good(tmp_path):
-    config = dataclasses.replace(BASE, nimg=80, lr=1e38, clip=None, warmup_nimg=0, decay="none", snapshots=(), batch=80, micro_batch=80)
+    config = dataclasses.replace(
+        BASE, nimg=80, lr=1e38, clip=None, warmup_nimg=0, decay="none", snapshots=(), batch=80, micro_batch=80
+    )
     run = Run(Line(), config, 0, "identity", tmp_path, CPU)
     with pytest.raises(UserError, match="weight is no longer finite after 80 images.*nothing is kept"):
         for _ in fit(run, batch_of, lambda net, x: loss(net, x) * 1e30):
@@ -171,10 +193,9 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
 
 def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with files.locked("teacher"):
-        with pytest.raises(UserError, match="another process is working on teacher"):
-            with files.locked("teacher"):
-                pass
+    with files.locked("teacher"), pytest.raises(UserError, match="another process is working on teacher"):
+        with files.locked("teacher"):
+            pass
     with files.locked("teacher"), files.scratch(tmp_path / "work"):
         assert (tmp_path / "work").is_dir()
     assert not (tmp_path / "work").exists()
@@ -184,9 +205,8 @@ def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         files.write(tmp_path / "file" / "log.csv", "text")
-    with pytest.raises(UserError, match="cannot be written"):
-        with files.scratch(tmp_path / "file" / "work"):
-            pass
+    with pytest.raises(UserError, match="cannot be written"), files.scratch(tmp_path / "file" / "work"):
+        pass
     with pytest.raises(UserError, match="GiB needed, .* GiB free"):
         files.require_disk(tmp_path / "not" / "yet", 2**60)
 
@@ -199,10 +219,21 @@ def test_precision_bf16_is_autocast_and_fp32_is_not():
         assert (a @ a).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "batch", "half_life"), [("cifar", 256, 500_000.0), ("imagenet", 512, 50_000_000.0)])
+@pytest.mark.parametrize(
+    ("name", "batch", "half_life"), [("cifar", 256, 500_000.0), ("imagenet", 512, 50_000_000.0)]
+)
 def test_the_average_decays_as_published(name, batch, half_life):
     tensors, _ = golden("gdd_ncsnpp")
     nimg, decay = (tensors[f"out.ema.{name}.{key}"] for key in ("images_before_step", "decay"))
-    config = dataclasses.replace(BASE, batch=batch, micro_batch=batch, nimg=batch, report_nimg=batch, ema_half_life_nimg=half_life, ema_warmup=0.05, snapshots=())
+    config = dataclasses.replace(
+        BASE,
+        batch=batch,
+        micro_batch=batch,
+        nimg=batch,
+        report_nimg=batch,
+        ema_half_life_nimg=half_life,
+        ema_warmup=0.05,
+        snapshots=(),
+    )
     found = [ema_decay(config, int(seen)) for seen in nimg]
     assert len(found) == 43 and found == pytest.approx(decay.tolist(), rel=1e-12)

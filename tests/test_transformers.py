@@ -7,7 +7,7 @@ from hashed import hashed_weights, signed_uniform
 from torch.nn import functional as F
 
 from equilab import published
-from equilab.metrics.cost import parameters
+from equilab.metrics.counting import parameters
 from equilab.models import get, vit
 from equilab.solvers import Gradient, Solver, equilibrium
 
@@ -46,7 +46,9 @@ def test_get_gives_the_published_injections_and_images_after_k_iterations(name):
     if label is None:
         close(torch.cat(injections, 2), t["out.injection"], 1e-5)
     else:
-        close(torch.cat(injections, 2) - model.embedding(label).repeat(1, 2)[:, None], t["out.injection"], 1e-5)
+        close(
+            torch.cat(injections, 2) - model.embedding(label).repeat(1, 2)[:, None], t["out.injection"], 1e-5
+        )
     for k in (1, 2, 3, 6):
         image = model(t["in.x"], label, t["in.z0"], Solver("iterate", k, 0.0, "last")).image
         close(image, t[f"out.plain_iter{k}"], 1e-5)
@@ -56,7 +58,9 @@ def test_get_gives_the_published_injections_and_images_after_k_iterations(name):
 def test_get_evaluates_at_the_lowest_residual_as_published(name):
     model, t, label = load("get", name)
     for k in (1, 2, 3, 6):
-        image, solution = model(t["in.x"], label, t["in.z0"], Solver("iterate", k, 0.0, "lowest", record=True))
+        image, solution = model(
+            t["in.x"], label, t["in.z0"], Solver("iterate", k, 0.0, "lowest", record=True)
+        )
         close(image, t[f"out.official_eval_iter{k}"], 1e-5)
         states = torch.stack([t["in.z0"], *solution.iterates])
         distances = (states[1:] - states[:-1]).flatten(2).norm(dim=2).T  # (B, K)
@@ -99,7 +103,9 @@ def hashed_model(family, size):
     kind = {"get": get.GET, "vit": vit.ViT}[family]
     model = kind((3, 32, 32), 0, **module.SIZES[size])
     names = {
-        published_key: ours for published_key, ours in vit.published_keys(model).items() if published_key != "pos_embed"
+        published_key: ours
+        for published_key, ours in vit.published_keys(model).items()
+        if published_key != "pos_embed"
     }
     state = model.state_dict()
     weights = hashed_weights({key: state[ours].shape for key, ours in names.items()})

@@ -11,7 +11,13 @@ from equilab.models.unet import ARCHITECTURES, UNet
 
 CIFAR10 = {"width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
 FFHQ = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
-IMAGENET = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "head_channels": 64}
+IMAGENET = {
+    "width": 192,
+    "multipliers": (1, 2, 3, 4),
+    "blocks": 3,
+    "attention": (32, 16, 8),
+    "head_channels": 64,
+}
 TINY = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0}
 TINY |= {"dropout": 0.1, "augment": 0}
 
@@ -21,7 +27,11 @@ def stored(name):
     values, metadata = golden(name)
     config = {"head_channels": 8} if name == "edm_adm" else {}
     one_hot = values.get("in.class_labels")
-    return values, published.load("edm", weights_of(values), **config), None if one_hot is None else one_hot.argmax(1)
+    return (
+        values,
+        published.load("edm", weights_of(values), **config),
+        None if one_hot is None else one_hot.argmax(1),
+    )
 
 
 def assert_agree(ours, reference, tolerance):
@@ -66,7 +76,12 @@ def test_full_size_networks_agree_with_the_published_ones(name):
     image = (3, config["img_resolution"], config["img_resolution"])
     with torch.device("meta"):
         net = UNet(
-            image, config["label_dim"], architecture=architecture, dropout=0.0, augment=config["augment_dim"], **sizes
+            image,
+            config["label_dim"],
+            architecture=architecture,
+            dropout=0.0,
+            augment=config["augment_dim"],
+            **sizes,
         )
     shapes = {f"model.{key}": value.shape for key, value in net.state_dict().items()}
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0] if architecture == "ncsnpp" else [1.0, 1.0])
@@ -82,11 +97,15 @@ def test_full_size_networks_agree_with_the_published_ones(name):
 def test_networks_have_the_published_numbers_of_parameters_buffers_and_tensors(facts):
     for name, counts in facts["edm_parameters"].items():
         architecture = next(a for a in ARCHITECTURES if a in name)
-        sizes, height = (CIFAR10, 32) if "cifar10" in name else (IMAGENET, 64) if "imagenet" in name else (FFHQ, 64)
+        sizes, height = (
+            (CIFAR10, 32) if "cifar10" in name else (IMAGENET, 64) if "imagenet" in name else (FFHQ, 64)
+        )
         classes = (1000 if "imagenet" in name else 10) if name.find("_cond") > 0 else 0
         augment = 9 if name.endswith("dim9") else 0
         with torch.device("meta"):
-            net = UNet((3, height, height), classes, architecture=architecture, dropout=0.0, augment=augment, **sizes)
+            net = UNet(
+                (3, height, height), classes, architecture=architecture, dropout=0.0, augment=augment, **sizes
+            )
         assert sum(p.numel() for p in net.parameters()) == counts["parameters"], name
         assert sum(b.numel() for b in net.buffers()) == counts["buffers"], name
         assert len(net.state_dict()) == counts["state_dict_tensors"], name

@@ -5,7 +5,9 @@ from pathlib import Path
 import sklearn.datasets  # noqa: F401
 import torch._dynamo  # noqa: F401
 
-from equilab import __main__, config, evaluate  # noqa: F401
+from equilab import __main__
+from equilab.core import config
+from equilab.stages import evaluate  # noqa: F401
 from equilab.training import teacher
 
 sections = config.read(Path(__file__).parent.parent / "studies/smoke/params.yaml")

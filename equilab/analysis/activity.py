@@ -13,12 +13,24 @@ from equilab.analysis import figures
 from equilab.analysis.figures import axes
 from equilab.analysis.tables import read_table
 from equilab.analysis.verdicts import ordered
-from equilab.config import UserError
+from equilab.core.config import UserError
 
 UNETS = ("unet", "student")
-AXES = {"unet": "step, from sigma_max to sigma_min", "student": "step, from sigma_max to sigma_min",
-        "dit": "step, from the noisiest timestep", "fpdm": "step, from the noisiest timestep", "get": "iteration"}  # fmt: skip
-AT = {"unet": "sigma", "student": "sigma", "dit": "timestep", "fpdm": "timestep", "get": "iteration"}  # what a step is at
+AXES = {
+    "unet": "step, from sigma_max to sigma_min",
+    "student": "step, from sigma_max to sigma_min",
+    "dit": "step, from the noisiest timestep",
+    "fpdm": "step, from the noisiest timestep",
+    "get": "iteration",
+}
+AT = {
+    "unet": "sigma",
+    "student": "sigma",
+    "dit": "timestep",
+    "fpdm": "timestep",
+    "get": "iteration",
+}  # what a step is at
+
 
 def read(folder: Path | str, value: str) -> pd.DataFrame:
     """Return the activity of every layer, with `level`: its `value`, "mean" or "rms", min-max normalised over the steps of the
@@ -35,7 +47,9 @@ def read(folder: Path | str, value: str) -> pd.DataFrame:
     low, high = by.transform("min"), by.transform("max")
     part = found["layer"].str.split(".").str[0].map({"enc": "encoder", "dec": "decoder"}).fillna("layers")
     found = found.assign(level=(found[value] - low) / (high - low).where(high > low), part=part)
-    order = found.groupby(["run", "part"], sort=False)["depth"].transform(lambda depth: depth.rank(method="dense") - 1)
+    order = found.groupby(["run", "part"], sort=False)["depth"].transform(
+        lambda depth: depth.rank(method="dense") - 1
+    )
     last = found.groupby(["run", "part"], sort=False)["depth"].transform("nunique") - 1
     return found.assign(deep=np.where(part == "decoder", last - order, order).astype(int))
 
@@ -79,10 +93,21 @@ def _drawn(found: pd.DataFrame, parts: list[tuple[str, str]]) -> tuple[Figure, p
             rows = found[(found["run"] == run) & (found["part"] == part)]
             count = max(rows["deep"].max(), 1) if len(rows) else 1
             for layer, one in rows.groupby("layer", sort=False):
-                colour = colormaps["coolwarm_r"](one["deep"].iloc[0] / count)  # red: shallow, blue: deep, as published
-                ax.plot(one["at" if one["family"].iloc[0] == "get" else "step"], one["level"], color=colour, label=layer.partition(".")[2] or layer)
+                colour = colormaps["coolwarm_r"](
+                    one["deep"].iloc[0] / count
+                )  # red: shallow, blue: deep, as published
+                ax.plot(
+                    one["at" if one["family"].iloc[0] == "get" else "step"],
+                    one["level"],
+                    color=colour,
+                    label=layer.partition(".")[2] or layer,
+                )
             family = rows["family"].iloc[0] if len(rows) else "unet"
-            ax.set(title=f"{run}, {part}: {told}" if len(parts) > 1 else f"{run}: {told}", xlabel=AXES[family], ylabel="activity, 0 to 1")
+            ax.set(
+                title=f"{run}, {part}: {told}" if len(parts) > 1 else f"{run}: {told}",
+                xlabel=AXES[family],
+                ylabel="activity, 0 to 1",
+            )
             ax.legend(fontsize=5.5, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure, found[["run", "layer", "deep", "step", "at", "mean", "rms", "level"]]
 
@@ -92,6 +117,10 @@ def at(found: pd.DataFrame, run: str, step: int) -> Figure:
     rows = found[(found["run"] == run) & (found["step"] == step)].sort_values("depth")
     figure, grid = axes(1, 1, 2.4)
     grid[0, 0].bar(rows["layer"], rows["level"].fillna(0), color=figures.BLUE)
-    grid[0, 0].set(ylim=(0, 1.05), ylabel="activity, 0 to 1", title=f"{run}, step {step}: {AT[rows['family'].iloc[0]]} {rows['at'].iloc[0]:.3g}")
+    grid[0, 0].set(
+        ylim=(0, 1.05),
+        ylabel="activity, 0 to 1",
+        title=f"{run}, step {step}: {AT[rows['family'].iloc[0]]} {rows['at'].iloc[0]:.3g}",
+    )
     grid[0, 0].tick_params(axis="x", rotation=60)
     return figure

@@ -14,17 +14,57 @@ from matplotlib.ticker import MaxNLocator
 
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, ORANGE, axes, curve, legend, logarithmic
-from equilab.analysis.tables import SCHEDULE, TUNED, Results, evaluated, first_seeds, read_table, replicated, short
-from equilab.config import UserError, digest, read_json
+from equilab.analysis.tables import (
+    SCHEDULE,
+    TUNED,
+    Results,
+    evaluated,
+    first_seeds,
+    read_table,
+    replicated,
+    short,
+)
+from equilab.core.config import UserError, digest, read_json
 
-SETTING = ("method", "steps", "eta", "clamp", "guidance_scale", "guidance_channels", "blocks", "budget", "reuse", "solver",
-           "tolerance", "memory", "mixing")  # fmt: skip
-FREE = ("method", "eta", "steps", "blocks", "budget", "reuse")  # what the analyses vary; all else is as in the headline
+SETTING = (
+    "method",
+    "steps",
+    "eta",
+    "clamp",
+    "guidance_scale",
+    "guidance_channels",
+    "blocks",
+    "budget",
+    "reuse",
+    "solver",
+    "tolerance",
+    "memory",
+    "mixing",
+)
+FREE = (
+    "method",
+    "eta",
+    "steps",
+    "blocks",
+    "budget",
+    "reuse",
+)  # what the analyses vary; all else is as in the headline
 MEASURED = ["run", "what", "batch", "memory_mib", "seconds", "images_s"]  # columns of cost.csv
 METHODS = {"ddpm": "DDPM", "ddim": "DDIM"}
-LOOKS = {"FPDM": {"color": BLUE, "marker": "o", "label": "FPDM"}, "DiT": {"color": ORANGE, "marker": "^", "label": "DiT"}}
-REUSE = {True: {"color": BLUE, "marker": "o", "label": "with reuse"},
-         False: {"color": BLUE, "marker": "s", "markerfacecolor": "white", "linestyle": (0, (4, 2)), "label": "without"}}  # fmt: skip
+LOOKS = {
+    "FPDM": {"color": BLUE, "marker": "o", "label": "FPDM"},
+    "DiT": {"color": ORANGE, "marker": "^", "label": "DiT"},
+}
+REUSE = {
+    True: {"color": BLUE, "marker": "o", "label": "with reuse"},
+    False: {
+        "color": BLUE,
+        "marker": "s",
+        "markerfacecolor": "white",
+        "linestyle": (0, (4, 2)),
+        "label": "without",
+    },
+}
 KINDS = ("constant", "increasing", "decreasing", "adaptive")
 
 
@@ -37,10 +77,14 @@ class Chains(Results):
 
     def averaged(self, rows: pd.DataFrame, confidence: float) -> pd.DataFrame:
         """Return rows with the seeds of a model and setting averaged."""
-        filled = rows.assign(**{name: rows[name].astype(object).where(rows[name].notna(), "-") for name in SETTING})
+        filled = rows.assign(
+            **{name: rows[name].astype(object).where(rows[name].notna(), "-") for name in SETTING}
+        )
         filled = filled.drop_duplicates(["run", *SETTING])
         found = replicated(filled, ["model", *SETTING], [self.distance], confidence)
-        return found.sort_values(["family", "parameters", "block_evals", "steps"], kind="stable").reset_index(drop=True)
+        return found.sort_values(["family", "parameters", "block_evals", "steps"], kind="stable").reset_index(
+            drop=True
+        )
 
 
 def read(folder: Path | str) -> Chains:
@@ -55,7 +99,9 @@ def read(folder: Path | str) -> Chains:
         about = _about(folder / read_json(path, "of")["of"] / "summary.json")
         parts.append(sweep.assign(position=sweep.index, folder=path.parent, **about))
     if not parts:
-        raise UserError(f"{folder} holds no evaluated run of diffusion; run `dvc repro`, or give another results folder")
+        raise UserError(
+            f"{folder} holds no evaluated run of diffusion; run `dvc repro`, or give another results folder"
+        )
     rows = pd.concat(parts, ignore_index=True)
     rows["each"] = rows["block_evals"] / rows["nfe"] - rows["explicit"]
     rows = rows.assign(label=rows["model"].map(first_seeds(rows)), plain=_plain(rows))
@@ -77,15 +123,28 @@ def _about(path: Path) -> dict[str, Any]:
     network, fixed = config["network"], config["fixed_point"] or {}
     layers = network["depth"] if network["kind"] == "dit" else network["pre"] + network["post"]
     seedless = {**config, "seed": None}
-    unscheduled = {**seedless, "optimisation": {k: v for k, v in config["optimisation"].items() if k not in (*TUNED, *SCHEDULE)}}
+    unscheduled = {
+        **seedless,
+        "optimisation": {k: v for k, v in config["optimisation"].items() if k not in (*TUNED, *SCHEDULE)},
+    }
     return {
-        "run": summary["run"], "seed": config["seed"], "model": digest(seedless), "nimg": summary["nimg"],
-        "family": {"dit": "DiT", "fpdm": "FPDM"}[network["kind"]], "parameters": summary["parameters"],
-        "explicit": layers, "pre": network.get("pre"), "post": network.get("post"), "gradient": fixed.get("gradient"),
-        "weight": config["weight"], "without": fixed.get("without"), "with": fixed.get("steps"), "train_flops": summary["train_flops_image"] * summary["nimg"],
+        "run": summary["run"],
+        "seed": config["seed"],
+        "model": digest(seedless),
+        "nimg": summary["nimg"],
+        "family": {"dit": "DiT", "fpdm": "FPDM"}[network["kind"]],
+        "parameters": summary["parameters"],
+        "explicit": layers,
+        "pre": network.get("pre"),
+        "post": network.get("post"),
+        "gradient": fixed.get("gradient"),
+        "weight": config["weight"],
+        "without": fixed.get("without"),
+        "with": fixed.get("steps"),
+        "train_flops": summary["train_flops_image"] * summary["nimg"],
         "but_layers": digest({**unscheduled, "network": {**network, "pre": None, "post": None}}),
         "but_training": digest({**unscheduled, "fixed_point": None}),
-    }  # fmt: skip
+    }
 
 
 def usual(study: Chains) -> pd.DataFrame:
@@ -105,7 +164,11 @@ def trained_alike(study: Chains) -> pd.DataFrame:
     head = rows[rows["model"] == base(study)].iloc[:1]
     work = np.abs(np.log(rows["train_flops"] / head["train_flops"].sum())) <= np.log(1.1)
     images = rows["nimg"] == head["nimg"].sum()
-    return rows[work] if rows.loc[work, "model"].nunique() > rows.loc[images, "model"].nunique() else rows[images]
+    return (
+        rows[work]
+        if rows.loc[work, "model"].nunique() > rows.loc[images, "model"].nunique()
+        else rows[images]
+    )
 
 
 def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
@@ -115,15 +178,24 @@ def budgets(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     figure, grid = axes(1, 3, 2.9)
     for name, rows in paper.FPDM_BLOCKS.groupby("model", sort=False):
         for method, line in (("DDPM", ":"), ("DDIM", "-")):
-            grid[0, 0].plot(rows["blocks"], rows[method], linestyle=line, **{**LOOKS[name], "label": f"{name}, {method}"})
+            grid[0, 0].plot(
+                rows["blocks"], rows[method], linestyle=line, **{**LOOKS[name], "label": f"{name}, {method}"}
+            )
     grid[0, 0].set(title="paper: ImageNet 256", xlabel="transformer blocks for an image", ylabel="FID")
     for ax, method in zip(grid[0, 1:], ("ddpm", "ddim")):
         for model, rows in found[found["method"] == method].groupby("model", sort=False):
             look = {**LOOKS[rows["family"].iloc[0]], "label": _named(rows.iloc[0])}
-            look |= {} if model in (base(study), base(study, "DiT")) else {"markerfacecolor": "white", "linestyle": _lines(study)[model]}
+            look |= (
+                {}
+                if model in (base(study), base(study, "DiT"))
+                else {"markerfacecolor": "white", "linestyle": _lines(study)[model]}
+            )
             curve(ax, rows.sort_values("block_evals"), "block_evals", study.distance, look)
-        ax.set(title=f"ours: {METHODS[method]}, {study.samples:,} images", xlabel="transformer blocks for an image",
-               ylabel=study.score)  # fmt: skip
+        ax.set(
+            title=f"ours: {METHODS[method]}, {study.samples:,} images",
+            xlabel="transformer blocks for an image",
+            ylabel=study.score,
+        )
     for ax in grid[0]:
         if ax.has_data():
             logarithmic(ax)
@@ -140,12 +212,23 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     ax = grid[0, 0]
     for reuse, look in REUSE.items():
         curve(ax, found[found["reuse"] == reuse].sort_values("each"), "each", study.distance, look)
-    dit = study.averaged(usual(study), confidence).query("family == 'DiT' and method == 'ddim' and block_evals == @blocks")
+    dit = study.averaged(usual(study), confidence).query(
+        "family == 'DiT' and method == 'ddim' and block_evals == @blocks"
+    )
     for _, row in dit.iterrows():
         name = f"{_named(row)}: {row['steps']} steps of {row['explicit']}"
-        ax.axhline(row[study.distance], color=ORANGE, linewidth=0.9, linestyle=_lines(study)[row["model"]], label=name)
-    ax.set(title=f"ours: {blocks:.0f} blocks, DDIM, {study.samples:,} images", xlabel="iterations of a step (fewer: more steps)",
-           ylabel=study.score)  # fmt: skip
+        ax.axhline(
+            row[study.distance],
+            color=ORANGE,
+            linewidth=0.9,
+            linestyle=_lines(study)[row["model"]],
+            label=name,
+        )
+    ax.set(
+        title=f"ours: {blocks:.0f} blocks, DDIM, {study.samples:,} images",
+        xlabel="iterations of a step (fewer: more steps)",
+        ylabel=study.score,
+    )
     logarithmic(ax)
     legend(figure, grid)
     return figure, _numbers(study, pd.concat([found, dit]))
@@ -154,7 +237,9 @@ def smoothing(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
 def _lines(study: Chains) -> dict[str, str]:
     """Return how the line of each DiT is drawn, in every figure: solid for the one that is the paper's."""
     others = dict.fromkeys(study.rows.loc[study.rows["family"] == "DiT", "model"])
-    return dict(zip(dict.fromkeys([base(study, "DiT"), *others]), ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))))
+    return dict(
+        zip(dict.fromkeys([base(study, "DiT"), *others]), ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))))
+    )
 
 
 def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
@@ -162,7 +247,9 @@ def smoothed(study: Chains) -> tuple[Figure, pd.DataFrame]:
     that spends as much (figure 5)."""
     rows, blocks = fixed(study)
     rows = rows[rows["reuse"] == True].sort_values(["seed", "each"]).drop_duplicates("each")  # noqa: E712
-    dit = study.rows[(study.rows["model"] == base(study, "DiT")) & study.rows["plain"] & (study.rows["method"] == "ddim")]
+    dit = study.rows[
+        (study.rows["model"] == base(study, "DiT")) & study.rows["plain"] & (study.rows["method"] == "ddim")
+    ]
     rows = pd.concat([rows, dit[dit["block_evals"] == blocks].sort_values("seed").iloc[:1]])
     figure, grid = axes(max(len(rows), 1), 12, 0.15 + figures.WIDTH / 13 * len(rows))
     for line, row in zip(grid, rows.itertuples()):
@@ -193,8 +280,14 @@ def base(study: Chains, family: str = "FPDM") -> str:
 def alike(study: Chains) -> list[pd.DataFrame]:
     """Return the groups of rows that differ in nothing but the kind of budget, the most iterations to be moved first."""
     rows = study.rows[(study.rows["model"] == base(study)) & study.rows["plain"]]
-    groups = [group for _, group in rows.groupby(["method", "steps", "blocks", "reuse"]) if group["budget"].nunique() > 1]
-    return sorted(groups, key=lambda group: (group["each"].iloc[0] - 1) * group["steps"].iloc[0], reverse=True)
+    groups = [
+        group
+        for _, group in rows.groupby(["method", "steps", "blocks", "reuse"])
+        if group["budget"].nunique() > 1
+    ]
+    return sorted(
+        groups, key=lambda group: (group["each"].iloc[0] - 1) * group["steps"].iloc[0], reverse=True
+    )
 
 
 def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
@@ -208,20 +301,36 @@ def allocations(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]
             for row in rows[rows["budget"] == kind].sort_values("seed").iloc[:1].itertuples():
                 kept = np.load(row.folder / "iterates.npz")
                 counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
-                grid[0, 0].plot(np.arange(1, len(counts) + 1), counts, marker=marker, label=kind, color=figures.TONES[k])
+                grid[0, 0].plot(
+                    np.arange(1, len(counts) + 1), counts, marker=marker, label=kind, color=figures.TONES[k]
+                )
                 grid[0, 0].set_title(f"{row.steps} steps, {counts.sum():.0f} iterations in all")
     for k, rows in enumerate(groups):
         means = study.averaged(rows, confidence).drop_duplicates("budget").set_index("budget").reindex(KINDS)
         if pd.isna(means.loc["constant", study.distance]):
             continue
-        ratio, half = (means[name] / means.loc["constant", study.distance] for name in (study.distance, f"{study.distance}_half"))
+        ratio, half = (
+            means[name] / means.loc["constant", study.distance]
+            for name in (study.distance, f"{study.distance}_half")
+        )
         row, place = means.loc["constant"], np.arange(len(KINDS)) + 0.12 * (k - (len(groups) - 1) / 2)
-        grid[0, 1].errorbar(place, ratio, yerr=None if half.isna().all() else half, marker="vPX*h"[k % 5], linestyle="none", capsize=2,
-                            color=figures.GREY, alpha=1 - 0.25 * (k % 4), label=f"{row['steps']} steps, {row['blocks']:.0f} blocks")  # fmt: skip
+        grid[0, 1].errorbar(
+            place,
+            ratio,
+            yerr=None if half.isna().all() else half,
+            marker="vPX*h"[k % 5],
+            linestyle="none",
+            capsize=2,
+            color=figures.GREY,
+            alpha=1 - 0.25 * (k % 4),
+            label=f"{row['steps']} steps, {row['blocks']:.0f} blocks",
+        )
     grid[0, 0].set(xlabel="step, the noisiest first", ylabel="iterations")
     grid[0, 1].set(ylabel=f"{study.score} over that of constant", title=f"ours: {study.samples:,} images")
     grid[0, 1].set_xticks(range(len(KINDS)), KINDS, rotation=30)
-    grid[0, 1].set_ylim(*(min(grid[0, 1].get_ylim()[0], 0.8), max(grid[0, 1].get_ylim()[1], 1.2)))  # small gaps look small
+    grid[0, 1].set_ylim(
+        *(min(grid[0, 1].get_ylim()[0], 0.8), max(grid[0, 1].get_ylim()[1], 1.2))
+    )  # small gaps look small
     for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
     legend(figure, grid)
@@ -241,10 +350,16 @@ def convergence(study: Chains) -> tuple[Figure, pd.DataFrame]:
         last = rows.sort_values("iteration").groupby("t").last().reset_index()
         look = {**REUSE[reuse], "markersize": 3}
         grid[0, 0].plot(last["t"], last["residual"], **look)
-        grid[0, 0].fill_between(last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0)
-    few = found.loc[found["steps"] >= 4, "steps"].min() if (found["steps"] >= 4).any() else found["steps"].min()  # the first reuses nothing
+        grid[0, 0].fill_between(
+            last["t"], last["residual_10"], last["residual_90"], color=look["color"], alpha=0.12, linewidth=0
+        )
+    few = (
+        found.loc[found["steps"] >= 4, "steps"].min() if (found["steps"] >= 4).any() else found["steps"].min()
+    )  # the first reuses nothing
     shortest = found[found["steps"] == few]
-    tones = dict(zip(times := sorted(shortest["t"].unique()), colormaps["viridis"](np.linspace(0, 0.9, len(times)))))
+    tones = dict(
+        zip(times := sorted(shortest["t"].unique()), colormaps["viridis"](np.linspace(0, 0.9, len(times))))
+    )
     for (reuse, t), rows in shortest.groupby(["reuse", "t"], sort=False):
         named = {"color": tones[t], "label": f"t = {t}" if reuse else None, "markersize": 3}
         grid[0, 1].plot(rows["iteration"], rows["residual"], **{**REUSE[reuse], **named})
@@ -266,7 +381,9 @@ def residuals(study: Chains) -> pd.DataFrame:
         kept = np.load(row.folder / "iterates.npz")
         residual, t = kept[f"residual_{row.position}"], kept[f"t_{row.position}"]  # (3, S, K), (S,)
         for s, k in zip(*np.nonzero(np.isfinite(residual[1]))):
-            numbers.append((row.seed, row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]]))
+            numbers.append(
+                (row.seed, row.steps, row.each, row.reuse, t[s], k + 1, *residual[:, s, k][[1, 0, 2]])
+            )
     columns = ["seed", "steps", "each", "reuse", "t", "iteration", "residual", "residual_10", "residual_90"]
     return pd.DataFrame(numbers, columns=columns)
 
@@ -287,12 +404,18 @@ def spread(row: Any) -> Figure:
     counts = np.isfinite(kept[f"residual_{row.position}"][1]).sum(1)  # (S,)
     ax = figure.add_subplot(grid[:, :5])
     ax.bar(np.arange(1, len(counts) + 1), counts, color=BLUE)
-    ax.set(xlabel="step, the noisiest first", ylabel="iterations", title=f"{row.steps} steps, {counts.sum()} iterations in all")
+    ax.set(
+        xlabel="step, the noisiest first",
+        ylabel="iterations",
+        title=f"{row.steps} steps, {counts.sum()} iterations in all",
+    )
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
     for k in range(10):
         marked = bool(kept[f"diverged_{row.position}"][k])
-        figures.picture(figure.add_subplot(grid[k // 5, 5 + k % 5]), kept[f"image_{row.position}"][k], marked=marked)
+        figures.picture(
+            figure.add_subplot(grid[k // 5, 5 + k % 5]), kept[f"image_{row.position}"][k], marked=marked
+        )
     return figure
 
 
@@ -304,9 +427,17 @@ def layers(study: Chains, confidence: float) -> tuple[Figure, pd.DataFrame]:
     found = study.averaged(rows[rows["but_layers"].isin(same) & (rows["method"] == "ddim")], confidence)
     figure, grid = axes(1, 1, 2.9)
     for k, (layers, one) in enumerate(found.sort_values("pre").groupby("pre")):
-        look = {"color": figures.TONES[k], "marker": "os^Dv"[k % 5], "label": f"{layers:.0f} before, {one['post'].iloc[0]:.0f} after"}
+        look = {
+            "color": figures.TONES[k],
+            "marker": "os^Dv"[k % 5],
+            "label": f"{layers:.0f} before, {one['post'].iloc[0]:.0f} after",
+        }
         curve(grid[0, 0], one.sort_values("block_evals"), "block_evals", study.distance, look)
-    grid[0, 0].set(title=f"ours: DDIM, {study.samples:,} images", xlabel="transformer blocks for an image", ylabel=study.score)
+    grid[0, 0].set(
+        title=f"ours: DDIM, {study.samples:,} images",
+        xlabel="transformer blocks for an image",
+        ylabel=study.score,
+    )
     if grid[0, 0].has_data():
         logarithmic(grid[0, 0])
     legend(figure, grid)
@@ -318,8 +449,10 @@ def about(study: Chains) -> str:
     rows = study.rows.drop_duplicates("run")
     seeds = rows.groupby("model")["seed"].nunique()
     within = lambda values: " to ".join(dict.fromkeys(f"{value:,}" for value in (values.min(), values.max())))  # noqa: E731
-    return (f"This study: {len(seeds)} denoisers of discrete timesteps, seeds: {within(seeds)}, that saw {within(rows['nimg'])} images. {study.score} "
-            f"is measured on {study.samples:,} images against the training images; training images drawn at random reach {study.floor:.3g}.")  # fmt: skip
+    return (
+        f"This study: {len(seeds)} denoisers of discrete timesteps, seeds: {within(seeds)}, that saw {within(rows['nimg'])} images. {study.score} "
+        f"is measured on {study.samples:,} images against the training images; training images drawn at random reach {study.floor:.3g}."
+    )
 
 
 def costs(study: Chains) -> pd.DataFrame:
@@ -327,19 +460,38 @@ def costs(study: Chains) -> pd.DataFrame:
     the most iterations that training draws; no rows if nothing was measured."""
     path = study.folder / "cost" / "cost.csv"
     measured = (read_table(path) if path.exists() else pd.DataFrame()).reindex(columns=MEASURED)
-    rows = measured[measured["what"] == "train"].merge(study.rows.drop_duplicates("run")[["run", "model", "family", "parameters"]])
+    rows = measured[measured["what"] == "train"].merge(
+        study.rows.drop_duplicates("run")[["run", "model", "family", "parameters"]]
+    )
     return rows.drop(columns="what")
 
 
 def trainings(study: Chains, confidence: float) -> pd.DataFrame:
     """Return the paper's tables 3 to 5 and figure 7 of this study: every model at its headline setting."""
     found = study.averaged(study.rows[study.rows["position"] == 0], confidence)
-    half = found[f"{study.distance}_half"].map(lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}")
-    shown = found.assign(parameters=found["parameters"].map(short), train_flops=found["train_flops"].map(short))
+    half = found[f"{study.distance}_half"].map(
+        lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}"
+    )
+    shown = found.assign(
+        parameters=found["parameters"].map(short), train_flops=found["train_flops"].map(short)
+    )
     shown[study.distance] = found[study.distance].map("{:.4g}".format) + half
-    names = {"label": "run", "parameters": "parameters", "pre": "pre", "post": "post", "gradient": "gradient",
-             "without": "N", "with": "M", "weight": "weight", "train_flops": "training FLOPs", "block_evals": "blocks", study.distance: study.score,
-             "residual": "residual", "diverged": "diverged", "n": "seeds"}  # fmt: skip
+    names = {
+        "label": "run",
+        "parameters": "parameters",
+        "pre": "pre",
+        "post": "post",
+        "gradient": "gradient",
+        "without": "N",
+        "with": "M",
+        "weight": "weight",
+        "train_flops": "training FLOPs",
+        "block_evals": "blocks",
+        study.distance: study.score,
+        "residual": "residual",
+        "diverged": "diverged",
+        "n": "seeds",
+    }
     return shown[list(names)].rename(columns=names)
 
 
@@ -348,5 +500,16 @@ def _named(row: pd.Series) -> str:
 
 
 def _numbers(study: Chains, found: pd.DataFrame) -> pd.DataFrame:
-    kept = ["label", "family", "parameters", *SETTING, "each", "block_evals", study.distance, f"{study.distance}_half", "diverged", "n"]
+    kept = [
+        "label",
+        "family",
+        "parameters",
+        *SETTING,
+        "each",
+        "block_evals",
+        study.distance,
+        f"{study.distance}_half",
+        "diverged",
+        "n",
+    ]
     return found[[column for column in kept if column in found]]

@@ -13,7 +13,14 @@ from matplotlib.figure import Figure
 from equilab.analysis import activity, chains, figures, students
 from equilab.analysis.tables import Tables, short
 
-SETTING = ("method", "steps", "most_iterations", "tolerance", "pick", "init")  # what a solver or a sampler is set to
+SETTING = (
+    "method",
+    "steps",
+    "most_iterations",
+    "tolerance",
+    "pick",
+    "init",
+)  # what a solver or a sampler is set to
 
 
 def iterates(tables: Tables) -> widgets.Widget:
@@ -54,8 +61,10 @@ def settings(tables: Tables) -> widgets.Widget:
         told = {**tables.measures, "nfe": "nfe", "iterations": "iterations", "flops": "FLOPs of an image"}
         found = row[list(told)].dropna().map(short).rename(told)
         found["images per second, measured"] = _speed(tables, row)
-        same = row["headline"] or row["as_headline"] and not pd.isna(row["iterations"])
-        found["images shown"] = f"after {shown} of {len(images)}" if same else "of the first setting; not kept at this one"
+        same = row["headline"] or (row["as_headline"] and not pd.isna(row["iterations"]))
+        found["images shown"] = (
+            f"after {shown} of {len(images)}" if same else "of the first setting; not kept at this one"
+        )
         about.value = found.to_frame().to_html(header=False, border=0)
 
     run.observe(lambda change: setattr(setting, "options", options(change["new"])), "value")
@@ -72,10 +81,15 @@ def budgets(study: chains.Chains) -> widgets.Widget:
         return widgets.HTML("This study samples no FPDM by DDIM at several numbers of steps.")
 
     def options(steps: int) -> list[tuple[str, int]]:
-        return [(f"{row['budget']}, {'with' if row['reuse'] else 'without'} reuse", k) for k, row in rows.iterrows()
-                if row["steps"] == steps]  # fmt: skip
+        return [
+            (f"{row['budget']}, {'with' if row['reuse'] else 'without'} reuse", k)
+            for k, row in rows.iterrows()
+            if row["steps"] == steps
+        ]
 
-    steps = widgets.SelectionSlider(options=sorted(rows["steps"].unique().tolist()), description="steps", continuous_update=False)
+    steps = widgets.SelectionSlider(
+        options=sorted(rows["steps"].unique().tolist()), description="steps", continuous_update=False
+    )
     how = widgets.Dropdown(options=options(steps.value), description="spread")
     about, picture = widgets.HTML(), widgets.Image(format="png")
 
@@ -99,8 +113,12 @@ def one_step(study: students.Students) -> widgets.Widget:
     rows = students.first(study, settings=True)
     chosen = lambda nfe: rows if nfe == "all" else rows[rows["nfe"] == nfe]  # noqa: E731
     levels = lambda nfe: ["all", *dict.fromkeys(chosen(nfe)["sigmas"].dropna())]  # noqa: E731
-    noise = widgets.IntSlider(value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False)
-    steps = widgets.Dropdown(options=["all", *sorted(rows["nfe"].astype(int).unique().tolist())], description="evaluations")
+    noise = widgets.IntSlider(
+        value=0, min=0, max=students.SHOWN - 1, description="noise", continuous_update=False
+    )
+    steps = widgets.Dropdown(
+        options=["all", *sorted(rows["nfe"].astype(int).unique().tolist())], description="evaluations"
+    )
     sigmas = widgets.Dropdown(options=levels("all"), description="sigmas")
     picture = widgets.Image(format="png")
 
@@ -117,7 +135,9 @@ def layers(found: pd.DataFrame) -> widgets.Widget:
     """Return a choice of a run and a slider over its steps: how active each layer is there."""
     last = found.groupby("run", sort=False)["step"].max()
     run = widgets.Dropdown(options=list(last.index), description="run")
-    step = widgets.IntSlider(value=1, min=1, max=int(last.iloc[0]), description="step", continuous_update=False)
+    step = widgets.IntSlider(
+        value=1, min=1, max=int(last.iloc[0]), description="step", continuous_update=False
+    )
     picture = widgets.Image(format="png")
 
     def show(_: Any) -> None:
@@ -137,8 +157,14 @@ def _gallery(images: np.ndarray) -> Figure:
 
 def _name(row: pd.Series) -> str:
     """Return how a setting is called in a list, by what tells it from the run's others."""
-    return ", ".join(f"{c.replace('most_', '')} {row[c]:g}" if isinstance(row[c], float) else str(row[c])
-                     for c in row.index if not pd.isna(row[c])) or "its only way"  # fmt: skip
+    return (
+        ", ".join(
+            f"{c.replace('most_', '')} {row[c]:g}" if isinstance(row[c], float) else str(row[c])
+            for c in row.index
+            if not pd.isna(row[c])
+        )
+        or "its only way"
+    )
 
 
 def _speed(tables: Tables, row: pd.Series) -> str:
@@ -150,7 +176,9 @@ def _speed(tables: Tables, row: pd.Series) -> str:
     return f"{rows['images_s'].iloc[0]:,.0f}" if len(rows) and row["as_headline"] else "not measured"
 
 
-def _board(controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]) -> widgets.Widget:
+def _board(
+    controls: list[widgets.Widget], shown: list[widgets.Widget], show: Callable[[Any], None]
+) -> widgets.Widget:
     """Return controls above what `show` writes anew whenever one of them changes."""
     for control in controls:
         control.observe(show, "value")

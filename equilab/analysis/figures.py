@@ -30,13 +30,31 @@ IMAGES = "training images seen"
 def style() -> None:
     """Set the look of every figure, whatever the user's own settings are."""
     mpl.rcdefaults()
-    sns.set_theme("paper", "ticks", font="DejaVu Sans", rc={
-        "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-        "legend.fontsize": 7.5, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5,
-        "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlelocation": "left", "figure.dpi": 150, "savefig.dpi": 150,
-        "figure.constrained_layout.use": True,
-    })  # fmt: skip
+    sns.set_theme(
+        "paper",
+        "ticks",
+        font="DejaVu Sans",
+        rc={
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8.5,
+            "xtick.labelsize": 7.5,
+            "ytick.labelsize": 7.5,
+            "legend.fontsize": 7.5,
+            "legend.frameon": False,
+            "lines.linewidth": 1.4,
+            "lines.markersize": 4.5,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "grid.linewidth": 0.6,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "figure.dpi": 150,
+            "savefig.dpi": 150,
+            "figure.constrained_layout.use": True,
+        },
+    )
 
 
 def axes(rows: int, columns: int, height: float, **kw) -> tuple[Figure, np.ndarray]:
@@ -73,7 +91,9 @@ def logarithmic(ax, x: bool = True, y: bool = True) -> None:
             scale("log")
             low, high = axis.get_view_interval()
             decades = np.log10(high / low)
-            wide = LogLocator(subs=(1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3 else (1,), numticks=9)
+            wide = LogLocator(
+                subs=(1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3 else (1,), numticks=9
+            )
             axis.set_major_locator(MaxNLocator(4) if decades < 0.8 else wide)
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -98,8 +118,13 @@ def looks(models: pd.DataFrame) -> dict[str, dict]:
         share = 1.0 if len(sizes) == 1 else np.searchsorted(sizes, row.parameters) / (len(sizes) - 1)
         hollow = {"markerfacecolor": "white"} if row.family == "GET as published" else {}
         name = f"{row.family}, {short(row.parameters)}" + (f", patch {row.patch}" if patches else "")
-        found[row.model] = {"color": _tone(COLOURS[row.family], share), "marker": MARKERS[row.family], **hollow,
-                            "linestyle": LINES[row.family], "label": name}  # fmt: skip
+        found[row.model] = {
+            "color": _tone(COLOURS[row.family], share),
+            "marker": MARKERS[row.family],
+            **hollow,
+            "linestyle": LINES[row.family],
+            "label": name,
+        }
     return found
 
 
@@ -107,14 +132,18 @@ def legend(figure: Figure, ax, columns: int = 4) -> None:
     """Put one legend below the figure, with every name once."""
     named = {}
     for one in np.ravel(ax):
-        named |= {label: handle for handle, label in zip(*one.get_legend_handles_labels()) if label not in named}
+        named |= {
+            label: handle for handle, label in zip(*one.get_legend_handles_labels()) if label not in named
+        }
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, columnspacing=1.2)
 
 
 def curve(ax, rows: pd.DataFrame, x: str, measure: str, look: dict) -> None:
     """Draw one line with its interval over seeds where there is one."""
     half = rows[f"{measure}_half"].to_numpy() if f"{measure}_half" in rows else np.full(len(rows), np.nan)
-    ax.errorbar(rows[x], rows[measure], yerr=None if np.isnan(half).all() else half, capsize=2, elinewidth=0.8, **look)
+    ax.errorbar(
+        rows[x], rows[measure], yerr=None if np.isnan(half).all() else half, capsize=2, elinewidth=0.8, **look
+    )
 
 
 def references(ax, tables: Tables, measure: str) -> None:
@@ -124,7 +153,13 @@ def references(ax, tables: Tables, measure: str) -> None:
     ax.axhline(tables.floor, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.5)), label="real against real")
     if len(tables.teacher):
         teacher = tables.teacher.iloc[0]
-        ax.axhline(teacher[measure], color=GREEN, linewidth=0.9, linestyle="-.", label=f"teacher, {teacher['nfe']} nfe")
+        ax.axhline(
+            teacher[measure],
+            color=GREEN,
+            linewidth=0.9,
+            linestyle="-.",
+            label=f"teacher, {teacher['nfe']} nfe",
+        )
 
 
 def trained_at(ax, models: pd.DataFrame) -> None:
@@ -136,7 +171,13 @@ def trained_at(ax, models: pd.DataFrame) -> None:
 
 def ours(tables: Tables, measure: str, seeds: pd.Series) -> str:
     """Return the title of a panel of ours: what is measured, on how many images, over how many seeds."""
-    several = "none" if seeds.empty else f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    several = (
+        "none"
+        if seeds.empty
+        else f"{seeds.min()}"
+        if seeds.min() == seeds.max()
+        else f"{seeds.min()} to {seeds.max()}"
+    )
     named = {tables.distance: f"{tables.score}, {tables.samples:,} images", "l1_held_out": "held-out L1"}
     return f"ours: {named.get(measure, measure)} (seeds: {several})"
 
@@ -148,8 +189,15 @@ def _paper_panel(ax, x: str, name: str, rows: pd.DataFrame) -> None:
             part = part.sort_values(x)
             ax.plot(part[x], part["fid"], color=COLOURS[family], marker=MARKERS[family], label=family)
             at, side = LABELS.get(size, ((4, 3), "left"))
-            ax.annotate(size.split("-")[1], (part[x].iloc[0], part["fid"].iloc[0]), at, textcoords="offset points",
-                        fontsize=6.5, color=COLOURS[family], ha=side)  # fmt: skip
+            ax.annotate(
+                size.split("-")[1],
+                (part[x].iloc[0], part["fid"].iloc[0]),
+                at,
+                textcoords="offset points",
+                fontsize=6.5,
+                color=COLOURS[family],
+                ha=side,
+            )
     ax.margins(0.12)
     ax.set(title="paper: CIFAR-10 (one run each)", xlabel=name, ylabel="FID to the training images")
     logarithmic(ax)
@@ -165,12 +213,22 @@ def changes(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
             at, rows = (found["kind"] == family).to_numpy(), found[found["kind"] == family]
             ratio = rows[f"ratio_{measure}"]
             reach = [ratio - rows[f"low_{measure}"], rows[f"high_{measure}"] - ratio]
-            ax.errorbar(ratio, height[at], xerr=reach, color=COLOURS[family], marker=MARKERS[family], linestyle="none",
-                        capsize=2, elinewidth=0.8)  # fmt: skip
+            ax.errorbar(
+                ratio,
+                height[at],
+                xerr=reach,
+                color=COLOURS[family],
+                marker=MARKERS[family],
+                linestyle="none",
+                capsize=2,
+                elinewidth=0.8,
+            )
         ax.axvline(1, color=GREY, linewidth=0.9)
         if found.empty:
             nothing(ax, "no two models differ in one thing alone")
-        title = ours(tables, measure, tables.runs.groupby("model").size()).removeprefix("ours: ")  # there is no paper's panel
+        title = ours(tables, measure, tables.runs.groupby("model").size()).removeprefix(
+            "ours: "
+        )  # there is no paper's panel
         ax.set(title=title, xlabel="changed / unchanged; below 1: better")
         logarithmic(ax, y=False)
     named = [f"{row.unchanged}: {row.what}" for row in found.itertuples()]
@@ -212,14 +270,22 @@ def compute(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
     return figure, _numbers(tables, found, ["nimg", "train_flops"])
 
 
-def _curves(row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str, whole: pd.DataFrame | None = None) -> None:
+def _curves(
+    row: np.ndarray, tables: Tables, found: pd.DataFrame, x: str, name: str, whole: pd.DataFrame | None = None
+) -> None:
     """Draw a learning curve of every model, a panel for each measure; join the ends of the `whole` trainings of one model."""
     named = looks(found.drop_duplicates("model"))
     for ax, (measure, axis) in zip(row, tables.measures.items()):
         for model, look in named.items():
             curve(ax, found[found["model"] == model].sort_values(x), x, measure, look)
         for _, ends in () if whole is None else whole.sort_values(x).groupby("but_nimg"):
-            ax.plot(ends[x], ends[measure], color=named[ends["model"].iloc[-1]]["color"], linewidth=0.9, linestyle=":")
+            ax.plot(
+                ends[x],
+                ends[measure],
+                color=named[ends["model"].iloc[-1]]["color"],
+                linewidth=0.9,
+                linestyle=":",
+            )
         references(ax, tables, measure)
         ax.set(title=ours(tables, measure, found["n"]), xlabel=name, ylabel=axis)
         logarithmic(ax)
@@ -229,7 +295,9 @@ def parameters(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.Data
     """Return quality against parameters with power laws, beside the published models (figure 2b), and its numbers."""
     found = scaling.points(tables, regime, "parameters", rule)
     figure, grid = axes(1, 1 + len(tables.measures), 3.2)
-    published = paper.runs().query("conditioning == 'none' and pairs == 1 and iterations == 800000 and batch == 128")
+    published = paper.runs().query(
+        "conditioning == 'none' and pairs == 1 and iterations == 800000 and batch == 128"
+    )
     _paper_panel(grid[0, 0], "parameters", "parameters", published)
     for ax, (measure, axis) in zip(grid[0, 1:], tables.measures.items()):
         laws = scaling.fits(tables, regime, measure, rule)
@@ -239,7 +307,9 @@ def parameters(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.Data
             curve(ax, rows, "parameters", measure, {**look, **hollow, "label": family})
             if family in laws:
                 x = np.geomspace(rows["parameters"].min(), rows["parameters"].max(), 20)
-                ax.plot(x, laws[family].factor * x ** laws[family].exponent, color=COLOURS[family], linewidth=0.9)
+                ax.plot(
+                    x, laws[family].factor * x ** laws[family].exponent, color=COLOURS[family], linewidth=0.9
+                )
         references(ax, tables, measure)
         ax.set(title=ours(tables, measure, found["n"]), xlabel="parameters", ylabel=axis)
         logarithmic(ax)
@@ -256,7 +326,13 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
             found = scaling.equal_budget(tables, regime, budget, measure, rule).dropna(subset=["ratio"])
             for family, rows in found.groupby("family"):
                 joined = rows.sort_values("cost") if budget != "flops" else rows.iloc[:0]
-                ax.plot(joined["cost"], joined["ratio"], color=COLOURS[family], linewidth=0.7, linestyle=LINES[family])
+                ax.plot(
+                    joined["cost"],
+                    joined["ratio"],
+                    color=COLOURS[family],
+                    linewidth=0.7,
+                    linestyle=LINES[family],
+                )
             for model, one in found.groupby("model", sort=False):
                 reach = [one["ratio"] - one["low"], one["high"] - one["ratio"]]
                 ax.errorbar(one["cost"], one["ratio"], yerr=reach, capsize=2, elinewidth=0.7, **named[model])
@@ -266,9 +342,11 @@ def budgets(tables: Tables, regime: str, rule: Rule) -> tuple[Figure, pd.DataFra
                 nothing(ax, "no GET and no ViT\nof equal cost")
             ax.axhline(1, color=GREY, linewidth=0.9)
             ax.set_xlabel(name if measure == list(tables.measures)[-1] else "")
-            numbers.append(found.assign(budget=budget, measure=measure)[
-                ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
-            ].rename(columns={measure: "get", "other": "vit"}))  # fmt: skip
+            numbers.append(
+                found.assign(budget=budget, measure=measure)[
+                    ["budget", "measure", "label", "family", "cost", measure, "other", "ratio", "low", "high"]
+                ].rename(columns={measure: "get", "other": "vit"})
+            )
             logarithmic(ax)
         name = tables.score if measure == tables.distance else "held-out L1"
         row[0].set_ylabel(f"{name}, GET / ViT\n(below 1: GET is better)")
@@ -280,8 +358,12 @@ def iterates(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
     """Return norm, residual, direction and drift of the iterates of every GET, and their medians."""
     found = traces(tables, regime)
     figure, grid = axes(1, 4, 2.5)
-    names = {"norm": "norm of z, per element", "residual": "relative residual", "direction": "cosine between steps",
-             "drift": "way from iterate 1"}  # fmt: skip
+    names = {
+        "norm": "norm of z, per element",
+        "residual": "relative residual",
+        "direction": "cosine between steps",
+        "drift": "way from iterate 1",
+    }
     named = looks(_implicit(tables, regime))
     for ax, (name, title) in zip(grid[0], names.items()):
         for _, rows in found.groupby("run", sort=False):
@@ -323,7 +405,9 @@ def decoded(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
     """Return the decoded iterates of every GET for two noises, a row for each model, and the median residuals."""
     shown, rows = (1, 2, 3, 4, 6, 12, 24), []
     models = _implicit(tables, regime)
-    figure, grid = axes(len(models), 2 * len(shown) + 1, 0.2 + WIDTH / 2 / len(shown) * len(models))  # a gap between the noises
+    figure, grid = axes(
+        len(models), 2 * len(shown) + 1, 0.2 + WIDTH / 2 / len(shown) * len(models)
+    )  # a gap between the noises
     for first, line, run in zip([True, *[False] * len(grid)], grid, models.itertuples()):
         kept = np.load(run.folder / "iterates.npz")
         line[len(shown)].axis("off")
@@ -332,7 +416,10 @@ def decoded(tables: Tables, regime: str) -> tuple[Figure, pd.DataFrame]:
             picture(ax, kept["images"][count - 1, sample])
             ax.set_title(f"{count}" if first else "", fontsize=7, loc="center")
         line[0].set_ylabel(run.label, fontsize=6.5, rotation=0, ha="right", va="center")
-        rows += [{"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])} for c in shown]
+        rows += [
+            {"run": run.run, "iterations": c, "residual": np.median(kept["residual"][:, c - 1])}
+            for c in shown
+        ]
     return figure, pd.DataFrame(rows)
 
 

@@ -33,13 +33,18 @@ def at_blocks(method: str, few: bool) -> Test:
         rows = rows.assign(spent=rows["blocks"].fillna(rows["block_evals"]))[rows["method"] == method]
         rows = study.averaged(rows)
         rows = rows.drop_duplicates(["model", "spent"])
-        both = [rows[rows["model"] == chains.base(study.found, family)].set_index("spent") for family in ("DiT", "FPDM")]
+        both = [
+            rows[rows["model"] == chains.base(study.found, family)].set_index("spent")
+            for family in ("DiT", "FPDM")
+        ]
         common = sorted(set(both[0].index) & set(both[1].index))
         if len(common) < 2:
             return None
         dit, fpdm = (rows.loc[common[0 if few else -1]] for rows in both)
-        told = "; ".join(f"{blocks:.0f} blocks: DiT {study.value(both[0].loc[blocks])}, FPDM {study.value(both[1].loc[blocks])}"
-                         for blocks in common)  # fmt: skip
+        told = "; ".join(
+            f"{blocks:.0f} blocks: DiT {study.value(both[0].loc[blocks])}, FPDM {study.value(both[1].loc[blocks])}"
+            for blocks in common
+        )
         told += f"; at {dit.name:.0f} blocks FPDM takes {fpdm['flops'] / dit['flops']:.2f} times the FLOPs"
         return study.compared(told, *((dit, fpdm) if few else (fpdm, dit)))
 
@@ -53,7 +58,12 @@ def parameters(study: Study) -> Found | None:
     if not all(models):
         return None
     dit, fpdm = counts[models]
-    return Found(f"FPDM {fpdm:,} parameters, DiT {dit:,}: {fpdm / dit:.0%}", "counted", "1", HOLDS if fpdm < dit else FAILS)
+    return Found(
+        f"FPDM {fpdm:,} parameters, DiT {dit:,}: {fpdm / dit:.0%}",
+        "counted",
+        "1",
+        HOLDS if fpdm < dit else FAILS,
+    )
 
 
 def memory(study: Study) -> Found | None:
@@ -82,8 +92,10 @@ def own_size(study: Study) -> Found | None:
     rows = study.averaged(chains.usual(study.found), int(chosen.sum())).query("method == 'ddim'")
     head = rows[(rows["model"] == chains.base(study.found)) & (rows["position"] == 0)].iloc[0]
     others = rows[rows["family"] == "DiT"][chosen.to_numpy()].sort_values(study.distance)
-    told = [f"{study.value(row)} of {row['label']} ({row['parameters']:,} parameters, {row['flops']:.3g} FLOPs)"
-            for _, row in (*others.iterrows(), (0, head))]  # fmt: skip
+    told = [
+        f"{study.value(row)} of {row['label']} ({row['parameters']:,} parameters, {row['flops']:.3g} FLOPs)"
+        for _, row in (*others.iterrows(), (0, head))
+    ]
     return study.compared(", ".join(told), others.iloc[0], head)
 
 
@@ -115,10 +127,14 @@ def reuse(few: bool) -> Test:
             return None
         told, bounds, each = [], [], chains.fixed(study.found)[0]
         for steps in (paired["steps"].max(), paired["steps"].min()):
-            without, with_ = (paired[(paired["steps"] == steps) & (paired["reuse"] == one)].iloc[0] for one in (False, True))
+            without, with_ = (
+                paired[(paired["steps"] == steps) & (paired["reuse"] == one)].iloc[0] for one in (False, True)
+            )
             same = each[each["steps"] == steps]
             bounds.append(study.paired(same[same["reuse"] == False], same[same["reuse"] == True]))  # noqa: E712
-            told.append(f"{with_['each']:.3g} iterations a step: {study.value(without)} without, {study.value(with_)} with")
+            told.append(
+                f"{with_['each']:.3g} iterations a step: {study.value(without)} without, {study.value(with_)} with"
+            )
         ours = f"{study.score} at {blocks:.0f} blocks; {'; '.join(told)}"
         if few:
             return Found(ours, f"{span(*bounds[0])} times", seeds_of(paired), verdict(*bounds[0]))
@@ -137,11 +153,16 @@ def less_noisy(study: Study) -> Found | None:
         return None
     last = found.sort_values("iteration").groupby(["seed", "t", "reuse"])["residual"].last().unstack("reuse")
     last = last.rename(columns={False: "without", True: "with"})
-    gain, half = np.log(last["without"] / last["with"]).unstack("t").sort_index(axis=1), found["t"].nunique() // 2
+    gain, half = (
+        np.log(last["without"] / last["with"]).unstack("t").sort_index(axis=1),
+        found["t"].nunique() // 2,
+    )
     clean, noisy = gain.iloc[:, :half].mean(axis=1), gain.iloc[:, -half:].mean(axis=1)
     low, high = study.times(clean - noisy)
-    ours = (f"reuse divides the residual by {np.exp(clean.mean()):.3g} in the less noisy half of the timesteps, by "
-            f"{np.exp(noisy.mean()):.3g} in the other")  # fmt: skip
+    ours = (
+        f"reuse divides the residual by {np.exp(clean.mean()):.3g} in the less noisy half of the timesteps, by "
+        f"{np.exp(noisy.mean()):.3g} in the other"
+    )
     return Found(ours, f"{span(low, high)} times more", str(len(gain)), verdict(low, high))
 
 
@@ -156,8 +177,10 @@ def kinds(kind: str) -> Test:
             first, last = (rows[rows["budget"] == one] for one in ("constant", kind))
             bounds.append(study.paired(first, last, len(groups)))
             values = [part[study.distance].mean() for part in (first, last)]
-            told.append(f"{rows['steps'].iloc[0]} steps, {rows['blocks'].iloc[0]:.0f} blocks: constant {values[0]:.3g}, {kind} "
-                        f"{values[1]:.3g} ({span(*bounds[-1])} times)")  # fmt: skip
+            told.append(
+                f"{rows['steps'].iloc[0]} steps, {rows['blocks'].iloc[0]:.0f} blocks: constant {values[0]:.3g}, {kind} "
+                f"{values[1]:.3g} ({span(*bounds[-1])} times)"
+            )
         if not groups:
             return None
         best = max(bounds)
@@ -171,7 +194,7 @@ def _models(study: Study, but: str, among: int = 1) -> pd.DataFrame:
     """Return the FPDMs that differ in one thing from the base at their headline setting, averaged, with intervals that hold for
     `among` of them at once."""
     rows = chains.trained_alike(study.found).query("position == 0")
-    rows = rows.astype({name: object for name in chains.SETTING}).fillna({name: "-" for name in chains.SETTING})
+    rows = rows.astype(dict.fromkeys(chains.SETTING, object)).fillna(dict.fromkeys(chains.SETTING, "-"))
     head = rows[rows["model"] == chains.base(study.found)].iloc[:1]
     same = rows.merge(head[[but, *chains.SETTING]].drop(columns="steps"), how="inner")  # at equal blocks
     return study.averaged(same, among)
@@ -179,7 +202,11 @@ def _models(study: Study, but: str, among: int = 1) -> pd.DataFrame:
 
 def _trained(rows: pd.DataFrame) -> str:
     """Return what the trainings of models that are compared have in common."""
-    return f", each after {rows['nimg'].iloc[0]:,.0f} images" if rows["nimg"].nunique() == 1 else ", at equal training FLOPs"
+    return (
+        f", each after {rows['nimg'].iloc[0]:,.0f} images"
+        if rows["nimg"].nunique() == 1
+        else ", at equal training FLOPs"
+    )
 
 
 def layers(study: Study) -> Found | None:
@@ -196,7 +223,9 @@ def layers(study: Study) -> Found | None:
         told.append(f"{study.value(none)} at none, {study.value(one)} at 1 with {blocks:.0f} blocks")
     low, high = np.min(bounds, axis=0)
     told = f"{study.score} {'; '.join(told)}{_trained(rows[rows['pre'] <= 1])}"
-    return Found(told, f"{span(low, high)} times, least of all", seeds_of(rows[rows["pre"] <= 1]), verdict(low, high))
+    return Found(
+        told, f"{span(low, high)} times, least of all", seeds_of(rows[rows["pre"] <= 1]), verdict(low, high)
+    )
 
 
 def _layers(study: Study, among: int = 1) -> pd.DataFrame:
@@ -219,7 +248,9 @@ def layers_at(few: bool) -> Test:
         blocks = spent[spent == spent.max()].index[0 if few else -1]
         found = rows[rows["blocks"] == blocks].sort_values("pre")
         ends = (found.iloc[-1], found.iloc[0]) if few else (found.iloc[0], found.iloc[-1])
-        return study.compared(f"at {blocks:.0f} blocks: {listed(found, study.distance, 'pre')} layers{_trained(found)}", *ends)
+        return study.compared(
+            f"at {blocks:.0f} blocks: {listed(found, study.distance, 'pre')} layers{_trained(found)}", *ends
+        )
 
     return test
 
@@ -229,9 +260,13 @@ def few_iterations(study: Study) -> Found | None:
     counts = _models(study, "but_training").query("gradient == 's_jfb'")["without"]
     if not (counts <= 6).any() or not (counts > 6).any():
         return None
-    rows = _models(study, "but_training", int((counts <= 6).sum() * (counts > 6).sum())).query("gradient == 's_jfb'")
+    rows = _models(study, "but_training", int((counts <= 6).sum() * (counts > 6).sum())).query(
+        "gradient == 's_jfb'"
+    )
     best = [rows.query(side).sort_values(study.distance).iloc[0] for side in ("without > 6", "without <= 6")]
-    return study.compared(f"{listed(rows.sort_values('without'), study.distance, 'without')} = N{_trained(rows)}", *best)
+    return study.compared(
+        f"{listed(rows.sort_values('without'), study.distance, 'without')} = N{_trained(rows)}", *best
+    )
 
 
 def gradients(worse: str, better: str) -> Test:
@@ -250,17 +285,24 @@ def gradients(worse: str, better: str) -> Test:
         for count, pair in rows.groupby("without"):
             named = pair.set_index("gradient")
             bounds.append(study.gain(named.loc[worse], named.loc[better]))
-            told.append(f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])} at N = {count:.0f}")
+            told.append(
+                f"{worse} {study.value(named.loc[worse])}, {better} {study.value(named.loc[better])} at N = {count:.0f}"
+            )
         low, high = np.min(bounds, axis=0)
         least = f"{span(low, high)} times{', least of all' * (len(bounds) > 1)}"
-        return Found(f"{study.score} {'; '.join(told)}{_trained(rows)}", least, seeds_of(rows), verdict(low, high))
+        return Found(
+            f"{study.score} {'; '.join(told)}{_trained(rows)}", least, seeds_of(rows), verdict(low, high)
+        )
 
     return test
 
 
 COUNTED: dict[tuple[str, str], Test] = {
-    **{("FPDM-1", f"{name} blocks, {chains.METHODS[method]}"): at_blocks(method, name == "few")
-       for name in ("few", "many") for method in ("ddpm", "ddim")},
+    **{
+        ("FPDM-1", f"{name} blocks, {chains.METHODS[method]}"): at_blocks(method, name == "few")
+        for name in ("few", "many")
+        for method in ("ddpm", "ddim")
+    },
     ("FPDM-2", "parameters"): parameters,
     ("FPDM-3", ""): lambda study: None,  # a study has one dataset
     ("FPDM-4", ""): own_size,
@@ -275,5 +317,5 @@ COUNTED: dict[tuple[str, str], Test] = {
     ("FPDM-9", "one step"): gradients("jfb", "multi_step"),
     ("FPDM-9", "stochastic"): gradients("multi_step", "s_jfb"),
     **{("FPDM-10", kind): kinds(kind) for kind in chains.KINDS[1:]},
-}  # fmt: skip
+}
 MEASURED: dict[tuple[str, str], Test] = {("FPDM-2", "training memory"): memory}

@@ -9,7 +9,18 @@ import pandas as pd
 
 from equilab.analysis import activity, students
 from equilab.analysis.students import Students
-from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Comparisons, Found, listed, ordered, seeds_of, span, verdict
+from equilab.analysis.verdicts import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Comparisons,
+    Found,
+    listed,
+    ordered,
+    seeds_of,
+    span,
+    verdict,
+)
 
 
 class Study(Comparisons):
@@ -61,7 +72,10 @@ def better(worse: str, best: str, near: bool = False) -> Test:
 
 def slower(study: Study) -> Found | None:
     """Test that GDD with a consistency loss beside it is worse than GDD at their first snapshot."""
-    names, curves = [students.variant(study.found, family) for family in ("GDD", "GDD + CD")], study.found.curves
+    names, curves = (
+        [students.variant(study.found, family) for family in ("GDD", "GDD + CD")],
+        study.found.curves,
+    )
     if None in names:
         return None
     found = study.found.averaged(curves, study.config.rule.confidence, ("nimg",))
@@ -83,7 +97,9 @@ def against_instances(study: Study) -> Found | None:
     if ours is None or others.empty:
         return None
     best = others.drop_duplicates("family")
-    told = ", ".join(f"{row['family']} {study.value(row)} ({row['nimg']:,.0f} images)" for _, row in best.iterrows())
+    told = ", ".join(
+        f"{row['family']} {study.value(row)} ({row['nimg']:,.0f} images)" for _, row in best.iterrows()
+    )
     told = f"{ours['family']} {study.value(ours)} ({ours['nimg']:,.0f} images); the best of each: {told}"
     return study.compared(told, others.iloc[0], ours)
 
@@ -121,7 +137,12 @@ def images(study: Study) -> Found | None:
         told = f"GDD has not reached CD's {study.value(cd)} after {gdd['nimg']:,.0f} images; CD had after {theirs:,.0f}"
     late = FAILS if gdd["nimg"] >= theirs else OPEN
     found = HOLDS if ours < theirs else OPEN if ours == theirs else late
-    return Found(told, f"{theirs / ours:.3g} times as many for CD" if np.isfinite(ours) else "–", seeds_of(pd.DataFrame([gdd, cd])), found)
+    return Found(
+        told,
+        f"{theirs / ours:.3g} times as many for CD" if np.isfinite(ours) else "–",
+        seeds_of(pd.DataFrame([gdd, cd])),
+        found,
+    )
 
 
 def judges(study: Study) -> Found | None:
@@ -138,7 +159,9 @@ def judges(study: Study) -> Found | None:
 def collapse(study: Study) -> Found | None:
     """Test that a StyleGAN2 discriminator from scratch leads nowhere: a distance too far off to order models, or a recall
     below a tenth of the projected one's."""
-    rows = students.ablation(study.found, study.averaged(), "judge").drop_duplicates("judge").set_index("judge")
+    rows = (
+        students.ablation(study.found, study.averaged(), "judge").drop_duplicates("judge").set_index("judge")
+    )
     if not {"projected", "StyleGAN2 from scratch"} <= set(rows.index):
         return None
     other, ours = rows.loc["StyleGAN2 from scratch"], rows.loc["projected"]
@@ -155,7 +178,11 @@ def augmentation(study: Study) -> Found | None:
     if not gammas:
         return None
     first, last = (one[one["gamma"] == gammas[0]].iloc[0] for one in (with_, without))
-    return study.compared(f"with augmentation {study.value(first)}, without {study.value(last)}, gamma {gammas[0]:g}", first, last)
+    return study.compared(
+        f"with augmentation {study.value(first)}, without {study.value(last)}, gamma {gammas[0]:g}",
+        first,
+        last,
+    )
 
 
 def penalty(study: Study) -> Found | None:
@@ -182,7 +209,9 @@ def overfits(study: Study) -> Found | None:
         by = curves.groupby("seed")[study.distance]
         worse.append(np.log(by.last() / by.min()))
     more = (worse[0] - worse[1]).dropna()
-    low, high = study.times(more, least=np.log1p(study.config.rule.margin_distance))  # seeds may all end at their best
+    low, high = study.times(
+        more, least=np.log1p(study.config.rule.margin_distance)
+    )  # seeds may all end at their best
     told = f"{study.score} at the end over the best: GDD {np.exp(worse[0].mean()):.3g}, GDD-I {np.exp(worse[1].mean()):.3g}"
     return Found(told, f"{span(low, high)} times more", str(len(more)), verdict(low, high))
 
@@ -198,7 +227,9 @@ def relative(x: str) -> Test:
         rows = students.evenly(found) if x == "steps" else found.dropna(subset=[x])
         means = rows.groupby(x)["relative"].mean()
         told = f"rel-{study.score} " + ", ".join(f"{value:.3g} at {at:g}" for at, value in means.items())
-        return _order(study, told, *ordered(means.index, means if x == "steps" else -means), str(rows["seed"].nunique()))
+        return _order(
+            study, told, *ordered(means.index, means if x == "steps" else -means), str(rows["seed"].nunique())
+        )
 
     return test
 
@@ -208,7 +239,12 @@ def _order(study: Study, told: str, rho: float, p: float, seeds: str) -> Found:
     if not np.isfinite(rho):
         return Found(told, "all alike", seeds, OPEN)
     sure = p < 1 - study.config.rule.confidence
-    return Found(told, f"rank correlation {rho:.2f}, p = {p:.2g}", seeds, OPEN if not sure else HOLDS if rho > 0 else FAILS)
+    return Found(
+        told,
+        f"rank correlation {rho:.2f}, p = {p:.2g}",
+        seeds,
+        OPEN if not sure else HOLDS if rho > 0 else FAILS,
+    )
 
 
 def alike(study: Study) -> Found | None:
@@ -219,12 +255,18 @@ def alike(study: Study) -> Found | None:
         return None
     one = study.found.students().set_index("run")[study.distance]
     base = found["first"].map(one)
-    as_good = np.abs(np.log(found[study.distance] / base)).max() <= np.log1p(study.config.rule.margin_distance)
+    as_good = np.abs(np.log(found[study.distance] / base)).max() <= np.log1p(
+        study.config.rule.margin_distance
+    )
     apart = found["relative"] > np.maximum((found[study.distance] - base).abs(), study.found.floor)
-    told = (f"abs-{study.score} {found[study.distance].min():.3g} to {found[study.distance].max():.3g}, one step {base.mean():.3g}; "
-            f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}, real from real {study.found.floor:.3g}")  # fmt: skip
+    told = (
+        f"abs-{study.score} {found[study.distance].min():.3g} to {found[study.distance].max():.3g}, one step {base.mean():.3g}; "
+        f"rel-{study.score} {found['relative'].min():.3g} to {found['relative'].max():.3g}, real from real {study.found.floor:.3g}"
+    )
     interval = f"{apart.sum()} of {len(apart)} further apart than they differ in quality"
-    return Found(told, interval, str(found["seed"].nunique()), FAILS if not apart.all() else HOLDS if as_good else OPEN)
+    return Found(
+        told, interval, str(found["seed"].nunique()), FAILS if not apart.all() else HOLDS if as_good else OPEN
+    )
 
 
 def layers(study: Study) -> Found | None:
@@ -232,7 +274,9 @@ def layers(study: Study) -> Found | None:
     correlation of depth and peak, of the root mean square."""
     if not (study.found.folder / "activation" / "activation.csv").exists():
         return None
-    found = activity.order(activity.read(study.found.folder, "rms")).query("run == 'teacher' and part == 'all'")
+    found = activity.order(activity.read(study.found.folder, "rms")).query(
+        "run == 'teacher' and part == 'all'"
+    )
     if found.empty:
         return None
     rho, p, count = found[["rank correlation", "p", "layers"]].iloc[0]

@@ -14,7 +14,7 @@ from equilab.analysis import scaling
 from equilab.analysis.scaling import Frontier
 from equilab.analysis.tables import Tables, evaluated, main_regime, replicated, short
 from equilab.analysis.verdicts import FAILS, HOLDS, OPEN, Config, Found, listed, seeds_of, span, verdict
-from equilab.config import digest, read_json
+from equilab.core.config import digest, read_json
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,13 @@ class Study:
         """Return measured points of the regime with `column` as their cost, and its spread over the calls."""
         found = self.tables.measured(what)
         found = found[(found["regime"] == self.regime) & (found["as_trained"] if what == "train" else True)]
-        ends = [found[f"seconds_{end}"] / found["seconds"] if column == "seconds" else 1.0 for end in ("min", "max")]
-        return self.averaged(found.assign(cost=found[column], fastest=ends[0], slowest=ends[1]), "model", "at")
+        ends = [
+            found[f"seconds_{end}"] / found["seconds"] if column == "seconds" else 1.0
+            for end in ("min", "max")
+        ]
+        return self.averaged(
+            found.assign(cost=found[column], fastest=ends[0], slowest=ends[1]), "model", "at"
+        )
 
     def averaged(self, frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
         """Return a frame with its replicates averaged."""
@@ -65,12 +70,23 @@ Test = Callable[[Study], Found | None]
 
 def _pace(study: Study) -> str:
     """Return what longer trainings of both kinds gained, where the study has models that differ in nothing else."""
-    models, measure, told = study.averaged(study.tables.runs, "model").sort_values("nimg"), study.tables.distance, []
+    models, measure, told = (
+        study.averaged(study.tables.runs, "model").sort_values("nimg"),
+        study.tables.distance,
+        [],
+    )
     for kind, name in (("get", "GET"), ("vit", "ViT")):
-        alike = [rows for _, rows in models[models["kind"] == kind].groupby("but_nimg") if rows["nimg"].nunique() > 1]
+        alike = [
+            rows
+            for _, rows in models[models["kind"] == kind].groupby("but_nimg")
+            if rows["nimg"].nunique() > 1
+        ]
         ends = [(rows.iloc[0], rows.iloc[-1]) for rows in alike]
-        told += [f"{end['nimg'] / start['nimg']:.3g} times the training makes {start['label']} "
-                 f"{start[measure] / end[measure]:.2f} times better" for start, end in ends]  # fmt: skip
+        told += [
+            f"{end['nimg'] / start['nimg']:.3g} times the training makes {start['label']} "
+            f"{start[measure] / end[measure]:.2f} times better"
+            for start, end in ends
+        ]
         if not ends:
             return ""
     return "; " + " and ".join(told)
@@ -92,7 +108,8 @@ def as_good(
             if get.empty or vit.empty:
                 return None
             (fast, slow), (fast_vit, slow_vit) = (
-                [part.assign(cost=part["cost"] * part[end]) for end in ("fastest", "slowest")] for part in (get, vit)
+                [part.assign(cost=part["cost"] * part[end]) for end in ("fastest", "slowest")]
+                for part in (get, vit)
             )
             low = scaling.equal_quality(slow, fast_vit, measure, rule)
             high = scaling.equal_quality(fast, slow_vit, measure, rule)
@@ -104,20 +121,26 @@ def as_good(
         ours = f"{study.tables.score} against {what}: {name} {shown[0]}; ViT {shown[1]}; a ViT as good as some GET "
         ours += f"takes {span(*bounds)} times as much"
         ours += "".join(f" (by held-out L1: {span(*other[:2])})" for other in others)
-        return Found(ours, span(*bounds), seeds_of(frame), verdict(*bounds, times(study.config)), _pace(study))
+        return Found(
+            ours, span(*bounds), seeds_of(frame), verdict(*bounds, times(study.config)), _pace(study)
+        )
 
     return test
 
 
 def _ordered(study: Study, groups: Any, by: str, at: str) -> Found | None:
     """Test that quality rises along `by`, in the group with the most values of it: the last against the first."""
-    alike = max((group for _, group in groups), key=lambda group: group[by].nunique(), default=pd.DataFrame({by: []}))
+    alike = max(
+        (group for _, group in groups), key=lambda group: group[by].nunique(), default=pd.DataFrame({by: []})
+    )
     if alike[by].nunique() < 2:
         return None
     alike = alike.sort_values(by, kind="stable")
     bounds, distance = study.gain(alike.iloc[0], alike.iloc[-1]), study.tables.distance
-    told = [f"{study.tables.score if measure == distance else 'held-out L1'} {listed(alike, measure, at)}"
-            for measure in study.tables.measures]  # fmt: skip
+    told = [
+        f"{study.tables.score if measure == distance else 'held-out L1'} {listed(alike, measure, at)}"
+        for measure in study.tables.measures
+    ]
     if by == "parameters":
         told.append(str(scaling.power_law(alike[by], alike[distance], study.config.rule.confidence)))
     return Found("; ".join(told), f"{span(*bounds)} times", seeds_of(alike), verdict(*bounds))
@@ -154,10 +177,15 @@ def sizes(study: Study) -> Found | None:
         return found
     steps = study.among(len(points))
     points = steps.points("parameters").query("kind == 'get'")
-    alike = max((rows for _, rows in points.groupby(["family", "recipe"])), key=lambda rows: rows["parameters"].nunique())
+    alike = max(
+        (rows for _, rows in points.groupby(["family", "recipe"])),
+        key=lambda rows: rows["parameters"].nunique(),
+    )
     for (_, small), (_, large) in pairwise(alike.sort_values("parameters").iterrows()):
         if verdict(*steps.gain(small, large)) == FAILS:
-            return found._replace(verdict=OPEN, note=f"; {large['label']} is worse than the smaller {small['label']}")
+            return found._replace(
+                verdict=OPEN, note=f"; {large['label']} is worse than the smaller {small['label']}"
+            )
     return found
 
 
@@ -165,7 +193,9 @@ def iterations(study: Study) -> Found | None:
     """Test every GET at the fewest and at the most iterations that the claim names; the least gain counts."""
     at, bounds, told = "most_iterations", [], []
     study = study.among(study.tables.iterations()["model"].nunique())
-    found = study.averaged(study.tables.iterations(), "model", at).sort_values(["parameters", at], kind="stable")
+    found = study.averaged(study.tables.iterations(), "model", at).sort_values(
+        ["parameters", at], kind="stable"
+    )
     for _, one in found.groupby("model", sort=False):
         within = one[one[at].between(*study.config.iterations)]
         if len(within) > 1:
@@ -175,7 +205,9 @@ def iterations(study: Study) -> Found | None:
     if not bounds:
         return None
     low, high = np.min(bounds, axis=0)
-    return Found("; ".join(told), f"{span(low, high)} times, least of all", seeds_of(found), verdict(low, high))
+    return Found(
+        "; ".join(told), f"{span(low, high)} times, least of all", seeds_of(found), verdict(low, high)
+    )
 
 
 def best_size(study: Study) -> Found | None:
@@ -187,8 +219,10 @@ def best_size(study: Study) -> Found | None:
     first, last = found.iloc[0], found.iloc[-1]
     counts = first["counts"] and last["counts"] and len(found) > 1
     told = OPEN if not counts else HOLDS if last["parameters"] > first["parameters"] else FAILS
-    ours = "; ".join(f"{row['budget (GFLOP)']} GFLOP: {short(row['parameters'])}, {row['ahead']:.2f} times ahead"
-                     for _, row in found.iterrows())  # fmt: skip
+    ours = "; ".join(
+        f"{row['budget (GFLOP)']} GFLOP: {short(row['parameters'])}, {row['ahead']:.2f} times ahead"
+        for _, row in found.iterrows()
+    )
     return Found(ours, "–", seeds_of(study.points("train_flops").query("kind == 'get'")), told)
 
 
@@ -206,7 +240,9 @@ def teacher_calls(study: Study) -> Found | None:
         f"{study.tables.teacher.iloc[0][distance]:.3g} of the teacher"
     )
     if online is None:
-        return Found(ours, "–", str(best["n"]), OPEN, "no online distillation is trained here to compare with")
+        return Found(
+            ours, "–", str(best["n"]), OPEN, "no online distillation is trained here to compare with"
+        )
     label, calls, value = online
     reach = 1 + study.config.rule.margin_distance
     fewer, ratio = pairs["nfe"] < calls, value / best[distance]
@@ -223,11 +259,23 @@ def _online(study: Study) -> tuple[str, int, float] | None:
     for path in evaluated(folder, "consistency"):
         kept = read_json(path, "of", "run", study.tables.distance)
         about = read_json(folder / kept["of"] / "summary.json", "config", "nimg")
-        found.append((digest({**about["config"], "seed": None}), kept["run"], 2 * about["nimg"], kept[study.tables.distance]))
+        found.append(
+            (
+                digest({**about["config"], "seed": None}),
+                kept["run"],
+                2 * about["nimg"],
+                kept[study.tables.distance],
+            )
+        )
     if not found:
         return None
     rows = pd.DataFrame(found, columns=["model", "run", "calls", "value"])
-    best = rows.groupby("model").agg(run=("run", "first"), calls=("calls", "first"), value=("value", "mean")).sort_values("value").iloc[0]
+    best = (
+        rows.groupby("model")
+        .agg(run=("run", "first"), calls=("calls", "first"), value=("value", "mean"))
+        .sort_values("value")
+        .iloc[0]
+    )
     return best["run"], int(best["calls"]), float(best["value"])
 
 
@@ -239,7 +287,9 @@ def constant_memory(study: Study) -> Found | None:
         return None
     usual = found[found["gradient"] == "unrolled"].loc[o1.index]
     speed, memory = usual["seconds"] / o1["seconds"], o1["memory_mib"] / usual["memory_mib"]
-    low, high = ((usual[f"seconds_{a}"] / o1[f"seconds_{b}"]).min() for a, b in (("min", "max"), ("max", "min")))
+    low, high = (
+        (usual[f"seconds_{a}"] / o1[f"seconds_{b}"]).min() for a, b in (("min", "max"), ("max", "min"))
+    )
     ours = f"keeps {span(speed.min(), speed.max())} of the speed, {span(memory.min(), memory.max())} of the memory"
     told = FAILS if memory.max() >= 1 else verdict(low, high, study.config.keeps)
     return Found(ours, f"{span(low, high)} of the speed, least of all, over all calls", "1", told)
@@ -261,10 +311,14 @@ def equal(budget: str, measure_of: Callable[[Tables], str]) -> Test:
         ends = max(front.cheapest for front in fronts), min(front.dearest for front in fronts)
         if ends[0] > ends[1] * (1 + rule.equal_budget):
             return None
-        first, ((get, spread), (vit, other)) = ([front.at(end, rule.equal_budget) for front in fronts] for end in ends)
+        first, ((get, spread), (vit, other)) = (
+            [front.at(end, rule.equal_budget) for front in fronts] for end in ends
+        )
         reach = np.exp(rule.tolerance(measure, spread, other))
-        ours = (f"at {short(ends[0])}: GET {first[0][0]:.3g}, ViT {first[1][0]:.3g}; "
-                f"at {short(ends[1])}: GET {get:.3g}, ViT {vit:.3g}")  # fmt: skip
+        ours = (
+            f"at {short(ends[0])}: GET {first[0][0]:.3g}, ViT {first[1][0]:.3g}; "
+            f"at {short(ends[1])}: GET {get:.3g}, ViT {vit:.3g}"
+        )
         low, high = vit / get / reach, vit / get * reach
         seeds = seeds_of(pd.concat(kinds))
         return Found(ours, f"{span(low, high)} times, ViT / GET", seeds, verdict(low, high), _pace(study))
@@ -274,7 +328,9 @@ def equal(budget: str, measure_of: Callable[[Tables], str]) -> Test:
 
 COUNTED: dict[tuple[str, str], Test] = {
     ("GET-1", ""): as_good(lambda study: study.points("parameters"), "parameters"),
-    ("GET-2", ""): as_good(lambda study: study.points("parameters"), "parameters", lambda config: config.larger),
+    ("GET-2", ""): as_good(
+        lambda study: study.points("parameters"), "parameters", lambda config: config.larger
+    ),
     ("GET-3", "sampling FLOPs"): as_good(lambda study: study.points("flops"), "FLOPs of an image"),
     ("GET-5", ""): iterations,
     ("GET-6", ""): sizes,
@@ -288,12 +344,19 @@ COUNTED: dict[tuple[str, str], Test] = {
     **{
         ("X-1", f"{name}, {kind}"): equal(budget, measure_of)
         for budget, name in scaling.BUDGETS.items()
-        for kind, measure_of in (("distance", lambda tables: tables.distance), ("held-out L1", lambda _: "l1_held_out"))
+        for kind, measure_of in (
+            ("distance", lambda tables: tables.distance),
+            ("held-out L1", lambda _: "l1_held_out"),
+        )
     },
 }
 MEASURED: dict[tuple[str, str], Test] = {
-    ("GET-3", "training memory"): as_good(lambda study: study.timed("train", "memory_mib"), "MiB of a training step"),
-    ("GET-3", "training speed"): as_good(lambda study: study.timed("train", "seconds"), "seconds of a training step"),
+    ("GET-3", "training memory"): as_good(
+        lambda study: study.timed("train", "memory_mib"), "MiB of a training step"
+    ),
+    ("GET-3", "training speed"): as_good(
+        lambda study: study.timed("train", "seconds"), "seconds of a training step"
+    ),
     ("GET-4", ""): as_good(lambda study: study.timed("sample", "seconds"), "seconds of a batch"),
     ("GET-9", ""): constant_memory,
 }

@@ -59,7 +59,9 @@ def power_law(x: pd.Series | np.ndarray, y: pd.Series | np.ndarray, confidence: 
     if len(x) > 2:
         error = np.sum((y - constant - exponent * x) ** 2) / (len(x) - 2) / np.sum((x - x.mean()) ** 2)
         half = stats.t.ppf((1 + confidence) / 2, len(x) - 2) * np.sqrt(error)
-    return Fit(float(np.exp(constant)), float(exponent), float(exponent - half), float(exponent + half), len(x))
+    return Fit(
+        float(np.exp(constant)), float(exponent), float(exponent - half), float(exponent + half), len(x)
+    )
 
 
 def fits(tables: Tables, regime: str, measure: str, rule: Rule, over: str = "parameters") -> dict[str, Fit]:
@@ -68,7 +70,9 @@ def fits(tables: Tables, regime: str, measure: str, rule: Rule, over: str = "par
     over images seen is the same. Families with one point have none."""
     found = {}
     models = points(tables, regime, over, rule)
-    models = models[models["last"]] if over == "train_flops" else models  # snapshots of one training are no points of their own
+    models = (
+        models[models["last"]] if over == "train_flops" else models
+    )  # snapshots of one training are no points of their own
     for family, rows in models.groupby("family", sort=False):
         groups = rows.groupby({"parameters": "recipe", "train_flops": "but_nimg"}[over])
         alike = max((group for _, group in groups), key=lambda group: group["cost"].nunique())
@@ -92,7 +96,11 @@ def points(tables: Tables, regime: str, budget: str, rule: Rule) -> pd.DataFrame
     alike = "material" if budget == "train_flops" else "regime"
     kept = frame[frame[alike] == tables.runs.loc[tables.runs["regime"] == regime, alike].iloc[0]]
     found = replicated(kept, ["model", key], list(tables.measures), rule.confidence)
-    return found.assign(cost=found[budget].astype(float)).sort_values("cost", kind="stable").reset_index(drop=True)
+    return (
+        found.assign(cost=found[budget].astype(float))
+        .sort_values("cost", kind="stable")
+        .reset_index(drop=True)
+    )
 
 
 def ranked(frame: pd.DataFrame, kind: str, measure: str, rule: Rule) -> pd.DataFrame:
@@ -141,7 +149,9 @@ def equal_budget(tables: Tables, regime: str, budget: str, measure: str, rule: R
     implicit = implicit.assign(other=other[:, 0], ratio=implicit[measure] / other[:, 0])
     spreads = zip(implicit[f"{measure}_half"] / implicit[measure], other[:, 1])
     tolerance = np.array([rule.tolerance(measure, *pair) for pair in spreads])
-    return implicit.assign(low=implicit["ratio"] * np.exp(-tolerance), high=implicit["ratio"] * np.exp(tolerance))
+    return implicit.assign(
+        low=implicit["ratio"] * np.exp(-tolerance), high=implicit["ratio"] * np.exp(tolerance)
+    )
 
 
 def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, rule: Rule) -> pd.DataFrame:
@@ -150,7 +160,9 @@ def equal_quality(implicit: pd.DataFrame, explicit: pd.DataFrame, measure: str, 
     front, bounds = Frontier(explicit, measure), []
     for _, row in implicit.iterrows():
         spread = row[f"{measure}_half"] / row[measure]
-        other = np.interp(-np.log(row[measure]), -np.log(front.value), front.spread)  # of the ViTs nearest in quality
+        other = np.interp(
+            -np.log(row[measure]), -np.log(front.value), front.spread
+        )  # of the ViTs nearest in quality
         tolerance = rule.tolerance(measure, spread, float(other))
         worse, better = row[measure] * np.exp(tolerance), row[measure] * np.exp(-tolerance)
         bounds.append((front.reaches(worse)[0] / row["cost"], front.reaches(better)[1] / row["cost"]))
@@ -189,24 +201,37 @@ def changes(tables: Tables, rule: Rule) -> pd.DataFrame:
     found, rows = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence), []
     for kind, models in found.sort_values(["kind", "parameters"], kind="stable").groupby("kind", sort=False):
         for key in sorted(set().union(*models["changeable"])):
-            rest = models["changeable"].map(lambda one: str({k: v for k, v in one.items() if k != key}))  # noqa: B023
-            values = models["changeable"].map(lambda one: one.get(key))  # noqa: B023
+            rest = models["changeable"].map(lambda one: str({k: v for k, v in one.items() if k != key}))
+            values = models["changeable"].map(lambda one: one.get(key))
             for _, alike in models.assign(value=values).groupby(rest, sort=False):
-                alike = alike.sort_values("value", key=lambda v: v if v.map(type).ne(str).all() else v.astype(str))
+                alike = alike.sort_values(
+                    "value", key=lambda v: v if v.map(type).ne(str).all() else v.astype(str)
+                )
                 for (_, first), (_, last) in pairwise(alike.iterrows()):
                     if first["value"] != last["value"]:
                         rows.append(_change(kind, key, first, last, tables, rule))
     return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["kind", "what"])
 
 
-def _change(kind: str, key: str, first: pd.Series, last: pd.Series, tables: Tables, rule: Rule) -> dict[str, object]:
+def _change(
+    kind: str, key: str, first: pd.Series, last: pd.Series, tables: Tables, rule: Rule
+) -> dict[str, object]:
     words = {False: "off", True: "on"}
-    value = [words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, int) else v for v in (first["value"], last["value"])]
-    row = {"kind": {"get": "GET", "vit": "ViT"}[kind], "what": f"{key.replace('_', ' ')} {value[0]} to {value[1]}",
-           "unchanged": first["label"], "changed": last["label"]}  # fmt: skip
+    value = [
+        words[v] if isinstance(v, bool) else f"{v:,}" if isinstance(v, int) else v
+        for v in (first["value"], last["value"])
+    ]
+    row = {
+        "kind": {"get": "GET", "vit": "ViT"}[kind],
+        "what": f"{key.replace('_', ' ')} {value[0]} to {value[1]}",
+        "unchanged": first["label"],
+        "changed": last["label"],
+    }
     for measure in tables.measures:
         ratio = last[measure] / first[measure]
-        reach = np.exp(rule.tolerance(measure, *(one[f"{measure}_half"] / one[measure] for one in (first, last))))
+        reach = np.exp(
+            rule.tolerance(measure, *(one[f"{measure}_half"] / one[measure] for one in (first, last)))
+        )
         row |= {f"ratio_{measure}": ratio, f"low_{measure}": ratio / reach, f"high_{measure}": ratio * reach}
     row |= {f"times_{column}": last[column] / first[column] for column in BUDGETS if column in last}
     return row | {"times_flops": last["flops_image"] / first["flops_image"], "n": min(first["n"], last["n"])}
@@ -217,19 +242,36 @@ def sizes_table(tables: Tables, rule: Rule) -> pd.DataFrame:
     found = replicated(tables.runs, ["model"], list(tables.measures), rule.confidence)
     found = found.sort_values(["kind", "parameters", "nimg"])
     for measure in tables.measures:
-        half = found[f"{measure}_half"].map(lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}")
+        half = found[f"{measure}_half"].map(
+            lambda value: "" if np.isnan(value) else f"\u00a0±\u00a0{value:.2g}"
+        )
         found[measure] = found[measure].map("{:.4g}".format) + half
     found[["parameters", "flops_image"]] = found[["parameters", "flops_image"]].map(short)
-    shown = {"label": "run", "family": "family", "width": "width", "parameters": "parameters", "pairs": "pairs",
-             "flops_image": "FLOPs of an image", "nimg": "images seen", tables.distance: tables.score,
-             "l1_held_out": "held-out L1", "inception_score": "inception score", "precision": "precision",
-             "recall": "recall", "n": "seeds"}  # fmt: skip
+    shown = {
+        "label": "run",
+        "family": "family",
+        "width": "width",
+        "parameters": "parameters",
+        "pairs": "pairs",
+        "flops_image": "FLOPs of an image",
+        "nimg": "images seen",
+        tables.distance: tables.score,
+        "l1_held_out": "held-out L1",
+        "inception_score": "inception score",
+        "precision": "precision",
+        "recall": "recall",
+        "n": "seeds",
+    }
     return found[list(shown)].rename(columns=shown)
 
 
 def fits_table(tables: Tables, regime: str, rule: Rule) -> pd.DataFrame:
     """Return the exponents of quality over parameters and over training, a row for each family and measure."""
     names = {"parameters": "parameters", "train_flops": "training FLOPs or images, one model"}
-    rows = [(name, words, family, str(law)) for measure, name in tables.measures.items() for over, words in names.items()
-            for family, law in fits(tables, regime, measure, rule, over).items()]  # fmt: skip
+    rows = [
+        (name, words, family, str(law))
+        for measure, name in tables.measures.items()
+        for over, words in names.items()
+        for family, law in fits(tables, regime, measure, rule, over).items()
+    ]
     return pd.DataFrame(rows, columns=["measure", "over", "family", "power law"])

@@ -13,18 +13,27 @@ from matplotlib.figure import Figure
 from equilab.analysis import figures, paper
 from equilab.analysis.figures import BLUE, GREEN, GREY, IMAGES, ORANGE, axes, curve, legend, logarithmic
 from equilab.analysis.tables import TUNED, Results, evaluated, first_seeds, read_table, replicated
-from equilab.config import UserError, digest, read_json
+from equilab.core.config import UserError, digest, read_json
 
-FROZEN = {"gdd": "GDD", "gdd_i": "GDD-I", "gdd_i_qkv": "GDD-I, QKV frozen", "gdd_i_qkv_skip": "GDD-I, QKV and skips frozen"}
+FROZEN = {
+    "gdd": "GDD",
+    "gdd_i": "GDD-I",
+    "gdd_i_qkv": "GDD-I, QKV frozen",
+    "gdd_i_qkv_skip": "GDD-I, QKV and skips frozen",
+}
 JUDGES = {"projected": "projected", "each": "LPIPS", "last": "VGG16-like"}  # mixing -> the row of table 1a
 LOOKS = {
-    "GDD": {"color": BLUE, "marker": "o"}, "GDD-I": {"color": "#56b4e9", "marker": "s"},
+    "GDD": {"color": BLUE, "marker": "o"},
+    "GDD-I": {"color": "#56b4e9", "marker": "s"},
     "GDD-I, QKV frozen": {"color": "#56b4e9", "marker": "^", "linestyle": "--"},
     "GDD-I, QKV and skips frozen": {"color": "#56b4e9", "marker": "v", "linestyle": ":"},
-    "CD": {"color": "#cc78bc", "marker": "v"}, "CD-I": {"color": "#cc78bc", "marker": "^", "linestyle": "--"},
-    "GDD + CD": {"color": BLUE, "marker": "X", "linestyle": "--"}, "GDD-I + CD": {"color": "#56b4e9", "marker": "P", "linestyle": "--"},
-    "GET": {"color": ORANGE, "marker": "D"}, "ViT": {"color": "#ca9161", "marker": "P"},
-}  # fmt: skip
+    "CD": {"color": "#cc78bc", "marker": "v"},
+    "CD-I": {"color": "#cc78bc", "marker": "^", "linestyle": "--"},
+    "GDD + CD": {"color": BLUE, "marker": "X", "linestyle": "--"},
+    "GDD-I + CD": {"color": "#56b4e9", "marker": "P", "linestyle": "--"},
+    "GET": {"color": ORANGE, "marker": "D"},
+    "ViT": {"color": "#ca9161", "marker": "P"},
+}
 COMPARED = ("GDD", "GDD-I", "CD", "CD-I", "GET", "ViT")  # families of figure 1 A
 SHOWN = 12  # noises of which every model's image is shown
 
@@ -51,7 +60,9 @@ class Students(Results):
     def headline(self, family: str) -> str | None:
         """Return the model of a family: of students, of one step, from the teacher, and of these the one that most others vary;
         of GET and ViT the best."""
-        found = self.rows[(self.rows["family"] == family) & (self.rows["plain"])].sort_values(["position", "run"])
+        found = self.rows[(self.rows["family"] == family) & (self.rows["plain"])].sort_values(
+            ["position", "run"]
+        )
         if found.empty:
             return None
         if (found["stage"] == "distill").all():
@@ -68,7 +79,9 @@ def read(folder: Path | str) -> Students:
     """
     folder = Path(folder)
     if not evaluated(folder, "gan") + evaluated(folder, "consistency"):
-        raise UserError(f"{folder} holds no evaluated run of gan or consistency; run `dvc repro`, or give another results folder")
+        raise UserError(
+            f"{folder} holds no evaluated run of gan or consistency; run `dvc repro`, or give another results folder"
+        )
     rows, curves = [], []
     for path in sorted(folder.glob("evaluate/*/metrics.json")):
         of = read_json(path, "of", "kind", "run")["of"]
@@ -77,11 +90,27 @@ def read(folder: Path | str) -> Students:
             continue
         about = _about(folder / of / "summary.json", stage)
         for k, row in (sweep if stage == "teacher" else sweep.iloc[:1]).iterrows():
-            told = {"model": f"teacher {row['nfe']:.0f}", "label": f"teacher, {row['nfe']:.0f} nfe"} if stage == "teacher" else {}
+            told = (
+                {"model": f"teacher {row['nfe']:.0f}", "label": f"teacher, {row['nfe']:.0f} nfe"}
+                if stage == "teacher"
+                else {}
+            )
             row["nfe"] = int(row["nfe"])
-            rows.append({**row[[c for c in sweep if c not in about]], **about, **told, "position": k, "folder": path.parent})
+            rows.append(
+                {
+                    **row[[c for c in sweep if c not in about]],
+                    **about,
+                    **told,
+                    "position": k,
+                    "folder": path.parent,
+                }
+            )
         snapshots = read_table(path.with_name("curve.csv"))
-        curves += [snapshots.assign(**{k: v for k, v in about.items() if k not in snapshots})] if len(snapshots) else []
+        curves += (
+            [snapshots.assign(**{k: v for k, v in about.items() if k not in snapshots})]
+            if len(snapshots)
+            else []
+        )
     rows = pd.DataFrame(rows)
     curves = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=[*rows, "nimg"])
     first = first_seeds(rows[rows["stage"] != "teacher"])
@@ -97,40 +126,66 @@ def _about(path: Path, stage: str) -> dict[str, Any]:
     summary = read_json(path, "run", "config", "parameters", "nimg")
     config, order = summary["config"], ("teacher", "distill", "consistency", "gan").index(stage)
     seedless = {**config, "seed": None}
-    about = {"run": summary["run"] or "teacher", "stage": stage, "seed": config.get("seed", 0), "model": digest(seedless), "label": "",
-             "nimg": summary["nimg"], "parameters": summary["parameters"], "order": order, "steps": 1, "plain": True,
-             "parameters_trained": summary.get("parameters_trained", summary["parameters"])}  # fmt: skip
+    about = {
+        "run": summary["run"] or "teacher",
+        "stage": stage,
+        "seed": config.get("seed", 0),
+        "model": digest(seedless),
+        "label": "",
+        "nimg": summary["nimg"],
+        "parameters": summary["parameters"],
+        "order": order,
+        "steps": 1,
+        "plain": True,
+        "parameters_trained": summary.get("parameters_trained", summary["parameters"]),
+    }
     network = config["network"]
     if stage in ("teacher", "distill"):
         return about | {"family": {"unet": "teacher", "get": "GET", "vit": "ViT"}[network["kind"]]}
     student, steps = config["student"], len(config["student"]["sigmas"])
-    base = {key: name.replace("GDD", "CD") if stage == "consistency" else name for key, name in FROZEN.items()}[student["freeze"]]
+    base = {
+        key: name.replace("GDD", "CD") if stage == "consistency" else name for key, name in FROZEN.items()
+    }[student["freeze"]]
     extra = bool(config.get("consistency"))
     judge = config.get("discriminator", {})
     r1 = config.get("r1") or {}
     tuned = {key: value for key, value in config["optimisation"].items() if key not in TUNED}
-    rest = {key: value for key, value in seedless.items() if key not in ("student", "consistency", "optimisation")}
+    rest = {
+        key: value for key, value in seedless.items() if key not in ("student", "consistency", "optimisation")
+    }
     beside = (config.get("consistency"), tuned)  # what only its own ablation changes
     without = lambda name: {key: value for key, value in student.items() if key != name}  # noqa: E731
     but = lambda *names: {key: value for key, value in rest.items() if key not in names}  # noqa: E731
     return about | {
-        "family": base + " + CD" * extra, "steps": steps, "sigmas": " ".join(f"{s:g}" for s in student["sigmas"]),
-        "plain": steps == 1 and student["start"] == "teacher" and config.get("augment", "none") == "none" and not extra
-                 and (not judge or judge.get("mixing") == "projected"),
-        "start": student["start"], "freeze": student["freeze"], "gamma": r1.get("gamma", 0.0), "augment": config.get("augment"),
+        "family": base + " + CD" * extra,
+        "steps": steps,
+        "sigmas": " ".join(f"{s:g}" for s in student["sigmas"]),
+        "plain": steps == 1
+        and student["start"] == "teacher"
+        and config.get("augment", "none") == "none"
+        and not extra
+        and (not judge or judge.get("mixing") == "projected"),
+        "start": student["start"],
+        "freeze": student["freeze"],
+        "gamma": r1.get("gamma", 0.0),
+        "augment": config.get("augment"),
         "judge": JUDGES.get(judge.get("mixing"), "StyleGAN2 from scratch" if judge else None),
-        "but_freeze": digest(rest, beside, without("freeze")), "but_consistency": digest(rest, tuned, student),
+        "but_freeze": digest(rest, beside, without("freeze")),
+        "but_consistency": digest(rest, tuned, student),
         "but_judge": digest(but("discriminator", "features"), beside, student),
         "but_penalty": digest(but("r1", "augment", "adaptive"), beside, student),
-        "but_steps": digest(rest, beside, without("sigmas")), "sigma_min": student["sigma_min"],
-    }  # fmt: skip
+        "but_steps": digest(rest, beside, without("sigmas")),
+        "sigma_min": student["sigma_min"],
+    }
 
 
 def about(study: Students) -> str:
     """Return in Markdown what the study trained and how its quality is measured."""
     found = study.students()
     teacher = study.rows[study.rows["stage"] == "teacher"]
-    reached = ", ".join(f"{getattr(row, study.distance):.3g} in {row.nfe:.0f} evaluations" for row in teacher.itertuples())
+    reached = ", ".join(
+        f"{getattr(row, study.distance):.3g} in {row.nfe:.0f} evaluations" for row in teacher.itertuples()
+    )
     return (
         f"This study: {found['model'].nunique()} students in {len(found)} runs, of {found['parameters'].iloc[0]:,} parameters, trained on up to "
         f"{found['nimg'].max():,} images. {study.score} is measured on {study.samples:,} images against the training images; training "
@@ -141,9 +196,19 @@ def about(study: Students) -> str:
 def methods(study: Students, confidence: float) -> pd.DataFrame:
     """Return every model at its headline, as tables 3 and 4: distance, inception score, precision, recall, cost."""
     found = study.averaged(study.rows, confidence)
-    kept = {"family": "method", "label": "run", "n": "seeds", "nfe": "nfe", "nimg": "images seen", "parameters": "parameters",
-            "parameters_trained": "trained", study.distance: study.score, "inception_score": "inception score",
-            "precision": "precision", "recall": "recall"}  # fmt: skip
+    kept = {
+        "family": "method",
+        "label": "run",
+        "n": "seeds",
+        "nfe": "nfe",
+        "nimg": "images seen",
+        "parameters": "parameters",
+        "parameters_trained": "trained",
+        study.distance: study.score,
+        "inception_score": "inception score",
+        "precision": "precision",
+        "recall": "recall",
+    }
     return found[[column for column in kept if column in found]].rename(columns=kept)
 
 
@@ -152,18 +217,30 @@ def images(study: Students, confidence: float) -> tuple[Figure, pd.DataFrame]:
     figure, grid = axes(1, 2, 3.0)
     for row in paper.GDD_METHODS.dropna(subset=["nimg"]).itertuples():
         look = LOOKS.get(row.method, {"color": GREY, "marker": "X"})
-        grid[0, 0].plot([row.nimg], [row.fid], linestyle="none", **{k: v for k, v in look.items() if k != "linestyle"})
+        grid[0, 0].plot(
+            [row.nimg], [row.fid], linestyle="none", **{k: v for k, v in look.items() if k != "linestyle"}
+        )
         place = {"GDD": ((6, 2), "left"), "GDD-I": ((6, -7), "left")}.get(row.method, ((-6, -3), "right"))
-        grid[0, 0].annotate(row.method, (row.nimg, row.fid), place[0], textcoords="offset points", fontsize=7, ha=place[1])
+        grid[0, 0].annotate(
+            row.method, (row.nimg, row.fid), place[0], textcoords="offset points", fontsize=7, ha=place[1]
+        )
     (teacher,) = paper.GDD_METHODS.loc[paper.GDD_METHODS["method"] == "EDM", "fid"]
     grid[0, 0].axhline(teacher, color=GREEN, linestyle=":", linewidth=1)
-    grid[0, 0].annotate("EDM, 35 nfe", (6e8, teacher), (0, 3), textcoords="offset points", fontsize=7, color=GREEN, ha="right")
+    grid[0, 0].annotate(
+        "EDM, 35 nfe", (6e8, teacher), (0, 3), textcoords="offset points", fontsize=7, color=GREEN, ha="right"
+    )
     grid[0, 0].set(xlim=(3e6, 7e8), ylim=(1.2, 12))
     grid[0, 0].set(title="paper: CIFAR-10", xlabel=IMAGES, ylabel="FID")
     chosen = study.curves[study.curves["model"].isin([study.headline(name) for name in COMPARED])]
     found = study.averaged(chosen, confidence, ("nimg",))
     for family, rows in found.groupby("family", sort=False):
-        curve(grid[0, 1], rows, "nimg", study.distance, {**LOOKS[family], "label": f"{family} ({rows['label'].iloc[0]})"})
+        curve(
+            grid[0, 1],
+            rows,
+            "nimg",
+            study.distance,
+            {**LOOKS[family], "label": f"{family} ({rows['label'].iloc[0]})"},
+        )
     _teacher(grid[0, 1], study)
     grid[0, 1].set(title=f"ours: {study.samples:,} images", xlabel=IMAGES, ylabel=study.score)
     for ax in grid[0]:
@@ -175,7 +252,13 @@ def images(study: Students, confidence: float) -> tuple[Figure, pd.DataFrame]:
 def _teacher(ax, study: Students) -> None:
     """Draw the teacher at each of its settings, and the floor, as lines."""
     for row, line in zip(study.rows[study.rows["stage"] == "teacher"].itertuples(), (":", "-.", (0, (1, 3)))):
-        ax.axhline(getattr(row, study.distance), color=GREEN, linestyle=line, linewidth=1, label=f"teacher, {row.nfe:.0f} nfe")
+        ax.axhline(
+            getattr(row, study.distance),
+            color=GREEN,
+            linestyle=line,
+            linewidth=1,
+            label=f"teacher, {row.nfe:.0f} nfe",
+        )
     ax.axhline(study.floor, color=GREY, linestyle="--", linewidth=0.8, label="real images")
 
 
@@ -237,12 +320,18 @@ def relatives(study: Students) -> pd.DataFrame:
         return pd.DataFrame()
     rows = study.students()
     one = rows[(rows["steps"] == 1) & rows["run"].isin(study.relative["first"])]
-    found = study.relative[study.relative["first"].isin(one["run"])].rename(columns={"second": "run", "distance": "relative"})
+    found = study.relative[study.relative["first"].isin(one["run"])].rename(
+        columns={"second": "run", "distance": "relative"}
+    )
     kept = ["run", "seed", "model", "steps", "sigmas", "sigma_min", "family", "but_steps", study.distance]
     found = found.merge(rows[kept], on="run")
     like = one[["run", "seed", "but_steps"]].rename(columns={"run": "first"})
-    found = found[found["steps"] > 1].merge(like, on=["first", "seed", "but_steps"])  # alike in all but the steps
-    found["middle"] = [float(s.split()[1]) if n == 2 else np.nan for s, n in zip(found["sigmas"], found["steps"])]
+    found = found[found["steps"] > 1].merge(
+        like, on=["first", "seed", "but_steps"]
+    )  # alike in all but the steps
+    found["middle"] = [
+        float(s.split()[1]) if n == 2 else np.nan for s, n in zip(found["sigmas"], found["steps"])
+    ]
     return found.sort_values(["steps", "middle", "seed"]).reset_index(drop=True)
 
 
@@ -250,15 +339,26 @@ def distances(study: Students) -> tuple[Figure, pd.DataFrame]:
     """Return rel-FD and abs-FD of students by their steps, and of two steps by their middle noise level (figure 2)."""
     found = relatives(study)
     figure, grid = axes(1, 2, 2.7 if len(found) else 0.9)
-    for ax, x, title in ((grid[0, 0], "steps", "steps"), (grid[0, 1], "middle", "sigma of the middle of two steps")):
+    for ax, x, title in (
+        (grid[0, 0], "steps", "steps"),
+        (grid[0, 1], "middle", "sigma of the middle of two steps"),
+    ):
         if found.empty:
             ax.set_axis_off()
-            ax.text(0.5, 0.5, f"no students of several steps\nby {title}", ha="center", va="center", color=GREY)
+            ax.text(
+                0.5, 0.5, f"no students of several steps\nby {title}", ha="center", va="center", color=GREY
+            )
             continue
         rows = found.dropna(subset=[x]) if x == "middle" else evenly(found)
         mean = rows.groupby(x)[["relative", study.distance]].mean()
         ax.plot(mean.index, mean["relative"], color=BLUE, marker="o", label=f"rel-{study.score}: to one step")
-        ax.plot(mean.index, mean[study.distance], color=GREY, marker="s", label=f"abs-{study.score}: to training images")
+        ax.plot(
+            mean.index,
+            mean[study.distance],
+            color=GREY,
+            marker="s",
+            label=f"abs-{study.score}: to training images",
+        )
         one = study.students().set_index("run").loc[rows["first"].unique(), study.distance].mean()
         ax.axhline(one, color=GREY, linestyle=":", linewidth=1, label=f"abs-{study.score} of one step")
         ax.scatter(rows[x], rows["relative"], color=BLUE, s=6, alpha=0.5)
@@ -278,7 +378,9 @@ def pairs(study: Students) -> pd.DataFrame:
         return pd.DataFrame()
     both = pd.concat([study.relative, study.relative.rename(columns={"first": "second", "second": "first"})])
     names = list(dict.fromkeys([*study.relative["first"], *study.relative["second"]]))
-    table = both.pivot_table(index="first", columns="second", values="distance").reindex(index=names, columns=names)
+    table = both.pivot_table(index="first", columns="second", values="distance").reindex(
+        index=names, columns=names
+    )
     return table.rename_axis(None, axis=1).rename_axis(f"rel-{study.score}").reset_index()
 
 
@@ -305,8 +407,14 @@ def gallery(study: Students) -> tuple[Figure, pd.DataFrame]:
 
 def first(study: Students, settings: bool = False) -> pd.DataFrame:
     """Return the first seed of every student, the teacher's headline (or all its settings), and one GET and one ViT."""
-    rows = study.rows[(study.rows["position"] == 0) | settings].sort_values(["order", "run", "seed"], kind="stable").drop_duplicates("model")
-    return rows[(rows["stage"] != "distill") | rows["model"].isin([study.headline(name) for name in ("GET", "ViT")])]
+    rows = (
+        study.rows[(study.rows["position"] == 0) | settings]
+        .sort_values(["order", "run", "seed"], kind="stable")
+        .drop_duplicates("model")
+    )
+    return rows[
+        (rows["stage"] != "distill") | rows["model"].isin([study.headline(name) for name in ("GET", "ViT")])
+    ]
 
 
 def side_by_side(study: Students, rows: pd.DataFrame, noise: int) -> Figure:
@@ -318,7 +426,9 @@ def side_by_side(study: Students, rows: pd.DataFrame, noise: int) -> Figure:
     for ax, row in zip(grid.flat, rows.itertuples()):
         ax.set_visible(True)
         figures.picture(ax, final(row.folder, row.position)[noise])
-        ax.set_title(f"{row.family}, {row.nfe:.0f} nfe\n{study.score} {getattr(row, study.distance):.3g}", fontsize=6.5)
+        ax.set_title(
+            f"{row.family}, {row.nfe:.0f} nfe\n{study.score} {getattr(row, study.distance):.3g}", fontsize=6.5
+        )
     return figure
 
 
@@ -329,7 +439,11 @@ def final(folder: Path, position: int = 0) -> np.ndarray:
             return kept[f"image_{position}"]
         count = read_table(folder / "sweep.csv").get("iterations")
         images = kept["images"]  # (K, N, C, H, W); an implicit generator's go on beyond its iterations
-        last = len(images) if count is None or pd.isna(count.iloc[0]) else min(int(round(count.iloc[0])), len(images))
+        last = (
+            len(images)
+            if count is None or pd.isna(count.iloc[0])
+            else min(int(round(count.iloc[0])), len(images))
+        )
         return images[last - 1]
 
 

@@ -12,12 +12,24 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from equilab.config import UserError, digest, read_json
+from equilab.core.config import UserError, digest, read_json
 
 SIZES = ("width", "depth", "heads", "expansion", "equilibrium_depth", "equilibrium_expansion")  # of a network
 TUNED = ("lr", "report_nimg", "snapshots")  # may differ between runs that are compared
-SOLVER = ("method", "tolerance", "pick", "memory", "mixing", "init")  # columns of a setting beside its iterations
-SCHEDULE = ("nimg", "warmup_nimg", "decay_start_nimg", "ema_half_life_nimg")  # what a longer training changes as well
+SOLVER = (
+    "method",
+    "tolerance",
+    "pick",
+    "memory",
+    "mixing",
+    "init",
+)  # columns of a setting beside its iterations
+SCHEDULE = (
+    "nimg",
+    "warmup_nimg",
+    "decay_start_nimg",
+    "ema_half_life_nimg",
+)  # what a longer training changes as well
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,11 @@ class Tables(Results):
     def measures(self) -> dict[str, str]:
         """The columns of quality, lower is better, with the names of their axes."""
         named = {self.distance: f"{self.score} to the training images", "l1_held_out": "L1 on held-out pairs"}
-        return {column: name for column, name in named.items() if column in self.runs and self.runs[column].notna().any()}
+        return {
+            column: name
+            for column, name in named.items()
+            if column in self.runs and self.runs[column].notna().any()
+        }
 
     def iterations(self) -> pd.DataFrame:
         """Return the settings of implicit generators that differ from the headline in the number of iterations only."""
@@ -106,22 +122,36 @@ def read(folder: Path | str) -> Tables:
         found = read_json(path, "of", "kind", "run")
         sweep = read_table(path.with_name("sweep.csv"))
         if found["of"] == "teacher":
-            teacher = sweep.assign(run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0)
+            teacher = sweep.assign(
+                run="teacher", kind=found["kind"], folder=path.parent, headline=sweep.index == 0
+            )
         if not found["of"].startswith("distill/"):
             continue
         about = _about(folder / found["of"] / "summary.json")
         rows.append({**found, **about, "folder": path.parent})
         about_setting = {"headline": sweep.index == 0, "as_headline": _as_first(sweep)}
         sweeps.append(sweep.assign(**about, **about_setting, folder=path.parent))
-        curves.append(_curve(path.with_name("curve.csv"), found).assign(**{k: v for k, v in about.items() if k != "nimg"}))
+        curves.append(
+            _curve(path.with_name("curve.csv"), found).assign(
+                **{k: v for k, v in about.items() if k != "nimg"}
+            )
+        )
     if not rows:
-        raise UserError(f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder")
+        raise UserError(
+            f"{folder} holds no evaluated run of distill; run `dvc repro`, or give another results folder"
+        )
     runs = pd.DataFrame(rows)
     first = first_seeds(runs)
-    costs = read_table(folder / "cost" / "cost.csv") if (folder / "cost" / "cost.csv").exists() else pd.DataFrame()
+    costs = (
+        read_table(folder / "cost" / "cost.csv")
+        if (folder / "cost" / "cost.csv").exists()
+        else pd.DataFrame()
+    )
     named = [t.assign(label=t["model"].map(first)) for t in (runs, pd.concat(curves), pd.concat(sweeps))]
     runs, curves, sweeps = (t.reset_index(drop=True) for t in named)
-    sweeps = sweeps.reindex(columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"])))  # there may be no GET
+    sweeps = sweeps.reindex(
+        columns=list(dict.fromkeys([*sweeps, *SOLVER, "most_iterations"]))
+    )  # there may be no GET
     curves["last"] = curves["nimg"] == curves["run"].map(runs.set_index("run")["nimg"])
     curves["train_flops"] = curves["train_flops_image"] * curves["nimg"]
     return Tables(*Results.measure(folder, runs), runs, curves, sweeps, teacher, costs)
@@ -132,7 +162,9 @@ def _curve(path: Path, end: dict[str, Any]) -> pd.DataFrame:
     rows = read_table(path)
     if not rows.empty and rows["nimg"].max() >= end["nimg"]:
         return rows
-    last = {key: value for key, value in end.items() if key == "nimg" or key.startswith(("fd_", "fid_", "l1_"))}
+    last = {
+        key: value for key, value in end.items() if key == "nimg" or key.startswith(("fd_", "fid_", "l1_"))
+    }
     return pd.DataFrame([*rows.to_dict("records"), last])
 
 
@@ -152,17 +184,29 @@ def _about(path: Path) -> dict[str, Any]:
     classes = "with classes" if config["conditional"] else "without classes"
     material = f"{config['pairs']:,} pairs {classes}, batch {optimisation['batch']}"
     return {
-        "run": summary["run"], "model": digest(seedless), "recipe": digest(recipe), "seed": config["seed"],
-        "kind": kind, "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
-        "regime": f"{material}, {summary['nimg']:,} images seen", "material": material,
+        "run": summary["run"],
+        "model": digest(seedless),
+        "recipe": digest(recipe),
+        "seed": config["seed"],
+        "kind": kind,
+        "family": "ViT" if kind == "vit" else "GET" if network["normalise"] else "GET as published",
+        "regime": f"{material}, {summary['nimg']:,} images seen",
+        "material": material,
         "decays": optimisation["decay"] != "none",
-        "width": network["width"], "depth": network["depth"], "patch": network["patch"],
+        "width": network["width"],
+        "depth": network["depth"],
+        "patch": network["patch"],
         "image": " x ".join(map(str, summary["image"])),
-        "parameters": summary["parameters"], "flops_image": summary["flops_image"], "nimg": summary["nimg"],
-        "train_flops_image": summary["train_flops_image"], "train_flops": summary["train_flops_image"] * summary["nimg"],
+        "parameters": summary["parameters"],
+        "flops_image": summary["flops_image"],
+        "nimg": summary["nimg"],
+        "train_flops_image": summary["train_flops_image"],
+        "train_flops": summary["train_flops_image"] * summary["nimg"],
         "pairs": config["pairs"],
-        "trained_iterations": solve.get("iterations"), **_ablations(config), "changeable": _changeable(config),
-    }  # fmt: skip
+        "trained_iterations": solve.get("iterations"),
+        **_ablations(config),
+        "changeable": _changeable(config),
+    }
 
 
 def _ablations(config: dict) -> dict[str, str]:
@@ -172,19 +216,24 @@ def _ablations(config: dict) -> dict[str, str]:
     rest = {**config, "seed": None}
     unscheduled = {k: v for k, v in optimisation.items() if k not in (*TUNED, *SCHEDULE)}
     scaled = {k: v for k, v in unscheduled.items() if k not in ("batch", "micro_batch")} | {
-        "updates": optimisation["nimg"] / optimisation["batch"]}  # fmt: skip
+        "updates": optimisation["nimg"] / optimisation["batch"]
+    }
     return {
         "but_nimg": digest({**rest, "optimisation": unscheduled}),
         "but_batch": digest({**rest, "optimisation": scaled}),
         "but_pairs": digest({**rest, "pairs": None}),
-        "but_conditioning": digest({**rest, "conditional": None, "network": {**network, "conditioning": None}}),
+        "but_conditioning": digest(
+            {**rest, "conditional": None, "network": {**network, "conditioning": None}}
+        ),
         "conditioning": network.get("conditioning", "additive") if config["conditional"] else "none",
     }
 
 
 def _changeable(config: dict) -> dict[str, Any]:
     """Return what may differ between models that are compared one change at a time, by the words of params."""
-    optimisation = {k: v for k, v in config["optimisation"].items() if k == "nimg" or k not in (*TUNED, *SCHEDULE)}
+    optimisation = {
+        k: v for k, v in config["optimisation"].items() if k == "nimg" or k not in (*TUNED, *SCHEDULE)
+    }
     parts = (config, config["network"], config["equilibrium"] or {}, optimisation)
     return {k: v for part in parts for k, v in part.items() if k != "seed" and not isinstance(v, dict)}
 
@@ -206,7 +255,9 @@ def read_table(path: Path, **how: Any) -> pd.DataFrame:
         raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
 
 
-def replicated(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float) -> pd.DataFrame:
+def replicated(
+    frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], confidence: float
+) -> pd.DataFrame:
     """Return a row for each combination of `keys`: means of `values` over seeds, `n` of them, and `VALUE_half`, half
     the t-interval at `confidence` of the mean; nan where there are no seeds. Other columns are those of the first seed.
 
@@ -234,7 +285,9 @@ def first_seeds(runs: pd.DataFrame) -> pd.Series:
 def main_regime(tables: Tables) -> str:
     """Return the regime in which GET and ViT can be compared at the most sizes; the longest training of those."""
     models = tables.runs.drop_duplicates("model")
-    found = models.groupby("regime").agg(kinds=("kind", "nunique"), models=("model", "size"), nimg=("nimg", "first"))
+    found = models.groupby("regime").agg(
+        kinds=("kind", "nunique"), models=("model", "size"), nimg=("nimg", "first")
+    )
     return found.sort_values(["kinds", "models", "nimg"]).index[-1]
 
 
@@ -273,14 +326,18 @@ def claims(folder: Path | str, ids: Sequence[str], timed: bool = False) -> pd.Da
     if missing := [name for name in names if not (Path(folder) / name).exists()]:
         raise UserError(f"{Path(folder) / missing[0]} is not there; run the stage claims first")
     found = pd.concat([read_table(Path(folder) / name, keep_default_na=False, dtype=str) for name in names])
-    found = found[found["id"].isin(ids)].sort_values("id", key=lambda names: names.map(list(ids).index), kind="stable")
+    found = found[found["id"].isin(ids)].sort_values(
+        "id", key=lambda names: names.map(list(ids).index), kind="stable"
+    )
     return found.assign(id=found["id"].str.replace("-", "\u2011"))  # one that breaks no line
 
 
 def findings(found: pd.DataFrame) -> str:
     """Return in Markdown what became of claims, verdict by verdict, with the likely reason, once for all that share it."""
     parts = []
-    for verdict, rows in sorted(found.groupby("verdict"), reverse=True):  # holds, does not hold, cannot be told here
+    for verdict, rows in sorted(
+        found.groupby("verdict"), reverse=True
+    ):  # holds, does not hold, cannot be told here
         parts.append(f"**{verdict.capitalize()}**\n")
         for reason, same in rows.groupby("reason", sort=False):
             names = [row.id + (f" ({row.part})" if row.part else "") for row in same.itertuples()]

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from equilab import config as configs
 from equilab.analysis.scaling import Rule
 from equilab.analysis.tables import Results, short
+from equilab.core import config as configs
 
-TEXTS = Path(configs.__file__).with_name("claims.yaml")
+TEXTS = Path(configs.__file__).parents[1] / "claims.yaml"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told here"
 COLUMNS = ("id", "part", "claim", "where", "published", "ours", "interval", "seeds", "verdict", "reason")
 
@@ -78,7 +78,11 @@ class Comparisons:
         once, no narrower than `least` to either side; the margin where there is one seed."""
         reach = np.log1p(self.config.rule.margin_distance)
         if len(logs) > 1:
-            own = stats.t.ppf((1 + self.confidence(among)) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+            own = (
+                stats.t.ppf((1 + self.confidence(among)) / 2, len(logs) - 1)
+                * logs.std(ddof=1)
+                / np.sqrt(len(logs))
+            )
             reach = max(own, least / np.sqrt(len(logs)))
         return float(np.exp(logs.mean() - reach)), float(np.exp(logs.mean() + reach))
 
@@ -105,7 +109,9 @@ def rows(study: Any, tests: Mapping[tuple[str, str], Callable[[Any], Found | Non
     texts, table = {(text["id"], text["part"]): text for text in configs.read(TEXTS)["claims"]}, []
     for key, test in tests.items():
         text, found = texts[key], test(study)
-        reason = text[{HOLDS: "holds", FAILS: "fails", OPEN: "open"}[found.verdict]] if found else text["missing"]
+        reason = (
+            text[{HOLDS: "holds", FAILS: "fails", OPEN: "open"}[found.verdict]] if found else text["missing"]
+        )
         found = found or Found("–", "–", "0", OPEN)
         table.append([text[column] for column in COLUMNS[:5]] + [*found[:4], reason + found.note])
     return pd.DataFrame(table, columns=COLUMNS)
@@ -118,7 +124,11 @@ def ordered(x: Any, y: Any) -> tuple[float, float]:
     size = np.sqrt((x**2).sum() * (y**2).sum())
     if not size:
         return np.nan, np.nan
-    draws = list(itertools.permutations(y)) if len(y) <= 7 else np.random.default_rng(0).permuted(np.tile(y, (9999, 1)), axis=1)
+    draws = (
+        list(itertools.permutations(y))
+        if len(y) <= 7
+        else np.random.default_rng(0).permuted(np.tile(y, (9999, 1)), axis=1)
+    )
     rho, others = (x * y).sum() / size, np.asarray(draws) @ x / size
     as_far = (np.abs(others) >= abs(rho) - 1e-9).sum()
     return float(rho), float(as_far / len(others) if len(y) <= 7 else (as_far + 1) / (len(others) + 1))

@@ -59,7 +59,7 @@ class Diffusion:
                 f"lower beta_end={self.beta_end} or timesteps"
             )
 
-    def alpha_bar(self) -> Float64[Tensor, "t"]:
+    def alpha_bar(self) -> Float64[Tensor, t]:
         """Return the share of the image in the variance of x at every timestep, the products of 1 - beta.
 
         Source: "Common diffusion noise schedules are flawed" (Lin 2023), algorithm 1, for zero terminal SNR.
@@ -96,7 +96,9 @@ def evenly(timesteps: int, steps: int) -> list[int]:
     Differs: there a single step is timestep 0, where no noise has been added yet.
     """
     if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps is {steps}, but a diffusion of {timesteps} timesteps has room for 1..{timesteps}")
+        raise ValueError(
+            f"steps is {steps}, but a diffusion of {timesteps} timesteps has room for 1..{timesteps}"
+        )
     if steps == 1:
         return [timesteps - 1]
     stride = (timesteps - 1) / (steps - 1)
@@ -108,7 +110,9 @@ class Level(NamedTuple):
 
     alpha_bar: Tensor
     before: Tensor  # alpha_bar of the next cleaner timestep of the chain; 1 at the cleanest
-    log_small: Tensor  # log variance of x one step before, the image known; at the cleanest that of the second
+    log_small: (
+        Tensor  # log variance of x one step before, the image known; at the cleanest that of the second
+    )
     log_large: Tensor  # log beta
 
 
@@ -116,10 +120,10 @@ class Chain(NamedTuple):
     """Timesteps of a diffusion, from the cleanest to the noisiest."""
 
     diffusion: Diffusion
-    t: Int64[Tensor, "s"]  # what the network is told
+    t: Int64[Tensor, s]  # what the network is told
     levels: Float64[Tensor, "4 s"]  # the numbers of a Level, at each
 
-    def at(self, position: Int64[Tensor, "b"]) -> Level:
+    def at(self, position: Int64[Tensor, b]) -> Level:
         """Return the levels of positions in the chain, 0 the cleanest; in the chain of all timesteps, these are t."""
         return Level(*self.levels.to(position.device)[:, position, None, None, None])
 
@@ -136,7 +140,9 @@ class Chain(NamedTuple):
             )
         return output.chunk(2, 1) if learned else (output, None)
 
-    def image(self, x: Float[Tensor, "b c h w"], prediction: Float[Tensor, "b c h w"], level: Level) -> Tensor:
+    def image(
+        self, x: Float[Tensor, "b c h w"], prediction: Float[Tensor, "b c h w"], level: Level
+    ) -> Tensor:
         """Return the image that a prediction for `x` implies."""
         return (image_of_noise if self.diffusion.prediction == "noise" else image_of_v)(x, prediction, level)
 
@@ -151,7 +157,9 @@ class Chain(NamedTuple):
         return (share * level.log_large + (1 - share) * level.log_small).to(value.dtype)
 
 
-def noised(image: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], level: Level) -> Float[Tensor, "b c h w"]:
+def noised(
+    image: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], level: Level
+) -> Float[Tensor, "b c h w"]:
     """Return the noisy state x.
 
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equation 4.
@@ -176,7 +184,9 @@ def image_of_noise(
     return ((x - (1 - level.alpha_bar).sqrt() * noise) / level.alpha_bar.sqrt()).to(x.dtype)
 
 
-def image_of_v(x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], level: Level) -> Float[Tensor, "b c h w"]:
+def image_of_v(
+    x: Float[Tensor, "b c h w"], v: Float[Tensor, "b c h w"], level: Level
+) -> Float[Tensor, "b c h w"]:
     """Return the image of a state whose v is known."""
     return (level.alpha_bar.sqrt() * x - (1 - level.alpha_bar).sqrt() * v).to(x.dtype)
 
@@ -196,4 +206,6 @@ def posterior_mean(
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equation 7.
     """
     alpha, rest = level.alpha_bar / level.before, 1 - level.alpha_bar
-    return ((level.before.sqrt() * (1 - alpha) * image + alpha.sqrt() * (1 - level.before) * x) / rest).to(image.dtype)
+    return ((level.before.sqrt() * (1 - alpha) * image + alpha.sqrt() * (1 - level.before) * x) / rest).to(
+        image.dtype
+    )

@@ -22,7 +22,7 @@ def error(
     noise: Float[Tensor, "b c h w"],
     level: Level,
     weight: str,
-) -> Float[Tensor, "b"]:
+) -> Float[Tensor, b]:
     """Return the squared error of the prediction, mean over pixels, times `v_weight` if `weight` is "published".
 
     The weight is for v; "uniform" is 1 for all timesteps, as it is for noise.
@@ -39,7 +39,7 @@ def error(
     return squares * v_weight(level).to(image.dtype) if weight == "published" else squares
 
 
-def v_weight(level: Level) -> Float[Tensor, "b"]:
+def v_weight(level: Level) -> Float[Tensor, b]:
     """Return the published weights alpha_bar sqrt(1 - alpha_bar) of the squared error of v.
 
     They are SNR sqrt(1 - alpha_bar) for the error of the image that v implies. At SNR 0 the weight is exactly 0: with
@@ -56,7 +56,7 @@ def bound(
     image: Float[Tensor, "b c h w"],
     noise: Float[Tensor, "b c h w"],
     level: Level,
-) -> Float[Tensor, "b"]:
+) -> Float[Tensor, b]:
     """Return the variational bound of a step back in bits per pixel, which trains the learned variance.
 
     Divergence of the step from the true one, the image known; at the cleanest timestep, minus the log likelihood of
@@ -68,7 +68,9 @@ def bound(
     """
     prediction, value = chain.split(output, image.shape[1])
     if value is None:
-        raise ValueError(f"variance is {chain.diffusion.variance!r}; the bound is for a 'learned' one, leave it out")
+        raise ValueError(
+            f"variance is {chain.diffusion.variance!r}; the bound is for a 'learned' one, leave it out"
+        )
     clean, x = image.double(), noised(image.double(), noise, level)
     mean = posterior_mean(chain.image(x, prediction.detach().double(), level), x, level)
     log_variance = chain.log_variance(value.double(), level)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from equilab import rng
+from equilab.core import rng
 from equilab.diffusion.discrete import Chain, Level, noise_of_image, posterior_mean
 from equilab.solvers import Solution, Solver
 from equilab.solvers.budget import Budget, trace
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     t: int  # the timestep that it left
     image: Float64[Tensor, "b c h w"]  # the image predicted there; of a diverged sample, its state
     solution: Solution | None  # of an implicit network; with guidance, of twice the samples (see `guided`)
-    diverged: Bool[Tensor, "b"]  # in this step or before
+    diverged: Bool[Tensor, b]  # in this step or before
     nfe: int  # calls of predict since the start; with guidance, each is of twice the samples
 
 
@@ -42,7 +42,7 @@ def ddpm(
     predict: Callable,
     noise: Float[Tensor, "b c h w"],
     chain: Chain,
-    label: Int64[Tensor, "b"] | None,
+    label: Int64[Tensor, b] | None,
     noises: Callable[[int], Tensor],
     *,
     reuse: bool,
@@ -69,7 +69,7 @@ def ddim(
     predict: Callable,
     noise: Float[Tensor, "b c h w"],
     chain: Chain,
-    label: Int64[Tensor, "b"] | None,
+    label: Int64[Tensor, b] | None,
     noises: Callable[[int], Tensor] | None = None,
     *,
     eta: float,
@@ -103,11 +103,15 @@ def finish(steps: Iterable[Step]) -> Step:
     return last
 
 
-def fresh(seed: int, purpose: str, indices: Sequence[int] | np.ndarray, noise: Tensor) -> Callable[[int], Tensor]:
+def fresh(
+    seed: int, purpose: str, indices: Sequence[int] | np.ndarray, noise: Tensor
+) -> Callable[[int], Tensor]:
     """Return `noises` for a sampler: unit noise like `noise`, row i a function of (seed, purpose, step, indices[i])."""
 
     def noises(step: int) -> Tensor:
-        return torch.from_numpy(rng.noise(seed, f"{purpose}, step {step}", indices, tuple(noise.shape[1:]))).to(noise)
+        return torch.from_numpy(
+            rng.noise(seed, f"{purpose}, step {step}", indices, tuple(noise.shape[1:]))
+        ).to(noise)
 
     return noises
 
@@ -130,8 +134,12 @@ def implicit(net: Callable, solver: Solver) -> Callable:
         if carry is not None and len(carry) != len(x):
             raise ValueError(f"carry holds {len(carry)} states for {len(x)} samples; hand in theirs, or None")
         if carry is not None and (t != t[0]).any():
-            raise ValueError("t mixes timesteps, but a carry is of one; call with one timestep, or carry None")
-        return net(x, t, label, carry, solver if iterations is None else replace(solver, iterations=iterations))
+            raise ValueError(
+                "t mixes timesteps, but a carry is of one; call with one timestep, or carry None"
+            )
+        return net(
+            x, t, label, carry, solver if iterations is None else replace(solver, iterations=iterations)
+        )
 
     return predict
 
@@ -203,8 +211,12 @@ def _broken(solution: Solution | None, x: Tensor, needed: bool) -> Tensor:
     """Return the samples (B,) of which a part of the solution diverged."""
     if solution is None:
         if needed:
-            raise ValueError("predict returns no solution, as of an explicit network; sample without reuse and budget")
+            raise ValueError(
+                "predict returns no solution, as of an explicit network; sample without reuse and budget"
+            )
         return torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if len(solution.z) % len(x):
-        raise ValueError(f"predict returns {len(solution.z)} states for {len(x)} samples; give each sample its own")
+        raise ValueError(
+            f"predict returns {len(solution.z)} states for {len(x)} samples; give each sample its own"
+        )
     return solution.diverged.reshape(-1, len(x)).any(0)

@@ -47,14 +47,16 @@ class Churn(NamedTuple):
 
     def gamma(self, sigma: float, steps: int) -> float:
         """Return the relative increase of sigma before a step that starts from `sigma`, one of `steps`."""
-        return min(self.amount / steps, math.sqrt(2) - 1) if self.sigma_min <= sigma <= self.sigma_max else 0.0
+        return (
+            min(self.amount / steps, math.sqrt(2) - 1) if self.sigma_min <= sigma <= self.sigma_max else 0.0
+        )
 
 
 def heun(
     denoise: Callable[..., Denoised],
     noise: Float[Tensor, "b c h w"],
-    sigmas: Float64[Tensor, "n"],
-    label: Int64[Tensor, "b"] | None,
+    sigmas: Float64[Tensor, n],
+    label: Int64[Tensor, b] | None,
     churn: Churn | None = None,
     noises: Callable[[int], Tensor] | None = None,
     *,
@@ -68,7 +70,9 @@ def heun(
     Source: EDM, algorithm 1; with churn algorithm 2.
     """
     if len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[-1] < 0:
-        raise ValueError(f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas")
+        raise ValueError(
+            f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas"
+        )
     if churn is not None and noises is None:
         raise ValueError("churn needs fresh noise; give noises, a function of the step")
     return _steps(denoise, noise.detach().double(), sigmas.tolist(), label, churn, noises, corrected)
@@ -102,7 +106,9 @@ def _steps(denoise, noise, sigmas, label, churn, noises, corrected: bool) -> Ite
 
 
 @torch.no_grad()
-def _step(denoise, x, sigma, sigma_next, label, carry, corrected: bool) -> tuple[Tensor, tuple[Denoised, ...]]:
+def _step(
+    denoise, x, sigma, sigma_next, label, carry, corrected: bool
+) -> tuple[Tensor, tuple[Denoised, ...]]:
     """Return the state at sigma_next and what the denoiser returned: Euler's step, then the trapezoidal correction."""
     first = denoise(x, sigma, label, carry)
     slope = (x - first.image) / sigma

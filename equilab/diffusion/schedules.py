@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 
-def edm_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> Float64[Tensor, "n"]:
+def edm_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> Float64[Tensor, n]:
     """Return the noise levels (steps + 1,) of a sampler: sigma_max down to sigma_min, evenly in sigma^(1/rho), then 0.
 
     A single step goes from sigma_max to 0.
@@ -24,4 +24,6 @@ def edm_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) ->
         )
     fraction = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat([(high + fraction * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])  # (steps + 1,)
+    return torch.cat(
+        [(high + fraction * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)]
+    )  # (steps + 1,)

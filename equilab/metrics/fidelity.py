@@ -17,17 +17,22 @@ import torch
 from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor, nn
 
-from equilab import rng
-from equilab.config import UserError, digest
-from equilab.data import load, to_float
-from equilab.progress import bar
+from equilab.core import rng
+from equilab.core.config import UserError, digest
+from equilab.core.progress import bar
+from equilab.data.images import load, to_float
+from equilab.models.checkpoint import checksum, load_network, load_tensors, read_metadata, save_tensors
 from equilab.training.classify import CLASSIFIERS
-from equilab.training.state import checksum, load_network, load_tensors, read_metadata, save_tensors
 
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
-KID_SUBSET, NEIGHBOURS, SPLITS, SEED = 1000, 3, 10, 2020  # as published with each score; torch-fidelity's seed
+KID_SUBSET, NEIGHBOURS, SPLITS, SEED = (
+    1000,
+    3,
+    10,
+    2020,
+)  # as published with each score; torch-fidelity's seed
 CACHE = Path(".equilab/references")  # of a study, ignored by git and DVC
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the file carries
@@ -50,7 +55,7 @@ class Extractor(NamedTuple):
 class Statistics(NamedTuple):
     """Mean (D,) and unbiased covariance (D, D) of features."""
 
-    mean: Float64[Tensor, "d"]
+    mean: Float64[Tensor, d]
     covariance: Float64[Tensor, "d d"]
 
 
@@ -65,7 +70,9 @@ class Reference(NamedTuple):
 def classifier_extractor(classifier: nn.Module) -> Extractor:
     """Return the extractor of a trained Classifier, on the device that it is on."""
     device = next(classifier.parameters()).device
-    return Extractor(lambda image: classifier(to_float(image)), "fd", checksum(classifier.state_dict()), device)
+    return Extractor(
+        lambda image: classifier(to_float(image)), "fd", checksum(classifier.state_dict()), device
+    )
 
 
 def inception_extractor(device: torch.device) -> Extractor:
@@ -83,14 +90,22 @@ def inception_extractor(device: torch.device) -> Extractor:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(inceptionv3.URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+            torch.hub.download_url_to_file(
+                inceptionv3.URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256
+            )
         except (OSError, RuntimeError) as error:
-            raise UserError(f"Inception's weights could not be fetched ({error}); place the file {INCEPTION} of the "
-                            f"releases of torch-fidelity at {path}") from error
+            raise UserError(
+                f"Inception's weights could not be fetched ({error}); place the file {INCEPTION} of the "
+                f"releases of torch-fidelity at {path}"
+            ) from error
     weights = hashlib.sha256(path.read_bytes()).hexdigest()
     if not weights.startswith(INCEPTION_SHA256):
-        raise UserError(f"{path} is damaged: its sha256 must start with {INCEPTION_SHA256}; remove it and run again")
-    torch.load(path, weights_only=True)  # torch-fidelity unpickles the file: refuse one that holds more than tensors
+        raise UserError(
+            f"{path} is damaged: its sha256 must start with {INCEPTION_SHA256}; remove it and run again"
+        )
+    torch.load(
+        path, weights_only=True
+    )  # torch-fidelity unpickles the file: refuse one that holds more than tensors
     network = inceptionv3.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(path)).to(device)
     key = f"{weights} {importlib.metadata.version('torch-fidelity')}"
     return Extractor(lambda image: network(image.expand(-1, 3, -1, -1)), "fid", key, device)
@@ -130,7 +145,9 @@ def register(extractor: Extractor) -> str:
     return name
 
 
-def extract(images: Images, extractor: Extractor) -> Iterator[tuple[Float32[Tensor, "b d"], Float32[Tensor, "b k"]]]:
+def extract(
+    images: Images, extractor: Extractor
+) -> Iterator[tuple[Float32[Tensor, "b d"], Float32[Tensor, "b k"]]]:
     """Yield features (B, D) and logits (B, K) on the CPU, of an array in batches of BATCH, else batch by batch."""
     batches = images
     if isinstance(images, np.ndarray):
@@ -149,7 +166,11 @@ def statistics(blocks: Iterable[Float[Tensor, "_ d"]]) -> Statistics:
     count, total, products = 0, 0.0, 0.0
     for block in blocks:
         block = block.double()
-        count, total, products = count + len(block), total + block.sum(0), products + block.T @ block  # (D,), (D, D)
+        count, total, products = (
+            count + len(block),
+            total + block.sum(0),
+            products + block.T @ block,
+        )  # (D,), (D, D)
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {count}; give more")
     mean = total / count
@@ -204,7 +225,9 @@ class Parts:
     def tell(self, logits: Float[Tensor, "b k"]) -> None:
         """Add the logits of the next images."""
         log = logits.double().log_softmax(1)  # (B, K)
-        each = torch.cat([log.exp(), (log.exp() * log).sum(1, True), log.new_ones(len(log), 1)], 1)  # (B, K + 2)
+        each = torch.cat(
+            [log.exp(), (log.exp() * log).sum(1, True), log.new_ones(len(log), 1)], 1
+        )  # (B, K + 2)
         part = (torch.arange(len(log)) + self.count) % self.splits
         self.count += len(log)
         self.sums = self.sums + log.new_zeros(self.splits, each.shape[1]).index_add(0, part, each)
@@ -231,7 +254,9 @@ def precision_recall(
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
-def reference(images: UInt8[np.ndarray, "n c h w"], extractor: Extractor, cache: Path, *, compared: int) -> Reference:
+def reference(
+    images: UInt8[np.ndarray, "n c h w"], extractor: Extractor, cache: Path, *, compared: int
+) -> Reference:
     """Return the Reference of real images, computed once and kept in `cache` under a hash of all that it depends on.
 
     Statistics are those of all images; features are kept of at most `compared` of them, drawn with a fixed seed, which
@@ -283,7 +308,9 @@ class Scorer:
         weights = evaluator / "weights.safetensors"
         inception = read_metadata(weights).get("network") == "inception"
         if config is not None and inception != (config.network is None):
-            raise UserError(f"{weights} is {'Inception' if inception else 'a classifier'}, but params ask for the other; run the stage `evaluator` again")
+            raise UserError(
+                f"{weights} is {'Inception' if inception else 'a classifier'}, but params ask for the other; run the stage `evaluator` again"
+            )
         if inception:
             self.extractor = inception_extractor(device)
         else:
@@ -323,7 +350,11 @@ class Scorer:
         found = statistics(blocks())
         compared, logits = (torch.cat(side)[:COMPARED] for side in zip(*kept))
         values = self._scores(found, compared, logits, self.references)
-        return values if parts.count <= COMPARED else {**values, "inception_score": parts.score(), "n_samples": parts.count}
+        return (
+            values
+            if parts.count <= COMPARED
+            else {**values, "inception_score": parts.score(), "n_samples": parts.count}
+        )
 
     def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
         """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.
@@ -336,7 +367,9 @@ class Scorer:
         """
         train, test = self.references["train"], self.references["test"]
         draw, starts = rng.generator(seed, "floor"), range(0, n_samples, BATCH)
-        batches = (self.train[draw.integers(len(self.train), size=min(BATCH, n_samples - start))] for start in starts)
+        batches = (
+            self.train[draw.integers(len(self.train), size=min(BATCH, n_samples - start))] for start in starts
+        )
         return {
             "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
             "bootstrap": self.scores(batches),
@@ -352,11 +385,17 @@ class Scorer:
         for split, real in references.items():
             sizes = len(compared), len(real.features)
             subset = min(KID_SUBSET, *sizes)
-            subsets = -(-2 * max(sizes) // subset)  # every image is drawn twice on average, as by 100 of 50,000
+            subsets = -(
+                -2 * max(sizes) // subset
+            )  # every image is drawn twice on average, as by 100 of 50,000
             values[f"kid_{split}"] = kid(compared, real.features, subsets=subsets, subset=subset, seed=SEED)
         sides = (side.to(self.extractor.device) for side in (compared, references["train"].features))
         values["precision"], values["recall"] = precision_recall(*sides, neighbours=NEIGHBOURS)
-        return {**values, "inception_score": inception_score(logits, splits=SPLITS, seed=SEED), "n_samples": count}
+        return {
+            **values,
+            "inception_score": inception_score(logits, splits=SPLITS, seed=SEED),
+            "n_samples": count,
+        }
 
     def _distances(self, found: Statistics, references: Mapping[str, Reference]) -> dict[str, float]:
         what = self.extractor.distance

@@ -21,9 +21,13 @@ class Classifier(nn.Module):
     def __init__(self, image: tuple[int, int, int], classes: int, *, width: int, features: int):
         super().__init__()
         if classes < 2:
-            raise ValueError(f"a classifier needs at least 2 classes, the data has {classes}; use Inception's features")
+            raise ValueError(
+                f"a classifier needs at least 2 classes, the data has {classes}; use Inception's features"
+            )
         if width < 8 or width % 8 or features < 1:
-            raise ValueError(f"width is {width} and features {features}; give a multiple of 8 and a positive number")
+            raise ValueError(
+                f"width is {width} and features {features}; give a multiple of 8 and a positive number"
+            )
         channels, *grid = image
         layers = _convolution(channels, width, stride=1)
         while max(grid) > FINAL:

@@ -63,7 +63,7 @@ class Condition(nn.Module):
         self.embedding = vit.class_embedding(classes + 1 if classes else 0, width)
 
     def forward(
-        self, t: Real[Tensor, "b"], label: Int64[Tensor, "b"] | None
+        self, t: Real[Tensor, b], label: Int64[Tensor, b] | None
     ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b 1 d"]]:
         """Return the condition of timestep and class together, and of the class alone (zeros without classes).
 
@@ -110,7 +110,11 @@ class DiT(nn.Module):
         self.final = AdaLNFinal(width, patch * patch * self.output[0])
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], t: Real[Tensor, "b"], label: Int64[Tensor, "b"] | None, every: bool = False
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Real[Tensor, b],
+        label: Int64[Tensor, b] | None,
+        every: bool = False,
     ) -> Float[Tensor, "b o h w"] | tuple[Float[Tensor, "b o h w"], dict[str, Tensor]]:
         """Return the prediction for `x` at timesteps t >= 0; a label is 0..classes - 1, or `classes`: the null class.
 
@@ -142,7 +146,9 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[DiT, d
     return model.to_empty(device="cpu"), published_keys(model)
 
 
-def published_sizes(weights: Mapping[str, Tensor], block: str) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+def published_sizes(
+    weights: Mapping[str, Tensor], block: str
+) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     """Return (image, classes, {width, depth, patch, expansion, learned_variance}) of published DiT or FPDM weights.
 
     Images are square, `block` is a published block, and the last row of the label table is the null class.

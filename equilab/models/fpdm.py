@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equilab.models import dit
-from equilab.models.layers import AdaLNBlock, AdaLNFinal, Linear, Patches, check_sizes, sine_cosine_table, unpatchify
+from equilab.models.layers import (
+    AdaLNBlock,
+    AdaLNFinal,
+    Linear,
+    Patches,
+    check_sizes,
+    sine_cosine_table,
+    unpatchify,
+)
 from equilab.solvers import Solution
 
 # FPDM (Bai and Melas-Kyriazi 2024), section 4.1: layers of DiT-XL/2; figure 7 takes 0, 1, 2 and 4 for pre and post
@@ -71,8 +79,8 @@ class FPDM(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        t: Real[Tensor, "b"],
-        label: Int64[Tensor, "b"] | None,
+        t: Real[Tensor, b],
+        label: Int64[Tensor, b] | None,
         carry: Float[Tensor, "k n d"] | None,
         solve: Callable,
     ) -> tuple[Float[Tensor, "b o h w"], Solution]:
@@ -108,7 +116,9 @@ class FPDM(nn.Module):
         """
         modulation = self.fixed.modulation(F.silu(condition))  # (B, 1, 6D)
         ours, injected = self.merge1.weight.chunk(2, 1)  # (2D, D) each
-        if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):  # a part of a weight is not cast once for all by itself
+        if h.device.type != "meta" and torch.is_autocast_enabled(
+            h.device.type
+        ):  # a part of a weight is not cast once for all by itself
             ours = ours.to(torch.get_autocast_dtype(h.device.type))
         injection = F.linear(self.injection(h), injected, self.merge1.bias)  # (B, N, 2D)
         kept = None, injection, modulation  # those of the samples that run on, gathered when they change
@@ -116,10 +126,18 @@ class FPDM(nn.Module):
         def f(z: Tensor, rows: Tensor | None) -> Tensor:
             nonlocal kept
             if rows is not kept[0]:
-                kept = (rows, injection, modulation) if rows is None else (rows, injection[rows], modulation[rows])
+                kept = (
+                    (rows, injection, modulation)
+                    if rows is None
+                    else (rows, injection[rows], modulation[rows])
+                )
             _, u, m = kept
-            merged = torch.addmm(u.flatten(0, 1), z.flatten(0, 1), ours.T).unflatten(0, z.shape[:2])  # (B, N, 2D)
-            return self.fixed.modulated(self.merge2(F.gelu(merged, approximate="tanh")).to(z.dtype), m)  # (B, N, D)
+            merged = torch.addmm(u.flatten(0, 1), z.flatten(0, 1), ours.T).unflatten(
+                0, z.shape[:2]
+            )  # (B, N, 2D)
+            return self.fixed.modulated(
+                self.merge2(F.gelu(merged, approximate="tanh")).to(z.dtype), m
+            )  # (B, N, D)
 
         return f
 

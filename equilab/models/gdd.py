@@ -44,7 +44,9 @@ def check_levels(sigma_min: float, sigmas: Sequence[float]) -> None:
     """
     levels = [*sigmas, sigma_min, 0.0]
     if not sigmas or any(a <= b for a, b in zip(levels, levels[1:])):
-        raise ValueError(f"sigmas is {list(sigmas)} and sigma_min {sigma_min}; give levels that fall and stay above sigma_min > 0")
+        raise ValueError(
+            f"sigmas is {list(sigmas)} and sigma_min {sigma_min}; give levels that fall and stay above sigma_min > 0"
+        )
 
 
 def coefficients(
@@ -78,7 +80,9 @@ class GDD(nn.Module):
         check_levels(sigma_min, sigmas)
         self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
 
-    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None, every: bool = False) -> Generated:
+    def forward(
+        self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, every: bool = False
+    ) -> Generated:
         """Return Generated(image, None): where the steps from sigmas[0] * noise lead.
 
         With `every`, the images (S, B, C, H, W) that the consistency function sees at all steps.
@@ -97,8 +101,8 @@ class GDD(nn.Module):
     def denoise(
         self,
         x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, "b"] | Float[Tensor, ""] | float,
-        label: Int64[Tensor, "b"] | None,
+        sigma: Float[Tensor, b] | Float[Tensor, ""] | float,
+        label: Int64[Tensor, b] | None,
         carry: None = None,
     ) -> Denoised:
         """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None); sigma of the batch or of each sample.
@@ -106,8 +110,12 @@ class GDD(nn.Module):
         Coefficients and result are float32 whatever the dtype of x, as those of EDM.
         """
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))[:, None, None, None]
-        c_skip, c_out, c_in, c_noise = coefficients(sigma, sigma_data=self.sigma_data, sigma_min=self.sigma_min)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))[
+            :, None, None, None
+        ]
+        c_skip, c_out, c_in, c_noise = coefficients(
+            sigma, sigma_data=self.sigma_data, sigma_min=self.sigma_min
+        )
         out = self.net(c_in * x, c_noise.flatten(), label)  # (B, C, H, W)
         return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
 
@@ -140,7 +148,9 @@ def layers(net: nn.Module) -> Iterator[Layer]:
         last = name.rpartition(".")[2]
         group = next((group for group, pattern in GROUPS.items() if re.fullmatch(pattern, last)), None)
         if group is None:
-            raise ValueError(f"layer {name!r} belongs to no group of a U-Net's layers; give one of equilab.models.unet")
+            raise ValueError(
+                f"layer {name!r} belongs to no group of a U-Net's layers; give one of equilab.models.unet"
+            )
         yield Layer(name, group, module)
 
 
@@ -153,7 +163,9 @@ def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
     chosen = [frozen(layer) for layer in found]
     if not any(chosen) or all(chosen):
         extent = "every one" if any(chosen) else "none"
-        raise ValueError(f"the predicate freezes {extent} of the {len(found)} layers; let it choose some of them")
+        raise ValueError(
+            f"the predicate freezes {extent} of the {len(found)} layers; let it choose some of them"
+        )
     for layer, choice in zip(found, chosen):
         layer.module.requires_grad_(not choice)
 
@@ -165,7 +177,9 @@ def prepare(net: nn.Module, variant: str) -> None:
     """
     if variant not in VARIANTS:
         near = difflib.get_close_matches(variant, VARIANTS, 1, 0)[0]
-        raise ValueError(f"variant {variant!r} is unknown, choose one of {', '.join(VARIANTS)} (nearest: {near})")
+        raise ValueError(
+            f"variant {variant!r} is unknown, choose one of {', '.join(VARIANTS)} (nearest: {near})"
+        )
     if VARIANTS[variant]:
         freeze(net, lambda layer: layer.group in VARIANTS[variant])
     else:

@@ -82,7 +82,9 @@ class GET(nn.Module):
         self.embedding = class_embedding(classes, 3 * width)
         self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
         self.injection = Linear(width, 3 * width * equilibrium_depth, bias=False)
-        self.equilibrium = nn.ModuleList(Block(width, heads, equilibrium_expansion) for _ in range(equilibrium_depth))
+        self.equilibrium = nn.ModuleList(
+            Block(width, heads, equilibrium_expansion) for _ in range(equilibrium_depth)
+        )
         self.final = Final(width, patch * patch * image[0])
 
     @property
@@ -90,7 +92,7 @@ class GET(nn.Module):
         """The shape (N, D) of the equilibrium state of an image."""
         return tuple(self.positions.shape[1:])
 
-    def inject(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> tuple[Tensor, ...]:
+    def inject(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None) -> tuple[Tensor, ...]:
         """Return what each equilibrium block adds to query, key and value: (B, N, 3D) each, the class included.
 
         Raises: ValueError if a label is missing, or given to an unconditional model.
@@ -116,7 +118,7 @@ class GET(nn.Module):
     def forward(
         self,
         noise: Float[Tensor, "b c h w"],
-        label: Int64[Tensor, "b"] | None,
+        label: Int64[Tensor, b] | None,
         init: Float[Tensor, "b n d"] | None,
         solve: Callable,
         every: bool = False,

@@ -60,7 +60,9 @@ class Attention(nn.Module):
         qkv = self.qkv(z)  # (B, N, 3D)
         if injection is not None:
             qkv = qkv + injection
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))  # (B, H, N, D/H)
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)
+        )  # (B, H, N, D/H)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -115,7 +117,9 @@ class AdaLNBlock(nn.Module):
         """Return the tokens after one block."""
         return self.modulated(z, self.modulation(F.silu(condition)))
 
-    def modulated(self, z: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6*d"]) -> Float[Tensor, "b n d"]:
+    def modulated(
+        self, z: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6*d"]
+    ) -> Float[Tensor, "b n d"]:
         """Return the tokens after one block under a `modulation`, which a block that is applied many times needs once."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 2)  # each (B, 1, D)
         z = z + gate1 * self.attn(modulate(z, shift1, scale1))
@@ -175,7 +179,9 @@ def sine_cosine_table(width: int, rows: int, columns: int) -> Float[Tensor, "1 n
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [index.reshape(-1, 1) * frequencies for index in (column, row)]  # each (N, D/4)
-    return torch.cat([g(angle) for angle in angles for g in (torch.sin, torch.cos)], 1)[None].float()  # (1, N, D)
+    return torch.cat([g(angle) for angle in angles for g in (torch.sin, torch.cos)], 1)[
+        None
+    ].float()  # (1, N, D)
 
 
 def unpatchify(patches: Float[Tensor, "b n o"], image: tuple[int, int, int]) -> Float[Tensor, "b c h w"]:
@@ -186,7 +192,9 @@ def unpatchify(patches: Float[Tensor, "b n o"], image: tuple[int, int, int]) -> 
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)  # (B, C, H, W)
 
 
-def check_sizes(image: tuple[int, int, int], classes: int, width: int, heads: int, patch: int, **depths: int) -> None:
+def check_sizes(
+    image: tuple[int, int, int], classes: int, width: int, heads: int, patch: int, **depths: int
+) -> None:
     """Return nothing if a transformer of these sizes can be built.
 
     Raises: ValueError naming the size that does not fit.

@@ -36,8 +36,8 @@ class EDM(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        sigma: Float[Tensor, "b"] | Float[Tensor, ""] | float,
-        label: Int64[Tensor, "b"] | None,
+        sigma: Float[Tensor, b] | Float[Tensor, ""] | float,
+        label: Int64[Tensor, b] | None,
         carry: None = None,
         augment_label: Float[Tensor, "b a"] | None = None,
     ) -> Denoised:
@@ -48,7 +48,9 @@ class EDM(nn.Module):
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))  # (B,)
-        c_skip, c_out, c_in, c_noise = coefficients(sigma[:, None, None, None], self.sigma_data)  # (B, 1, 1, 1) each
+        c_skip, c_out, c_in, c_noise = coefficients(
+            sigma[:, None, None, None], self.sigma_data
+        )  # (B, 1, 1, 1) each
         out = self.net(c_in * x, c_noise.flatten(), label, augment_label)  # (B, C, H, W)
         return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
 
@@ -65,7 +67,9 @@ def from_published(
 
     Raises: ValueError if a tensor that tells a size is missing.
     """
-    heights = sorted({int(m[1]) for key in weights if (m := re.match(r"model\.enc\.(\d+)x", key))}, reverse=True)
+    heights = sorted(
+        {int(m[1]) for key in weights if (m := re.match(r"model\.enc\.(\d+)x", key))}, reverse=True
+    )
     if not heights:
         raise ValueError("no published key starts with 'model.enc.'; give the state dict of an EDM network")
     names = [f"model.enc.{r}x{r}_block" for r in heights]
@@ -79,7 +83,9 @@ def from_published(
             architecture="adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
             width=width,
             multipliers=[need(weights, f"{name}0.conv1.weight", 4).shape[0] // width for name in names],
-            blocks=sum(bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights),
+            blocks=sum(
+                bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights
+            ),
             attention=[r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
             head_channels=(64 if adm else 0) if head_channels is None else head_channels,
             dropout=0.0,

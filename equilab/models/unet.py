@@ -23,9 +23,11 @@ class Sinusoid(nn.Module):
         super().__init__()
         self.count, self.open_end = channels // 2, open_end
 
-    def forward(self, noise_label: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, noise_label: Float[Tensor, b]) -> Float[Tensor, "b d"]:
         k = torch.arange(self.count, dtype=torch.float32, device=noise_label.device)
-        phase = noise_label.outer(10000 ** -(k / (self.count if self.open_end else self.count - 1)))  # (B, D/2)
+        phase = noise_label.outer(
+            10000 ** -(k / (self.count if self.open_end else self.count - 1))
+        )  # (B, D/2)
         return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
 
 
@@ -36,7 +38,7 @@ class Fourier(nn.Module):
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(channels // 2))
 
-    def forward(self, noise_label: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+    def forward(self, noise_label: Float[Tensor, b]) -> Float[Tensor, "b d"]:
         phase = noise_label.outer(2 * math.pi * self.freqs)  # (B, D/2)
         return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
 
@@ -97,7 +99,9 @@ class Block(nn.Module):
         self.scale = 1.0 if adm else math.sqrt(0.5)
         eps = 1e-5 if adm else 1e-6
         self.norm0 = _norm(cin, eps)
-        self.conv0 = ResampleConv(cin, cout, 3, resample, taps) if resample else nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv0 = (
+            ResampleConv(cin, cout, 3, resample, taps) if resample else nn.Conv2d(cin, cout, 3, padding=1)
+        )
         self.affine = nn.Linear(embedding, 2 * cout if adm else cout)
         self.norm1 = _norm(cout, eps)
         self.conv1 = nn.Conv2d(cout, cout, 3, padding=1)
@@ -129,7 +133,9 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        qkv = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))  # (B, heads, C/heads, 3, HW)
+        qkv = (
+            self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
+        )  # (B, heads, C/heads, 3, HW)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C/heads) each
         z = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
         return self.proj(z.transpose(2, 3).reshape(b, c, height, width))
@@ -179,7 +185,9 @@ class UNet(nn.Module):
 
         def block(cin: int, cout: int, attend: bool = False, resample: str | None = None) -> Block:
             heads = _heads(cout, head_channels) if attend else 0
-            return Block(cin, cout, embedding, adm=self.adm, heads=heads, dropout=dropout, resample=resample, taps=taps)
+            return Block(
+                cin, cout, embedding, adm=self.adm, heads=heads, dropout=dropout, resample=resample, taps=taps
+            )
 
         self.enc, skips = nn.ModuleDict(), []  # skips: channels of each stored activation
         cout, side = width * multipliers[0] if self.adm else width, channels
@@ -217,8 +225,8 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        noise_label: Float[Tensor, "b"],
-        label: Int64[Tensor, "b"] | None,
+        noise_label: Float[Tensor, b],
+        label: Int64[Tensor, b] | None,
         augment_label: Float[Tensor, "b a"] | None = None,
         every: bool = False,
     ) -> Float[Tensor, "b c h w"] | tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
@@ -245,7 +253,12 @@ class UNet(nn.Module):
         out = conv(F.silu(norm(x)))  # (B, C, H, W)
         if not every:
             return out
-        names = [f"{part}.{name}" for part in ("enc", "dec") for name, one in getattr(self, part).items() if isinstance(one, Block)]
+        names = [
+            f"{part}.{name}"
+            for part in ("enc", "dec")
+            for name, one in getattr(self, part).items()
+            if isinstance(one, Block)
+        ]
         return out, dict(zip(names, told, strict=True))
 
     def _embed(self, noise_label: Tensor, label: Tensor | None, augment_label: Tensor | None) -> Tensor:
@@ -278,7 +291,9 @@ class UNet(nn.Module):
                 continue
             last = name.endswith(("conv1", "proj", "aux_conv", "out_conv"))
             if not self.adm:
-                nn.init.xavier_uniform_(layer.weight, 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0)
+                nn.init.xavier_uniform_(
+                    layer.weight, 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0
+                )
             elif name == "map_label":
                 nn.init.normal_(layer.weight)
             elif last or name == "map_augment":
@@ -297,7 +312,9 @@ def _resample(x: Tensor, kernel: Tensor, direction: str, padding: int | None = N
     padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
     kernel = kernel.expand(x.shape[1], -1, -1, -1)  # (C, 1, k, k)
     if direction == "up":
-        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1])  # (B, C, 2H, 2W)
+        return F.conv_transpose2d(
+            x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1]
+        )  # (B, C, 2H, 2W)
     return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])  # (B, C, H/2, W/2)
 
 
@@ -312,16 +329,24 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def _heads(channels: int, head_channels: int) -> int:
-    if head_channels < 0 or head_channels and channels % head_channels:
-        raise ValueError(f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor")
+    if head_channels < 0 or (head_channels and channels % head_channels):
+        raise ValueError(
+            f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor"
+        )
     return channels // head_channels if head_channels else 1
 
 
 def _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment) -> None:
     levels, (_, height, across) = len(multipliers), image
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
-    if min(*image, width, blocks, levels, *multipliers) < 1 or min(classes, augment) < 0 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}"
+        )
+    if (
+        min(*image, width, blocks, levels, *multipliers) < 1
+        or min(classes, augment) < 0
+        or not 0 <= dropout < 1
+    ):
         raise ValueError(
             f"image={image}, width={width}, blocks={blocks} and multipliers={multipliers} must be positive, "
             f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct that"
@@ -333,4 +358,6 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
         )
     resolutions = [height >> level for level in range(levels)]
     if not set(attention) <= set(resolutions):
-        raise ValueError(f"attention={list(attention)} names a height that does not occur; choose among {resolutions}")
+        raise ValueError(
+            f"attention={list(attention)} names a height that does not occur; choose among {resolutions}"
+        )

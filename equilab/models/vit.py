@@ -31,7 +31,12 @@ SIZES = {
         "expansion": 4,
         "conditioning": "additive",
     }
-    for name, width, depth, heads in (("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16))
+    for name, width, depth, heads in (
+        ("S", 384, 12, 6),
+        ("B", 768, 12, 12),
+        ("L", 1024, 24, 16),
+        ("XL", 1152, 28, 16),
+    )
     for patch in (2, 4, 8)
 }
 
@@ -77,7 +82,9 @@ class ViT(nn.Module):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
         if conditioning not in ("additive", "adaln_zero") or (conditioning, classes) == ("adaln_zero", 0):
-            raise ValueError(f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'")
+            raise ValueError(
+                f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'"
+            )
         self.image, self.classes, self.conditioning = image, classes, conditioning
         outputs = patch * patch * image[0]
         self.patches = Patches(image[0], width, patch)
@@ -91,17 +98,21 @@ class ViT(nn.Module):
             self.stack = nn.ModuleList(AdaLNBlock(width, heads, expansion, "none") for _ in range(depth))
             self.final = AdaLNFinal(width, outputs)
 
-    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, "b"] | None) -> Generated:
+    def forward(self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None) -> Generated:
         """Return the image generated from `noise`, and no solution.
 
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         check_label(label, self.classes)
-        condition = self.embedding(label)[:, None] if self.classes else None  # (B, 1, 3D), or (B, 1, D) for adaln_zero
+        condition = (
+            self.embedding(label)[:, None] if self.classes else None
+        )  # (B, 1, 3D), or (B, 1, D) for adaln_zero
         z = self.patches(noise) + self.positions  # (B, N, D)
         for block in self.stack:
             z = block(z, condition)
-        patches = self.final(z) if self.conditioning == "additive" else self.final(z, condition)  # (B, N, P*P*C)
+        patches = (
+            self.final(z) if self.conditioning == "additive" else self.final(z, condition)
+        )  # (B, N, P*P*C)
         return Generated(unpatchify(patches, self.image), None)
 
     def blocks(self) -> int:

@@ -75,7 +75,11 @@ def adaptive(traces: Sequence[Trace], steps: int, total: int) -> int:
     if left == 1:
         return remaining
     share, more = remaining / left, 0.0
-    logs = [(len(r), math.log(max(r[0], FLOOR)), math.log(max(r[-1], FLOOR))) for r in traces if math.isfinite(sum(r))]
+    logs = [
+        (len(r), math.log(max(r[0], FLOOR)), math.log(max(r[-1], FLOOR)))
+        for r in traces
+        if math.isfinite(sum(r))
+    ]
     falls, further = sum(first - last for _, first, last in logs), sum(n - 1 for n, _, _ in logs)
     if falls > 0 and further > 0 and math.isfinite(sum(traces[-1])):
         needs = [n + last * further / falls for n, _, last in logs]
@@ -99,7 +103,9 @@ def block_evals(pre: int, post: int, iterations: Sequence[int]) -> int:
 
 def _check(steps: int, total: int) -> None:
     if total < steps:
-        raise ValueError(f"total is {total}, but each of {steps} steps needs 1 iteration or more; give {steps} or more")
+        raise ValueError(
+            f"total is {total}, but each of {steps} steps needs 1 iteration or more; give {steps} or more"
+        )
 
 
 FIXED = {"constant": constant, "increasing": increasing, "decreasing": decreasing}

@@ -39,9 +39,13 @@ class Gradient:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
         if (self.method == "multi_step") != (self.steps is not None and self.steps >= 1):
-            raise ValueError(f"steps is {self.steps}; 'multi_step' needs 1 or more, other methods leave it out")
+            raise ValueError(
+                f"steps is {self.steps}; 'multi_step' needs 1 or more, other methods leave it out"
+            )
         if (self.method == "implicit") != (self.adjoint is not None):
-            raise ValueError(f"adjoint is {self.adjoint}; 'implicit' needs a solver, other methods leave it out")
+            raise ValueError(
+                f"adjoint is {self.adjoint}; 'implicit' needs a solver, other methods leave it out"
+            )
 
 
 def equilibrium(
@@ -59,11 +63,15 @@ def equilibrium(
     Raises: ValueError if "unrolled" or "o1" meet a method other than "iterate", or `counts` do not fit.
     """
     init = init.detach()
-    if (gradient.method == "s_jfb") != (counts is not None) or counts and (counts[0] < 0 or counts[1] < 1):
-        raise ValueError(f"counts is {counts}; 's_jfb' needs (0 or more, 1 or more), other methods leave it out")
+    if (gradient.method == "s_jfb") != (counts is not None) or (counts and (counts[0] < 0 or counts[1] < 1)):
+        raise ValueError(
+            f"counts is {counts}; 's_jfb' needs (0 or more, 1 or more), other methods leave it out"
+        )
     if gradient.method in ("unrolled", "o1"):
         if solver.method != "iterate":
-            raise ValueError(f"method {solver.method!r} cannot be {gradient.method}; solve by 'iterate' or use 'jfb'")
+            raise ValueError(
+                f"method {solver.method!r} cannot be {gradient.method}; solve by 'iterate' or use 'jfb'"
+            )
         return solver(_recomputed(f) if gradient.method == "o1" else f, init)
     without, steps = counts or (solver.iterations, gradient.steps or 1)
     tail = replace(
@@ -130,5 +138,7 @@ def _solve_adjoint(fz: Tensor, z: Tensor, g: Tensor, adjoint: Solver) -> Tensor:
 
     solution = adjoint(transposed, g)
     if solution.diverged.any():
-        warnings.warn(f"the adjoint diverged for {int(solution.diverged.sum())} of {len(g)} samples", stacklevel=2)
+        warnings.warn(
+            f"the adjoint diverged for {int(solution.diverged.sum())} of {len(g)} samples", stacklevel=2
+        )
     return solution.z

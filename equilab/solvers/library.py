@@ -47,5 +47,11 @@ def propose(f, init: Tensor, solver: Solver) -> Solution:
         return x.index_copy(0, rows[going], fx[going].to(x.dtype))
 
     with torch.autocast(kind, enabled=False):
-        method(observed, init.to(torch.promote_types(init.dtype, torch.float32)), tol=0, return_final=True, **options)
+        method(
+            observed,
+            init.to(torch.promote_types(init.dtype, torch.float32)),
+            tol=0,
+            return_final=True,
+            **options,
+        )
     return record.solution()

@@ -22,10 +22,12 @@ class Solution(NamedTuple):
     """
 
     z: Float[Tensor, "b n d"]  # the iterate chosen by the solver's `pick`
-    iterations: Int64[Tensor, "b"]  # applications of f
-    residuals: Float32[Tensor, "b k"]  # norm of f(z) - z over norm of f(z); inf where it broke, nan where not applied
-    converged: Bool[Tensor, "b"]  # the relative residual fell to the tolerance
-    diverged: Bool[Tensor, "b"]  # f(z) was not finite, or has grown beyond bounds
+    iterations: Int64[Tensor, b]  # applications of f
+    residuals: Float32[
+        Tensor, "b k"
+    ]  # norm of f(z) - z over norm of f(z); inf where it broke, nan where not applied
+    converged: Bool[Tensor, b]  # the relative residual fell to the tolerance
+    diverged: Bool[Tensor, b]  # f(z) was not finite, or has grown beyond bounds
     iterates: tuple[Tensor, ...]  # K states (b, n, d) if recorded, else empty
 
 
@@ -112,4 +114,6 @@ class Record:
 
 def norm(z: Tensor) -> Tensor:
     """Return the Euclidean norm of each sample, in float32 at least."""
-    return torch.linalg.vector_norm(z.detach(), dim=(1, 2), dtype=torch.promote_types(z.dtype, torch.float32))  # (B,)
+    return torch.linalg.vector_norm(
+        z.detach(), dim=(1, 2), dtype=torch.promote_types(z.dtype, torch.float32)
+    )  # (B,)

@@ -50,7 +50,9 @@ class Solver:
         elif self.memory is None or self.memory < 2:
             raise ValueError(f"memory is {self.memory}; Anderson acceleration needs 2 or more")
         elif self.mixing is None or not 0 < self.mixing <= 1:
-            raise ValueError(f"mixing is {self.mixing}; Anderson acceleration needs a number above 0, at most 1")
+            raise ValueError(
+                f"mixing is {self.mixing}; Anderson acceleration needs a number above 0, at most 1"
+            )
 
     def __call__(self, f: Callable, init: Float[Tensor, "b n d"]) -> Solution:
         """Solve z = f(z) from `init` and return the Solution."""

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from equilab import rng
-from equilab.config import Job, UserError, read_json, results
-from equilab.data import Dataset, load, to_float
-from equilab.files import sha256_of
-from equilab.metrics.cost import counted_once, flops, parameters
+from equilab.core import rng
+from equilab.core.config import UserError, read_json
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, results
+from equilab.data.images import Dataset, load, to_float
+from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.models.checkpoint import load_network
 from equilab.training import loop
-from equilab.training.state import load_network
 
 CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
 
@@ -26,7 +27,9 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
     Raises: UserError if the data have no labels.
     """
     if data.labels is None:
-        raise UserError(f"{job.stage}.network needs labels to train on and the data have none; set network and optimisation to null")
+        raise UserError(
+            f"{job.stage}.network needs labels to train on and the data have none; set network and optimisation to null"
+        )
     seed, shape = job.study.seed, data.images.shape[1:]
     net = loop.build(config.network, seed, f"{job.stage} weights", shape, data.classes)
 
@@ -42,7 +45,9 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
     net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
     test = load(results("data"), "test")
     with torch.inference_mode():
-        found = torch.cat([net(image)[1].argmax(1) for image in torch.from_numpy(to_float(test.images)).split(1000)])
+        found = torch.cat(
+            [net(image)[1].argmax(1) for image in torch.from_numpy(to_float(test.images)).split(1000)]
+        )
     accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
     return {**read_json(job.out / "summary.json"), "network": "classifier", "accuracy_test": accuracy}
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from equilab import losses, rng
-from equilab.config import Job, Plan, results
-from equilab.data import load, to_float
-from equilab.files import sha256_of
-from equilab.metrics.cost import flops
+from equilab.core import machine, rng
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, Plan, results
+from equilab.data.images import load, to_float
+from equilab.diffusion import losses
+from equilab.metrics.counting import flops
 from equilab.models.precond import EDM
-from equilab.training import loop, machine, onestep
+from equilab.training import loop, onestep
 from equilab.training.onestep import Levels, counted, table
 
 
@@ -37,7 +38,10 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     onestep.meta(config, job.image, job.classes)  # refuses sizes that do not fit
 
     def count() -> Plan:
-        about = {**counted(config, job.image, job.classes), "train_flops_image": step_flops(config, job.image, job.classes)}
+        about = {
+            **counted(config, job.image, job.classes),
+            "train_flops_image": step_flops(config, job.image, job.classes),
+        }
         return loop.plan(config.optimisation, about)._replace(note=table(config, job.image, job.classes))
 
     return count
@@ -59,11 +63,24 @@ def run(config: Config, job: Job) -> None:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
         noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
         label = torch.from_numpy(data.labels[items]) if config.conditional else None
-        return to_float(torch.from_numpy(data.images[items])), noise, config.levels.draw(seed, positions), label
+        return (
+            to_float(torch.from_numpy(data.images[items])),
+            noise,
+            config.levels.draw(seed, positions),
+            label,
+        )
 
-    about = {"image": shape, "classes": data.classes if config.conditional else 0, "sigma_data": teacher.sigma_data,
-             **counted(config, shape, data.classes), "train_flops_image": step_flops(config, shape, data.classes)}  # fmt: skip
-    inputs = {"data": sha256_of(results("data") / "meta.json"), "teacher": sha256_of(results("teacher") / "weights.safetensors")}
+    about = {
+        "image": shape,
+        "classes": data.classes if config.conditional else 0,
+        "sigma_data": teacher.sigma_data,
+        **counted(config, shape, data.classes),
+        "train_flops_image": step_flops(config, shape, data.classes),
+    }
+    inputs = {
+        "data": sha256_of(results("data") / "meta.json"),
+        "teacher": sha256_of(results("teacher") / "weights.safetensors"),
+    }
     loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher), about)
 
 
@@ -83,4 +100,6 @@ def step_flops(config: Config, image: tuple[int, ...], classes: int) -> int:
     net, noise, label = onestep.meta(config, image, classes)
     with torch.device("meta"):
         levels = torch.empty(1), torch.empty(1)
-    return flops(lambda: loss_of(config, EDM(net, sigma_data=1.0))(net, (noise, noise, levels, label)).backward())
+    return flops(
+        lambda: loss_of(config, EDM(net, sigma_data=1.0))(net, (noise, noise, levels, label)).backward()
+    )

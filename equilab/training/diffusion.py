@@ -9,13 +9,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from equilab import latents, rng
-from equilab.config import Job, Plan, Spec, UserError, results
-from equilab.data import load, to_float
+from equilab.core import rng
+from equilab.core.config import Spec, UserError
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, Plan, results
+from equilab.data import latents
+from equilab.data.images import load, to_float
 from equilab.diffusion import discrete_losses as losses
 from equilab.diffusion.discrete import Diffusion, noised
-from equilab.files import sha256_of
-from equilab.metrics.cost import counted_once, flops, parameters
+from equilab.metrics.counting import counted_once, flops, parameters
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -41,20 +43,28 @@ class FixedPoint:
         if self.without < 0 or self.steps < 1:
             raise ValueError(f"without must be >= 0 and steps >= 1, got {self.without} and {self.steps}")
         if self.gradient == "jfb" and self.steps != 1:
-            raise ValueError(f"gradient jfb has one step, got {self.steps}; set steps to 1 or gradient to multi_step")
+            raise ValueError(
+                f"gradient jfb has one step, got {self.steps}; set steps to 1 or gradient to multi_step"
+            )
 
     def counts(self, seed: int, update: int) -> tuple[int, int]:
         """Return the iterations without and with gradient of an update: a function of (seed, update)."""
         if self.gradient != "s_jfb":
             return self.without, self.steps
-        drawn = [rng.integers(seed, f"iterations {name} gradient", [update], high) for name, high in
-                 (("without", self.without + 1), ("with", self.steps))]  # fmt: skip
+        drawn = [
+            rng.integers(seed, f"iterations {name} gradient", [update], high)
+            for name, high in (("without", self.without + 1), ("with", self.steps))
+        ]
         return int(drawn[0][0]), 1 + int(drawn[1][0])
 
     @property
     def mean(self) -> tuple[float, float]:
         """The mean of both counts."""
-        return (self.without / 2, (1 + self.steps) / 2) if self.gradient == "s_jfb" else (float(self.without), float(self.steps))
+        return (
+            (self.without / 2, (1 + self.steps) / 2)
+            if self.gradient == "s_jfb"
+            else (float(self.without), float(self.steps))
+        )
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,21 @@ class Config:
 
     def __post_init__(self):
         if (self.network.kind == "fpdm") != (self.fixed_point is not None):
-            raise ValueError(f"fixed_point must be given for fpdm and null for dit (network.kind is {self.network.kind})")
+            raise ValueError(
+                f"fixed_point must be given for fpdm and null for dit (network.kind is {self.network.kind})"
+            )
         if self.network.arguments["learned_variance"] != (self.diffusion.variance == "learned"):
-            raise ValueError("network.learned_variance must be true where diffusion.variance is learned, and false elsewhere")
+            raise ValueError(
+                "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
+            )
         if self.weight == "published" and self.diffusion.prediction == "noise":
-            raise ValueError("weight published is for v; set weight to uniform where diffusion.prediction is noise")
+            raise ValueError(
+                "weight published is for v; set weight to uniform where diffusion.prediction is noise"
+            )
         if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional):
-            raise ValueError(f"label_dropout is {self.label_dropout}; give 0..1 (1 excluded), and 0 if conditional is false")
+            raise ValueError(
+                f"label_dropout is {self.label_dropout}; give 0..1 (1 excluded), and 0 if conditional is false"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
 
@@ -120,13 +138,17 @@ def run(config: Config, job: Job) -> None:
         return image, noise, t, label, config.fixed_point.counts(seed, update) if config.fixed_point else None
 
     about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
-    inputs = {name: sha256_of(results(name) / "meta.json") for name in ("data", *(["latents"] if encoded else []))}
+    inputs = {
+        name: sha256_of(results(name) / "meta.json") for name in ("data", *(["latents"] if encoded else []))
+    }
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
 def _check(config: Config, job: Job, classes: int) -> None:
     if config.conditional and not classes:
-        raise UserError(f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false")
+        raise UserError(
+            f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false"
+        )
 
 
 def _labels(config: Config, label: np.ndarray, positions: range, classes: int) -> torch.Tensor:
@@ -164,11 +186,16 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     """Return the parameters and, for an image, the FLOPs by shape of a call of the network (at the mean iterations of
     training) and of a training step (likewise), without building the network in memory."""
     mean = config.fixed_point.mean if config.fixed_point else (0.0, 0.0)
-    work = {"flops_image": call(config, image, classes, sum(mean)), "train_flops_image": step_flops(config, image, classes, mean)}
+    work = {
+        "flops_image": call(config, image, classes, sum(mean)),
+        "train_flops_image": step_flops(config, image, classes, mean),
+    }
     return {"parameters": parameters(_meta(config, image, classes)[0]), **work}
 
 
-def step_flops(config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]) -> int | float:
+def step_flops(
+    config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]
+) -> int | float:
     """Return the FLOPs by shape of a training step for an image, at so many iterations without and with gradient."""
     base, without, more = _steps(config, image, classes)
     return base + (without - base) * counts[0] + (more - base) * (counts[1] - 1)
@@ -179,7 +206,7 @@ def _steps(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
     """Return the FLOPs of a training step: with one iteration, one more without gradient, or one more with."""
     net, batch = _meta(config, image, classes)
     counts = [(0, 1), (1, 1), (0, 2)] if config.fixed_point else [None]
-    found = [flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in counts]  # noqa: B023
+    found = [flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in counts]
     return found if config.fixed_point else found * 3
 
 
@@ -195,7 +222,7 @@ def _calls(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
     net, (x, _, t, label) = _meta(config, image, classes)
     if config.fixed_point is None:
         return [flops(lambda: net(x, t, label))] * 2
-    return [flops(lambda: net(x, t, label, None, solver_of((0, k)))) for k in (1, 2)]  # noqa: B023
+    return [flops(lambda: net(x, t, label, None, solver_of((0, k)))) for k in (1, 2)]
 
 
 def _meta(config: Config, image: tuple[int, ...], classes: int):

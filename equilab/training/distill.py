@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 import torch
 
-from equilab import losses, rng
-from equilab.config import Job, Plan, Spec, UserError, digest, results
-from equilab.metrics.cost import counted_once, flops, parameters
-from equilab.pairset import PairSet
+from equilab.core import rng
+from equilab.core.config import Spec, UserError, digest
+from equilab.core.job import Job, Plan, results
+from equilab.data.pairset import PairSet
+from equilab.diffusion import losses
+from equilab.metrics.counting import counted_once, flops, parameters
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -23,10 +25,14 @@ GENERATORS = {"get": "equilab.models.get:GET", "vit": "equilab.models.vit:ViT"}
 class Equilibrium:
     """How the fixed point of an implicit generator is found and differentiated in training."""
 
-    init: Literal["zeros", "noise"]  # where the iteration starts; noise: unit normal, drawn anew for every image seen
+    init: Literal[
+        "zeros", "noise"
+    ]  # where the iteration starts; noise: unit normal, drawn anew for every image seen
     iterations: int
     gradient: Literal["unrolled", "o1", "jfb", "implicit"]
-    correction: float | None  # gamma of the fixed-point correction over all iterates; null: loss on the last one
+    correction: (
+        float | None
+    )  # gamma of the fixed-point correction over all iterates; null: loss on the last one
 
     def __post_init__(self):
         if self.iterations < 1:
@@ -34,7 +40,9 @@ class Equilibrium:
         if self.correction is not None and not 0 < self.correction <= 1:
             raise ValueError(f"correction must lie between 0 and 1, got {self.correction}")
         if self.correction is not None and self.gradient not in ("unrolled", "o1"):
-            raise ValueError(f"correction needs every iterate's gradient: set gradient to unrolled or o1, or correction to null")
+            raise ValueError(
+                "correction needs every iterate's gradient: set gradient to unrolled or o1, or correction to null"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,9 @@ class Config:
 
     def __post_init__(self):
         if (self.network.kind == "get") != (self.equilibrium is not None):
-            raise ValueError(f"equilibrium must be given for get and null for vit (network.kind is {self.network.kind})")
+            raise ValueError(
+                f"equilibrium must be given for get and null for vit (network.kind is {self.network.kind})"
+            )
         if self.pairs < 1 or not 0 <= self.seed < 2**63:
             raise ValueError(f"pairs must be >= 1 and seed >= 0, got {self.pairs} and {self.seed}")
 
@@ -97,9 +107,13 @@ def run(config: Config, job: Job) -> None:
 
 def _check(config: Config, job: Job, count: int, classes: int) -> None:
     if config.pairs > count:
-        raise UserError(f"distill.{job.run}.pairs is {config.pairs}, the set has {count}; raise pairs.count or lower it")
+        raise UserError(
+            f"distill.{job.run}.pairs is {config.pairs}, the set has {count}; raise pairs.count or lower it"
+        )
     if config.conditional and not classes:
-        raise UserError(f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false")
+        raise UserError(
+            f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false"
+        )
 
 
 def loss_of(config: Config) -> loop.Loss:
@@ -115,14 +129,18 @@ def loss_of(config: Config) -> loop.Loss:
         generated = net(noise, label, init, solve, gamma is not None).image
         if gamma is None:
             return measure(generated, image)
-        return losses.fixed_point_correction(torch.stack([measure(iterate, image) for iterate in generated]), gamma)
+        return losses.fixed_point_correction(
+            torch.stack([measure(iterate, image) for iterate in generated]), gamma
+        )
 
     return loss
 
 
 def solver_of(config: Equilibrium):
     """Return solve(f, init) -> Solution as training uses it: residuals are not measured."""
-    solver = Solver("iterate", config.iterations, 0.0, "last", record=config.correction is not None, measure=False)
+    solver = Solver(
+        "iterate", config.iterations, 0.0, "last", record=config.correction is not None, measure=False
+    )
     adjoint = Solver("iterate", config.iterations, 0.0, "last") if config.gradient == "implicit" else None
     gradient = Gradient(config.gradient, adjoint=adjoint)
     return lambda f, init: equilibrium(f, init, solver, gradient)
@@ -137,7 +155,9 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
     solve, adjoint = config.equilibrium, 0
-    work, *more = generation(config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1])
+    work, *more = generation(
+        config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1]
+    )
     if solve and solve.gradient == "implicit":
         adjoint = solve.iterations * (more[0] - work)
         config = replace(config, equilibrium=replace(solve, gradient="jfb"))
@@ -146,7 +166,9 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     return {"parameters": parameters(net), "flops_image": work, "train_flops_image": step + adjoint}
 
 
-def generation(config: Config, image: tuple[int, ...], classes: int, iterations: Sequence[int | float]) -> list[int | float]:
+def generation(
+    config: Config, image: tuple[int, ...], classes: int, iterations: Sequence[int | float]
+) -> list[int | float]:
     """Return the FLOPs by shape of generating an image at each number of iterations; an explicit network has one."""
     once, twice = _once_and_twice(config, image, classes)
     return [once + (twice - once) * (k - 1) for k in iterations]
@@ -158,7 +180,10 @@ def _once_and_twice(config: Config, image: tuple[int, ...], classes: int) -> lis
     net, noise, label = _meta(config, image, classes)
     if config.equilibrium is None:
         return [flops(lambda: net(noise, label))] * 2
-    return [flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False))) for k in (1, 2)]
+    return [
+        flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False)))
+        for k in (1, 2)
+    ]
 
 
 def _meta(config: Config, image: tuple[int, ...], classes: int):

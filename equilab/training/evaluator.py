@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from equilab.config import Job, Plan, Spec, UserError, results
-from equilab.data import load
-from equilab.files import write, write_json
+from equilab.core.config import Spec, UserError
+from equilab.core.files import write, write_json
+from equilab.core.job import Job, Plan, results
+from equilab.core.machine import device_of, rank
+from equilab.data.images import load
 from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
+from equilab.models.checkpoint import save_tensors
 from equilab.training import classify, loop
 from equilab.training.classify import CLASSIFIERS
 from equilab.training.loop import Optimisation
-from equilab.training.machine import device_of, rank
-from equilab.training.state import save_tensors
-
 
 MOST = 10_000_000  # samples, within reason
 
@@ -30,7 +30,9 @@ class Config:
 
     def __post_init__(self):
         if (self.network is None) != (self.optimisation is None):
-            raise ValueError("network and optimisation must both be given (a classifier) or both be null (Inception)")
+            raise ValueError(
+                "network and optimisation must both be given (a classifier) or both be null (Inception)"
+            )
         if not SPLITS <= self.samples <= MOST:
             raise ValueError(f"samples must be {SPLITS} to {MOST:,}, got {self.samples}")
 
@@ -52,7 +54,9 @@ def run(config: Config, job: Job) -> None:
     data = load(results("data"), "train", verify=True)
     for split in ("train", "test"):
         if (count := len(load(results("data"), split).images)) < SPLITS:
-            raise UserError(f"results/data has {count} {split} images, scores need {SPLITS} or more; give more in data (test, test_path)")
+            raise UserError(
+                f"results/data has {count} {split} images, scores need {SPLITS} or more; give more in data (test, test_path)"
+            )
     if config.network is None:
         save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
         write(job.out / "log.csv", "nimg,loss,lr\n")

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from equilab.config import Job, Plan, Spec, results
-from equilab.data import load
-from equilab.files import write_json
+from equilab.core.config import Spec
+from equilab.core.files import write_json
+from equilab.core.job import Job, Plan, results
+from equilab.core.machine import rank
+from equilab.data.images import load
 from equilab.training import classify, loop
 from equilab.training.classify import CLASSIFIERS
 from equilab.training.loop import Optimisation
-from equilab.training.machine import rank
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,24 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from equilab import adversarial, losses, rng
-from equilab.config import Job, Plan, Spec, UserError, digest, results
-from equilab.data import load, to_float
-from equilab.files import sha256_of
-from equilab.metrics.cost import flops
-from equilab.models import discriminator as networks
+from equilab.core import machine, rng
+from equilab.core.config import Spec, UserError, digest
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, Plan, results
+from equilab.data.images import load, to_float
+from equilab.data.pairset import labels
+from equilab.diffusion import losses
+from equilab.metrics.counting import flops
+from equilab.models import discriminators as networks
+from equilab.models.checkpoint import checksum, load_network, load_tensors
 from equilab.models.precond import EDM
-from equilab.pairset import labels
-from equilab.training import loop, machine, onestep
+from equilab.training import adversarial, loop, onestep
 from equilab.training.classify import CLASSIFIERS
 from equilab.training.onestep import Levels, counted, table
-from equilab.training.state import checksum, load_network, load_tensors
 
 DISCRIMINATORS = {
-    "features": "equilab.models.discriminator:FeatureDiscriminator",
-    "stylegan2": "equilab.models.discriminator:StyleGAN2",
+    "features": "equilab.models.discriminators:FeatureDiscriminator",
+    "stylegan2": "equilab.models.discriminators:StyleGAN2",
 }
 OWN = "study"  # the name of the feature network that the stage `features` trained
 
@@ -34,7 +36,7 @@ OWN = "study"  # the name of the feature network that the stage `features` train
 class R1:
     """The penalty on the gradient at real images."""
 
-    gamma: float  # against a loss that is a mean over samples: see equilab.adversarial.r1_weight for the published one
+    gamma: float  # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
     interval: int  # updates from one to the next
 
     def __post_init__(self):
@@ -77,33 +79,45 @@ class Config(onestep.Config):
     """
 
     discriminator: Annotated[Spec, tuple(DISCRIMINATORS.items())]
-    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminator; none for stylegan2
+    features: tuple[
+        str, ...
+    ]  # feature networks: "study", or those of equilab.models.discriminators; none for stylegan2
     discriminator_lr: float
     r1: R1 | None
     augment: Literal["none", "diffaugment", "ada"]
     adaptive: Adaptive | None  # of ada
     consistency: Consistency | None
-    collapse: float | None  # the run stops when the discriminator's mean loss between two reports falls below this
+    collapse: (
+        float | None
+    )  # the run stops when the discriminator's mean loss between two reports falls below this
 
     def __post_init__(self):
         super().__post_init__()
         if (self.discriminator.kind == "features") != bool(self.features):
-            raise ValueError("features must name networks for a discriminator over features, and be empty for stylegan2")
+            raise ValueError(
+                "features must name networks for a discriminator over features, and be empty for stylegan2"
+            )
         if (self.augment == "ada") != (self.adaptive is not None):
             raise ValueError("adaptive must be given for augment ada and be null elsewhere")
         if self.consistency is not None:
             onestep.check_levels(self.student, self.consistency.levels)
         if self.optimisation.compile and self.r1:
-            raise ValueError("optimisation.compile must be false with r1, which torch.compile cannot differentiate twice")
+            raise ValueError(
+                "optimisation.compile must be false with r1, which torch.compile cannot differentiate twice"
+            )
         if not self.discriminator_lr > 0:
             raise ValueError(f"discriminator_lr must be > 0, got {self.discriminator_lr}")
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
         for name in self.features:
             if name == "evaluator":
-                raise ValueError("features names the evaluator, which scores the images: it would leak into the score; use study")
+                raise ValueError(
+                    "features names the evaluator, which scores the images: it would leak into the score; use study"
+                )
             if name not in (OWN, *networks.NETWORKS):
-                raise ValueError(f"features: {name!r} is unknown, choose among {', '.join((OWN, *networks.NETWORKS))}")
+                raise ValueError(
+                    f"features: {name!r} is unknown, choose among {', '.join((OWN, *networks.NETWORKS))}"
+                )
 
 
 class Critic(nn.Module):
@@ -137,7 +151,10 @@ def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
     players = _bare(config, job, read)  # refuses sizes that do not fit
 
     def count() -> Plan:
-        about = {**counted(config, job.image, job.classes), "train_flops_image": step_flops(config, *players, job.image)}
+        about = {
+            **counted(config, job.image, job.classes),
+            "train_flops_image": step_flops(config, *players, job.image),
+        }
         return loop.plan(config.optimisation, about)._replace(note=table(config, job.image, job.classes))
 
     return count
@@ -153,12 +170,19 @@ def run(config: Config, job: Job) -> None:
     data = load(results("data"), "train", verify=True)
     shape, seed, size = data.images.shape[1:], config.seed, config.optimisation.batch
     net, teacher = onestep.build(config, job, data)
-    inputs = {"data": sha256_of(results("data") / "meta.json"), "teacher": sha256_of(results("teacher") / "weights.safetensors")}
+    inputs = {
+        "data": sha256_of(results("data") / "meta.json"),
+        "teacher": sha256_of(results("teacher") / "weights.safetensors"),
+    }
     if OWN in config.features:
         inputs["features"] = _refuse_leak()
     torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
-    trained = lambda name: load_network(results("features") / "weights.safetensors", CLASSIFIERS, job.read("features"))[0]  # noqa: E731
-    critic = critic_of(config, job.run, shape, data.classes, trained, pretrained=True).to(machine.device_of(job))
+    trained = lambda name: load_network(
+        results("features") / "weights.safetensors", CLASSIFIERS, job.read("features")
+    )[0]
+    critic = critic_of(config, job.run, shape, data.classes, trained, pretrained=True).to(
+        machine.device_of(job)
+    )
     if set(config.features) - {OWN}:
         inputs["networks"] = checksum(critic.discriminator.networks.state_dict())
     if machine.rank() == 0:
@@ -169,10 +193,20 @@ def run(config: Config, job: Job) -> None:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
         image = to_float(torch.from_numpy(data.images[items]))
         label = torch.from_numpy(data.labels[items]) if conditional else None
-        made = [_made(seed, player, positions, shape, data.classes if conditional else 0) for player in ("generator", "critic")]
+        made = [
+            _made(seed, player, positions, shape, data.classes if conditional else 0)
+            for player in ("generator", "critic")
+        ]
         augmented = ("generator", "critic", "real") if config.augment != "none" else ()
-        draws = tuple(adversarial.draws(seed, f"{name} augmentation", positions) for name in augmented) or (None,) * 3
-        weight = adversarial.r1_weight(positions.start // size, config.r1.gamma, config.r1.interval) if config.r1 else 0.0
+        draws = (
+            tuple(adversarial.draws(seed, f"{name} augmentation", positions) for name in augmented)
+            or (None,) * 3
+        )
+        weight = (
+            adversarial.r1_weight(positions.start // size, config.r1.gamma, config.r1.interval)
+            if config.r1
+            else 0.0
+        )
         along = None
         if config.consistency:
             noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
@@ -180,13 +214,20 @@ def run(config: Config, job: Job) -> None:
         return (image, label), *made, draws, weight, along
 
     generate, criticise = losses_of(config, net, critic, teacher)
-    about = {"image": shape, "classes": data.classes if conditional else 0, "sigma_data": teacher.sigma_data,
-             **counted(config, shape, data.classes), "train_flops_image": step_flops(config, *_bare(config, job, job.read), shape)}  # fmt: skip
+    about = {
+        "image": shape,
+        "classes": data.classes if conditional else 0,
+        "sigma_data": teacher.sigma_data,
+        **counted(config, shape, data.classes),
+        "train_flops_image": step_flops(config, *_bare(config, job, job.read), shape),
+    }
     rival = ("discriminator", critic, config.discriminator_lr, criticise)
     loop.train(job, config, inputs, net, batch_of, generate, about, rival, lambda row: collapsed(config, row))
 
 
-def _made(seed: int, player: str, positions: range, shape: tuple[int, ...], classes: int) -> tuple[Tensor, Tensor | None]:
+def _made(
+    seed: int, player: str, positions: range, shape: tuple[int, ...], classes: int
+) -> tuple[Tensor, Tensor | None]:
     """Return the noise and the labels of the images that are generated for a player, by position."""
     noise = torch.from_numpy(rng.noise(seed, f"{player} noise", positions, shape))
     return noise, labels(seed, positions, classes, f"{player} label")
@@ -201,7 +242,9 @@ def losses_of(config: Config, net: nn.Module, critic: Critic, teacher: EDM) -> t
     def generate(net, batch):
         (image, label), (noise, made_label), _, draws, _, along = batch
         student = onestep.student(config, net, teacher.sigma_data)
-        value = adversarial.generator_loss(critic(student.generate(noise, made_label).image, made_label, draws[0]))
+        value = adversarial.generator_loss(
+            critic(student.generate(noise, made_label).image, made_label, draws[0])
+        )
         if along is None:
             return value
         noise, sigmas = along
@@ -215,7 +258,9 @@ def losses_of(config: Config, net: nn.Module, critic: Critic, teacher: EDM) -> t
         real = critic(image.requires_grad_(weight > 0), label, draws[2])
         value = adversarial.discriminator_loss(real, critic(made, made_label, draws[1]))
         critic.adapt(real, len(image) * machine.world())
-        return (value + weight * adversarial.r1(real, image) if weight else value), value  # the log shows the GAN's part
+        return (
+            value + weight * adversarial.r1(real, image) if weight else value
+        ), value  # the log shows the GAN's part
 
     return generate, criticise
 
@@ -225,8 +270,11 @@ def collapsed(config: Config, row: dict[str, int | float]) -> tuple[str, str] | 
     apart."""
     if config.collapse is None or row["loss_discriminator"] >= config.collapse:
         return None
-    return (f"the discriminator has collapsed (its loss is {row['loss_discriminator']:.3g}, below collapse: {config.collapse:g}, and the "
-            "generator learns nothing)", "raise r1.gamma, lower discriminator_lr, or set collapse to null")  # fmt: skip
+    return (
+        f"the discriminator has collapsed (its loss is {row['loss_discriminator']:.3g}, below collapse: {config.collapse:g}, and the "
+        "generator learns nothing)",
+        "raise r1.gamma, lower discriminator_lr, or set collapse to null",
+    )
 
 
 def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int, ...]) -> int:
@@ -236,7 +284,11 @@ def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int,
     critic.adaptive = None  # no numbers here to adapt to
     with torch.device("meta"):
         made = torch.empty(size, *image), torch.zeros(size, dtype=torch.int64) if config.conditional else None
-        levels = (torch.empty(size, *image), (torch.empty(size), torch.empty(size))) if config.consistency else None
+        levels = (
+            (torch.empty(size, *image), (torch.empty(size), torch.empty(size)))
+            if config.consistency
+            else None
+        )
         draws = (torch.empty(size, adversarial.DRAWS),) * 3
     batch = (made, made, made, draws, 0.0, levels)
 
@@ -255,7 +307,12 @@ def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int,
 
 
 def critic_of(
-    config: Config, run: str, image: tuple[int, ...], classes: int, own: Callable[[str], nn.Module], pretrained: bool
+    config: Config,
+    run: str,
+    image: tuple[int, ...],
+    classes: int,
+    own: Callable[[str], nn.Module],
+    pretrained: bool,
 ) -> Critic:
     """Return the discriminator with its augmentation; `own` gives the feature network that the study trained.
 
@@ -265,7 +322,10 @@ def critic_of(
     try:
         if config.features:
             kinds = {OWN: lambda: networks.classifier_network(own(OWN))}
-            found = [kinds.get(n, lambda n=n: networks.feature_network(n, pretrained=pretrained))() for n in config.features]
+            found = [
+                kinds.get(n, lambda n=n: networks.feature_network(n, pretrained=pretrained))()
+                for n in config.features
+            ]
             given = (found, *given)
         return Critic(config.discriminator.build(*given), config)
     except ValueError as error:
@@ -285,8 +345,10 @@ def _bare(config: Config, job: Job, read: Callable, known: dict = {}) -> tuple[n
 
     untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
     critic = lambda: critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)  # noqa: E731
-    return (once(("network", "conditional", "student"), lambda: onestep.meta(config, job.image, job.classes)[0]),
-            once(("conditional", "features", "discriminator", "augment", "adaptive"), critic))  # fmt: skip
+    return (
+        once(("network", "conditional", "student"), lambda: onestep.meta(config, job.image, job.classes)[0]),
+        once(("conditional", "features", "discriminator", "augment", "adaptive"), critic),
+    )
 
 
 def _refuse_leak() -> str:
@@ -297,5 +359,7 @@ def _refuse_leak() -> str:
     path, evaluator = (results(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
     weights = [load_tensors(one)[0] if one.exists() else {} for one in (path, evaluator)]
     if weights[0] and checksum(weights[0]) == checksum(weights[1]):
-        raise UserError(f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again")
+        raise UserError(
+            f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again"
+        )
     return sha256_of(path) if path.exists() else ""

@@ -13,17 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from equilab import rng
-from equilab.config import Job, Plan, UserError, digest, plain
-from equilab.files import require_disk, scratch, write, write_json
-from equilab.progress import bar
-from equilab.training.machine import barrier, device_of, environment, precision, rank, to_device, total, world
-from equilab.training.state import load_tensors, save_tensors
+from equilab.core import rng
+from equilab.core.config import UserError, digest, plain
+from equilab.core.files import require_disk, scratch, write, write_json
+from equilab.core.job import Job, Plan
+from equilab.core.machine import barrier, device_of, environment, precision, rank, to_device, total, world
+from equilab.core.progress import bar
+from equilab.models.checkpoint import load_tensors, save_tensors
 
 Batch = Callable[[range], Any]  # positions in the endless stream of images -> what the loss needs, on the CPU
 # (network, batch) -> mean loss over the batch's images, or that and what the log shows in its place
 Loss = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
-Watch = Callable[[dict[str, int | float]], tuple[str, str] | None]  # row of the log -> what is wrong with it, and the remedy
+Watch = Callable[
+    [dict[str, int | float]], tuple[str, str] | None
+]  # row of the log -> what is wrong with it, and the remedy
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,14 @@ class Optimisation:
             raise ValueError(f"nimg ({self.nimg}) must be a multiple of report_nimg ({self.report_nimg})")
         for count in self.snapshots:
             if count % self.report_nimg or not 0 < count <= self.nimg:
-                raise ValueError(f"snapshots: {count} must be a multiple of report_nimg ({self.report_nimg}) up to nimg")
-        if not self.lr > 0 or not self.ema_half_life_nimg > 0 or self.clip is not None and not self.clip > 0:
+                raise ValueError(
+                    f"snapshots: {count} must be a multiple of report_nimg ({self.report_nimg}) up to nimg"
+                )
+        if (
+            not self.lr > 0
+            or not self.ema_half_life_nimg > 0
+            or (self.clip is not None and not self.clip > 0)
+        ):
             raise ValueError("lr, ema_half_life_nimg and clip (if not null) must be > 0")
         if self.warmup_nimg < 0 or self.weight_decay < 0 or not 0 <= self.ema_warmup <= 1:
             raise ValueError("warmup_nimg and weight_decay must be >= 0, ema_warmup between 0 and 1")
@@ -82,7 +91,11 @@ def learning_rate(config: Optimisation, nimg: int) -> float:
     if config.decay == "none" or nimg < config.decay_start_nimg:
         return config.lr * warm
     passed = (nimg - config.decay_start_nimg) / (config.nimg - config.decay_start_nimg)
-    return config.lr * warm * (1 - passed if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * passed)))
+    return (
+        config.lr
+        * warm
+        * (1 - passed if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * passed)))
+    )
 
 
 def ema_decay(config: Optimisation, nimg: int) -> float:
@@ -103,11 +116,22 @@ class Player:
     `name` tells the second one's numbers and tensors from the first one's, `lr` is its own peak learning rate.
     """
 
-    def __init__(self, net: nn.Module, config: Optimisation, device: torch.device, name: str = "", lr: float | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Optimisation,
+        device: torch.device,
+        name: str = "",
+        lr: float | None = None,
+    ):
         self.net, self.name, self.lr_share = net.to(device), name, 1.0 if lr is None else lr / config.lr
         self.named = {key: p for key, p in net.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            self.named.values(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -115,19 +139,29 @@ class Player:
         frozen = {key for key, p in self.net.named_parameters() if key not in self.named}
         tensors = {f"net.{key}": value for key, value in self.net.state_dict().items() if key not in frozen}
         for key, parameter in self.named.items():
-            tensors |= {f"optimizer.{name}.{key}": t for name, t in self.optimizer.state.get(parameter, {}).items()}
+            tensors |= {
+                f"optimizer.{name}.{key}": t for name, t in self.optimizer.state.get(parameter, {}).items()
+            }
         return {f"{self.name}.{key}" if self.name else key: value for key, value in tensors.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Go on from the tensors that `state` returned."""
         part = _part(tensors, f"{self.name}.") if self.name else tensors
         self.net.load_state_dict(_part(part, "net."), strict=False)  # what is frozen is there already
-        for key, parameter in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
+        for (
+            key,
+            parameter,
+        ) in self.named.items():  # moments in the memory format of their parameter, as the kernel needs
             if f"optimizer.step.{key}" not in part:
                 continue  # it has had no gradient yet
             moments = {name: part[f"optimizer.{name}.{key}"] for name in ("exp_avg", "exp_avg_sq")}
-            kept = {name: torch.empty_like(parameter).copy_(value).detach() for name, value in moments.items()}
-            self.optimizer.state[parameter] = {"step": part[f"optimizer.step.{key}"].to(parameter.device), **kept}
+            kept = {
+                name: torch.empty_like(parameter).copy_(value).detach() for name, value in moments.items()
+            }
+            self.optimizer.state[parameter] = {
+                "step": part[f"optimizer.step.{key}"].to(parameter.device),
+                **kept,
+            }
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -151,7 +185,13 @@ class Run:
         device: torch.device,
         rival: tuple[str, nn.Module, float] | None = None,
     ):
-        self.config, self.seed, self.device, self.identity, self.folder = config, seed, device, identity, folder
+        self.config, self.seed, self.device, self.identity, self.folder = (
+            config,
+            seed,
+            device,
+            identity,
+            folder,
+        )
         self.players = [Player(net, config, device)]
         if rival is not None:
             name, other, lr = rival
@@ -165,7 +205,9 @@ class Run:
     def _resume(self) -> None:
         tensors, metadata = load_tensors(self.folder / "state.safetensors")
         if metadata["identity"] != self.identity:
-            raise UserError(f"{self.folder} holds a run of another configuration; delete the folder to start anew")
+            raise UserError(
+                f"{self.folder} holds a run of another configuration; delete the folder to start anew"
+            )
         for player in self.players:
             player.restore(tensors)
         for name, value in _part(tensors, "ema.").items():
@@ -196,7 +238,9 @@ def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) ->
     """
     config = run.config
     if config.micro_batch % world():
-        raise UserError(f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})")
+        raise UserError(
+            f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})"
+        )
     share = config.micro_batch // world()
     passes = config.batch // config.micro_batch
     nets = [torch.compile(player.net) if config.compile else player.net for player in run.players]
@@ -218,7 +262,9 @@ def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) ->
         upcoming = submit(run.nimg)
         while run.nimg < config.nimg:
             rate, k = learning_rate(config, run.nimg), run.nimg // config.batch % updates
-            torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))  # dropout alone knows processes
+            torch.manual_seed(
+                rng.torch_seed(run.seed, "dropout", run.nimg + rank())
+            )  # dropout alone knows processes
             batches = [to_device(batch.result(), run.device) for batch in upcoming]
             upcoming = submit(run.nimg + config.batch)
             for number, (player, net, loss) in enumerate(zip(run.players, nets, losses, strict=True)):
@@ -228,10 +274,14 @@ def fit(run: Run, batch_of: Batch, *losses: Loss, watch: Watch | None = None) ->
                 seen[number, k] = _update(player, net, loss, batches, context, config.clip, rate)
             torch._foreach_lerp_(decay_targets, list(run.named.values()), 1 - ema_decay(config, run.nimg))
             run.nimg += config.batch
-            yield Progress(run.nimg, _report(run, seen, rate, watch) if run.nimg % config.report_nimg == 0 else None)
+            yield Progress(
+                run.nimg, _report(run, seen, rate, watch) if run.nimg % config.report_nimg == 0 else None
+            )
 
 
-def _update(player: Player, net: nn.Module, loss: Loss, batches, context, clip: float | None, rate: float) -> Tensor:
+def _update(
+    player: Player, net: nn.Module, loss: Loss, batches, context, clip: float | None, rate: float
+) -> Tensor:
     """Move a player by the gradient of its loss over all batches (of all processes); return what the log shows of it."""
     value = 0.0
     for batch in batches:
@@ -239,7 +289,9 @@ def _update(player: Player, net: nn.Module, loss: Loss, batches, context, clip: 
             found = loss(net, batch)
             part, shown = found if isinstance(found, tuple) else (found, found)
             (part / len(batches)).backward()
-        value = value + torch.where(part.isfinite(), shown, part).detach() / len(batches)  # what is not shown may be at fault
+        value = value + torch.where(part.isfinite(), shown, part).detach() / len(
+            batches
+        )  # what is not shown may be at fault
     if world() > 1:
         gradients = [p.grad for p in player.named.values() if p.grad is not None]
         mean = torch.cat([g.flatten() for g in gradients])  # one message
@@ -261,17 +313,23 @@ def _report(run: Run, seen: Tensor, rate: float, watch: Watch | None) -> dict[st
         if not values[:, k].isfinite().all():
             step = run.nimg // run.config.batch - values.shape[1] + k + 1
             bad = next(value for value in values[:, k].tolist() if not math.isfinite(value))
-            raise UserError(f"the loss became {bad} at step {step} ({step * run.config.batch} images); {_remedy(run)}")
+            raise UserError(
+                f"the loss became {bad} at step {step} ({step * run.config.batch} images); {_remedy(run)}"
+            )
     for player in run.players:
         for name, parameter in player.named.items():
             if not parameter.isfinite().all():
                 last = values[0, -1].item()
-                raise UserError(f"{name} is no longer finite after {run.nimg} images, the loss was {last:.4g}; {_remedy(run)}")
+                raise UserError(
+                    f"{name} is no longer finite after {run.nimg} images, the loss was {last:.4g}; {_remedy(run)}"
+                )
     means = [sum(row) / len(row) for row in values.tolist()]
     row = {"nimg": run.nimg, "loss": means[0], "lr": rate}
     row |= {f"loss_{player.name}": mean for player, mean in zip(run.players[1:], means[1:])}
     if watch is not None and (wrong := watch(row)):
-        raise UserError(f"{wrong[0]} at step {run.nimg // run.config.batch} ({run.nimg} images); {_remedy(run, wrong[1])}")
+        raise UserError(
+            f"{wrong[0]} at step {run.nimg // run.config.batch} ({run.nimg} images); {_remedy(run, wrong[1])}"
+        )
     run.log.append(row)
     for name, value in run.net.named_buffers():
         run.ema[name].copy_(value) if name in run.ema else None
@@ -283,7 +341,11 @@ def _report(run: Run, seen: Tensor, rate: float, watch: Watch | None) -> dict[st
 
 
 def _remedy(run: Run, remedy: str = "") -> str:
-    kept = f"the last good state is kept in {run.folder}" if run.log else "it had not yet reported, so nothing is kept"
+    kept = (
+        f"the last good state is kept in {run.folder}"
+        if run.log
+        else "it had not yet reported, so nothing is kept"
+    )
     rates = " or ".join(["optimisation.lr", *(f"{player.name}_lr" for player in run.players[1:])])
     return f"{kept}; {remedy or f'lower {rates} or clip the gradient'}"
 
@@ -318,7 +380,9 @@ def train(
     """
     key = identity(job, config, inputs)
     players = sum(p.numel() for n in (net, *(rival[1:2] if rival else ())) for p in n.parameters())
-    require_disk(job.out, 4 * (8 * players + about["parameters"] * (1 + 2 * len(config.optimisation.snapshots))))  # two states at most
+    require_disk(
+        job.out, 4 * (8 * players + about["parameters"] * (1 + 2 * len(config.optimisation.snapshots)))
+    )  # two states at most
     with scratch(job.scratch(key)) as folder:
         run = Run(net, config.optimisation, job.study.seed, key, folder, device_of(job), rival and rival[:3])
         with bar(job.name, config.optimisation.nimg, done=run.nimg) as progress:
@@ -333,7 +397,9 @@ def train(
                 path.unlink()
             for nimg in config.optimisation.snapshots:
                 tensors, _ = load_tensors(run.snapshot(nimg))
-                save_tensors(job.out / "snapshots" / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
+                save_tensors(
+                    job.out / "snapshots" / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg}
+                )
             save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
             columns = ["nimg", "loss", "lr", *sorted(set(run.log[0]) - {"nimg", "loss", "lr"})]
             rows = [",".join(columns), *(",".join(_digits(row[key]) for key in columns) for row in run.log)]

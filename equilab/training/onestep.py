@@ -9,16 +9,17 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from equilab import rng
-from equilab.config import Job, Spec, UserError, results
-from equilab.data import Dataset
+from equilab.core import machine, rng
+from equilab.core.config import Spec, UserError
+from equilab.core.job import Job, results
+from equilab.data.images import Dataset
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.metrics.cost import counted_once, flops, parameters
+from equilab.metrics.counting import counted_once, flops, parameters
 from equilab.models import gdd
+from equilab.models.checkpoint import load_network
 from equilab.models.precond import EDM
-from equilab.training import loop, machine
+from equilab.training import loop
 from equilab.training.loop import Optimisation
-from equilab.training.state import load_network
 
 UNETS = {"unet": "equilab.models.unet:UNet"}
 
@@ -57,7 +58,10 @@ class Levels:
 
     def draw(self, seed: int, positions: range) -> tuple[Tensor, Tensor]:
         """Return the level of each position and the one below it, functions of (seed, position)."""
-        sigmas, index = self.sigmas(), torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps))
+        sigmas, index = (
+            self.sigmas(),
+            torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps)),
+        )
         return sigmas[index + 1], sigmas[index]
 
 
@@ -67,8 +71,10 @@ def check_levels(student: Student, levels: Levels) -> None:
     Raises: ValueError if they do not fit.
     """
     if (levels.sigma_min, levels.sigma_max) != (student.sigma_min, student.sigmas[0]):
-        raise ValueError(f"levels go from {levels.sigma_max:g} to {levels.sigma_min:g}, but the student is sampled from "
-                         f"{student.sigmas[0]:g} and is the identity at {student.sigma_min:g}; give the same to both")  # fmt: skip
+        raise ValueError(
+            f"levels go from {levels.sigma_max:g} to {levels.sigma_min:g}, but the student is sampled from "
+            f"{student.sigmas[0]:g} and is the identity at {student.sigma_min:g}; give the same to both"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,21 @@ def check(config: Config, job: Job, read: Callable) -> None:
     """
     teacher, place = read("teacher"), f"{job.stage}.{job.run}"
     for key, here, there in (
-        *((f"network.{k}", config.network.arguments[k], v) for k, v in teacher.network.arguments.items() if k != "dropout"),
+        *(
+            (f"network.{k}", config.network.arguments[k], v)
+            for k, v in teacher.network.arguments.items()
+            if k != "dropout"
+        ),
         ("conditional", config.conditional, teacher.conditional),
     ):
         if here != there:
-            raise UserError(f"{place}.{key} is {here}, but the teacher's is {there}; a student has the teacher's network")
+            raise UserError(
+                f"{place}.{key} is {here}, but the teacher's is {there}; a student has the teacher's network"
+            )
     if config.network.arguments["dropout"]:
-        raise UserError(f"{place}.network.dropout is {config.network.arguments['dropout']}; students are trained with 0")
+        raise UserError(
+            f"{place}.network.dropout is {config.network.arguments['dropout']}; students are trained with 0"
+        )
 
 
 def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
@@ -111,8 +125,10 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
     net, about = load_network(path, UNETS, job.read("teacher"))
     classes = data.classes if config.conditional else 0
     if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
-        raise UserError(f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
-                        f"{tuple(shape)} in {classes}; train it again")  # fmt: skip
+        raise UserError(
+            f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
+            f"{tuple(shape)} in {classes}; train it again"
+        )
     sigma_data = about["config"]["sigma_data"]
     own = loop.build(config.network, config.seed, "weights", shape, classes)
     if config.student.start == "teacher":
@@ -124,15 +140,22 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
 
 def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
     """Return the generator that a U-Net is."""
-    return gdd.GDD(net, sigma_data=sigma_data, sigma_min=config.student.sigma_min, sigmas=config.student.sigmas)
+    return gdd.GDD(
+        net, sigma_data=sigma_data, sigma_min=config.student.sigma_min, sigmas=config.student.sigmas
+    )
 
 
 def table(config: Config, image: tuple[int, ...], classes: int) -> str:
     """Return which groups of layers are trained and which are frozen, as lines of text."""
     net, *_ = meta(config, image, classes)
     rows = [("group", "parameters", "share", "")]
-    rows += [(s.group, f"{s.parameters:,}", f"{s.share:.1%}", "trained" if s.trained else "frozen") for s in gdd.table(net)]
-    return "\n".join(f"# {group:<16}{count:>12}{share:>8}  {state}".rstrip() for group, count, share, state in rows)
+    rows += [
+        (s.group, f"{s.parameters:,}", f"{s.share:.1%}", "trained" if s.trained else "frozen")
+        for s in gdd.table(net)
+    ]
+    return "\n".join(
+        f"# {group:<16}{count:>12}{share:>8}  {state}".rstrip() for group, count, share, state in rows
+    )
 
 
 @counted_once
@@ -140,7 +163,11 @@ def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, i
     """Return the parameters, those that are trained, and the FLOPs of generating an image by shape."""
     net, noise, label = meta(config, image, classes)
     work = flops(lambda: student(config, net, 1.0).generate(noise, label))
-    return {"parameters": sum(p.numel() for p in net.parameters()), "parameters_trained": parameters(net), "flops_image": work}
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters_trained": parameters(net),
+        "flops_image": work,
+    }
 
 
 def meta(config: Config, image: tuple[int, ...], classes: int):

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import torch
 
-from equilab import losses, rng
-from equilab.config import Job, Plan, Spec, UserError, results
-from equilab.data import load, to_float
-from equilab.files import sha256_of
-from equilab.metrics.cost import counted_once, flops, parameters
+from equilab.core import rng
+from equilab.core.config import Spec, UserError
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, Plan, results
+from equilab.data.images import load, to_float
+from equilab.diffusion import losses
+from equilab.metrics.counting import counted_once, flops, parameters
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -34,7 +36,9 @@ class Config:
 
     def __post_init__(self):
         if not self.sigma_data > 0 or not self.sigma_std > 0:
-            raise ValueError(f"sigma_data and sigma_std must be > 0, got {self.sigma_data} and {self.sigma_std}")
+            raise ValueError(
+                f"sigma_data and sigma_std must be > 0, got {self.sigma_data} and {self.sigma_std}"
+            )
 
     def positional(self, image: tuple[int, ...], classes: int) -> tuple:
         """What the data determines of the network's constructor."""
@@ -69,7 +73,9 @@ def run(config: Config, job: Job) -> None:
     def loss(net, batch):
         image, noise, normal, label = batch
         sigma = losses.edm_sigma(normal, config.sigma_mean, config.sigma_std)
-        return losses.edm(EDM(net, sigma_data=config.sigma_data), image, noise, sigma, label, config.sigma_data)
+        return losses.edm(
+            EDM(net, sigma_data=config.sigma_data), image, noise, sigma, label, config.sigma_data
+        )
 
     about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
     loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)

@@ -1,0 +1,85 @@
+"""Where the work is done: processes, device, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from equilab.core.config import UserError
+from equilab.core.job import Job
+
+
+def rank() -> int:
+    """Return this process's number among those that torchrun started; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of `values` over all processes."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def precision(name: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """Return a maker of the context in which a network runs: fp32, tf32 (matmuls of a GPU) or bf16 autocast."""
+    if name == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return contextlib.nullcontext
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the tensors of a (nested) tuple on `device`; None stays None."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return tuple(to_device(part, device) for part in batch) if isinstance(batch, tuple) else batch
+
+
+def device_of(job: Job) -> torch.device:
+    """Return the device that the study asks for.
+
+    Raises: UserError if there is none.
+    """
+    wanted = job.study.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("study.device is cuda, but torch sees no GPU; set it to auto or cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """Return what the bits of a result depend on beside its config: versions, device, threads, processes."""
+    device = device_of(job)
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type} {name}",
+        "threads": torch.get_num_threads(),
+        "processes": world(),
+    }

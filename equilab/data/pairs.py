@@ -1,0 +1,170 @@
+"""Stage `pairs`: the teacher's image for every index; its noise is never stored, it is regenerated from the index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equilab.core import rng
+from equilab.core.config import digest, plain
+from equilab.core.files import (
+    link,
+    remove_others,
+    require_disk,
+    scratch,
+    whole,
+    write,
+    write_array,
+    write_json,
+)
+from equilab.core.job import Job, Plan, results
+from equilab.core.machine import barrier, device_of, environment, precision, rank, world
+from equilab.core.progress import bar
+from equilab.data.images import to_uint8
+from equilab.data.pairset import NOISE, labels, noise_checksum
+from equilab.diffusion.samplers import Step, euler, finish, heun
+from equilab.diffusion.schedules import edm_sigmas
+from equilab.models.checkpoint import load_network
+from equilab.models.precond import EDM
+from equilab.training.teacher import UNETS, counted
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a denoiser is sampled, without fresh noise on the way: a pair needs a deterministic image."""
+
+    method: Literal["heun", "euler"]
+    steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+    def __post_init__(self):
+        self.sigmas()
+
+    def sigmas(self) -> Tensor:
+        """Return the noise levels, (steps + 1,) float64."""
+        return edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+
+    @property
+    def nfe(self) -> int:
+        """Calls of the denoiser for an image: 2 steps - 1 for Heun."""
+        return 2 * self.steps - 1 if self.method == "heun" else self.steps
+
+    def run(self, denoise, noise: Tensor, label: Tensor | None) -> Iterator[Step]:
+        """Return the sampler, started: it yields a Step a step."""
+        return (heun if self.method == "heun" else euler)(denoise, noise, self.sigmas(), label)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The params section `pairs`."""
+
+    count: int  # pairs for training
+    held_out: int  # pairs before these, never trained on
+    shard: int  # images in a file
+    batch: int  # images through the teacher at once; part of what decides the bits
+    dtype: Literal["uint8", "float16", "float32"]  # of the stored images
+    precision: Literal["fp32", "tf32", "bf16"]  # of the teacher's network
+    sampler: Sampler
+
+    def __post_init__(self):
+        if self.batch < 1 or self.shard < 1 or self.shard % self.batch:
+            raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
+        if self.count < 1 or self.held_out < 1:
+            raise ValueError(f"count and held_out must be >= 1, got {self.count} and {self.held_out}")
+        if (self.count + self.held_out) % self.shard:
+            raise ValueError(
+                f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})"
+            )
+
+
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: the teacher's calls for all pairs, those that are already there included."""
+
+    def count() -> Plan:
+        total, about = config.count + config.held_out, counted(read("teacher"), job.image, job.classes)
+        work = float(about["flops_image"]) * config.sampler.nfe * total
+        return Plan(
+            about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
+        )
+
+    return count
+
+
+def run(config: Config, job: Job) -> None:
+    """Write the shards of images and `meta.json` into results/pairs.
+
+    Shards live in a scratch folder that outlasts the stage and are linked into the results, so that a killed run
+    continues where it stopped and a larger `count` adds to what is there.
+
+    Raises: UserError if the teacher is missing, or there is too little disk.
+    """
+    weights = results("teacher") / "weights.safetensors"
+    net, about = load_network(weights, UNETS, job.read("teacher"))
+    shape, classes = tuple(about["image"]), about["classes"]
+    total = config.held_out + config.count
+    size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
+    recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
+    key = digest(job.study.seed, about["checksum"], recipe, {**environment(job), "processes": None})
+    device = device_of(job)
+    denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
+    with scratch(job.scratch(key), keep=True) as folder:
+        shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
+        missing = [k for k, path in enumerate(shards) if not whole(path)]
+        require_disk(folder, len(missing) * config.shard * size)
+        with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
+            for k in missing[rank() :: world()]:
+                blocks = []
+                for start in range(k * config.shard, (k + 1) * config.shard, config.batch):
+                    blocks.append(_block(config, denoise, job.study.seed, start, shape, classes, device))
+                    progress.update(config.batch)
+                write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
+        barrier()
+        if rank() == 0:
+            _publish(config, job, shards, shape, classes, about)
+
+
+def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
+    """Return the images (batch, C, H, W) of the pairs start..start+batch-1, in the stored type."""
+    indices = np.arange(start, start + config.batch)
+    noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
+    label = labels(seed, indices, classes)
+    with torch.inference_mode(), precision(config.precision, device)():
+        image, _ = finish(config.sampler.run(denoise, noise, label if label is None else label.to(device)))
+    image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
+    return image.cpu().numpy()
+
+
+def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, about: dict) -> None:
+    """Link the shards into the results and describe them in meta.json."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    described = {}
+    for path in shards:
+        link(path, job.out)
+        described[path.name] = {"images": config.shard, "sha256": path.with_suffix(".sha256").read_text()}
+    total = config.held_out + config.count
+    meta = {
+        "count": config.count,
+        "held_out": config.held_out,
+        "shard": config.shard,
+        "dtype": config.dtype,
+        "shape": shape,
+        "classes": classes,
+        "seed": job.study.seed,
+        "shards": described,
+        "noise_checksum": noise_checksum(job.study.seed, shape),
+        "teacher": about["checksum"],
+        "sampler": config.sampler,
+        "nfe_image": config.sampler.nfe,
+        "nfe": config.sampler.nfe * total,
+        "environment": environment(job),
+    }
+    write_json(job.out / "meta.json", meta)
+    remove_others(job.out, described, "images-*.npy")

@@ -1,0 +1,124 @@
+"""Noise/image pairs as training reads them: images from shards, noise from its index."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from equilab.core import rng
+from equilab.core.config import UserError, plain, read_json
+from equilab.core.files import sha256_of
+from equilab.core.job import Job, results
+from equilab.data.images import to_float
+from equilab.models.checkpoint import read_metadata
+
+NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
+
+
+class Pairs(NamedTuple):
+    """Pairs at some indices: unit noise and image in -1..1 (B, C, H, W) float32, label (B,) int64 or None."""
+
+    noise: Tensor
+    image: Tensor
+    label: Tensor | None
+
+
+class PairSet:
+    """The pairs that the stage wrote, read at random without loading the set: `read(indices)`.
+
+    Indices 0..held_out-1 are held out, the `count` after them are for training.
+
+    Raises: UserError if a file is missing or damaged, or the noise cannot be regenerated as it was.
+    """
+
+    def __init__(self, folder: Path):
+        keys = (
+            "count",
+            "held_out",
+            "classes",
+            "shape",
+            "seed",
+            "shard",
+            "dtype",
+            "shards",
+            "noise_checksum",
+            "teacher",
+        )
+        self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
+        self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
+        self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
+        self.images = [self._open(folder / name) for name in self.meta["shards"]]
+        if noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
+            raise UserError(
+                f"{folder}: noise regenerated from its index differs from when the pairs were made; "
+                "install the numpy version of the lock file, or make the pairs anew"
+            )
+
+    def check(self, job: Job) -> None:
+        """Compare what meta.json says of how the pairs were made with params as they are, seed, numbers, type and sampler, and with
+        the teacher that lies beside them; it does not hold the batch and the precision, on which their last bits depend too.
+
+        Raises: UserError naming the key that differs.
+        """
+        config = job.read("pairs")
+        now = {
+            f"pairs.{key}": plain(getattr(config, key)) for key in ("count", "held_out", "dtype", "sampler")
+        }
+        for key, value in {"study.seed": job.study.seed, **now}.items():
+            if value != (before := self.meta.get(key.partition(".")[2])):
+                raise UserError(
+                    f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
+                )
+        weights = results("teacher") / "weights.safetensors"  # pairs alone can be trained on too
+        if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
+            raise UserError(
+                f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again"
+            )
+
+    def _open(self, path: Path) -> np.ndarray:
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} is missing, cut short or damaged ({error}); run the stage `pairs` again"
+            ) from None
+        if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
+            raise UserError(
+                f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
+                "run the stage `pairs` again"
+            )
+        return array
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum.
+
+        Raises: UserError naming the shard that differs.
+        """
+        for array, (name, shard) in zip(self.images, self.meta["shards"].items()):
+            if sha256_of(Path(array.filename)) != shard["sha256"]:
+                raise UserError(
+                    f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again"
+                )
+
+    def read(self, indices: np.ndarray) -> Pairs:
+        """Return the pairs at `indices` (0..held_out+count-1)."""
+        shard, row = np.divmod(indices, self.meta["shard"])
+        image = torch.from_numpy(np.stack([self.images[s][r] for s, r in zip(shard, row)]))  # (B, C, H, W)
+        image = to_float(image) if image.dtype == torch.uint8 else image.float()
+        noise = torch.from_numpy(rng.noise(self.seed, NOISE, indices, self.shape))
+        return Pairs(noise, image, labels(self.seed, indices, self.classes))
+
+
+def labels(seed: int, indices: rng.Indices, classes: int, purpose: str = LABEL) -> Tensor | None:
+    """Return uniform classes (B,) int64, each a function of its index, or None without classes."""
+    return torch.from_numpy(rng.integers(seed, purpose, indices, classes)) if classes else None
+
+
+def noise_checksum(seed: int, shape: tuple[int, ...]) -> str:
+    """Return what tells that the noise of a pair is regenerated as it was."""
+    return hashlib.sha256(rng.noise(seed, NOISE, [0], shape).tobytes()).hexdigest()

@@ -1,0 +1,95 @@
+"""Losses: a function per equation. Each is a mean over samples, so a batch may be split and the losses averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from equilab.models import Denoised
+
+
+def edm_sigma(normal: Float[Tensor, b], mean: float, std: float) -> Float[Tensor, b]:
+    """Turn unit normals into the noise levels (B,) of training, exp(mean + std * normal).
+
+    Source: EDM, table 1, "noise distribution" (P_mean, P_std).
+    """
+    return (mean + std * normal).exp()
+
+
+def edm_weight(sigma: Float[Tensor, b], sigma_data: float) -> Float[Tensor, b]:
+    """Return the weights (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (B,), with which all noise levels start alike.
+
+    Source: EDM, table 1, "loss weighting" (lambda).
+    """
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def edm(
+    denoise: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, b],
+    label: Int64[Tensor, b] | None,
+    sigma_data: float,
+) -> Float[Tensor, ""]:
+    """Return edm_weight(sigma) * (D(image + sigma noise; sigma) - image)^2, its mean over pixels and samples.
+
+    Source: EDM, equation 2, weighted as in table 1.
+    Differs: the published training sums over the pixels, so its loss is C*H*W times ours (Adam hardly notices).
+    """
+    level = sigma[:, None, None, None]  # (B, 1, 1, 1)
+    denoised = denoise(image + level * noise, sigma, label).image
+    return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
+
+
+def consistency(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+) -> Float[Tensor, ""]:
+    """Return the squared error between the student at sigma and, without gradient, at the level below it, where Heun's
+    step along the teacher leads: its mean over pixels and samples.
+
+    `sigmas` are the levels of each sample and those below them, all > 0.
+
+    Source: GDD (Zheng 2024), table 5, CD; after "Consistency models" (Song 2023), algorithm 2.
+    Differs: the target is the student itself, as in table 5, not its average; the distance is squared, not LPIPS.
+    """
+    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1)
+    x = image + sigma * noise
+    with torch.no_grad():
+        slope = (x - teacher(x, sigmas[0], label).image) / sigma
+        below = x + (after - sigma) * slope
+        slope = (slope + (below - teacher(below, sigmas[1], label).image) / after) / 2
+        target = student(x + (after - sigma) * slope, sigmas[1], label).image
+    return l2(student(x, sigmas[0], label).image, target)
+
+
+def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the absolute error, mean over pixels and samples.
+
+    Source: GET, "Offline Distillation"; there a sum over pixels.
+    """
+    return (image - target).abs().mean()
+
+
+def l2(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """Return the squared error, mean over pixels and samples."""
+    return (image - target).square().mean()
+
+
+def fixed_point_correction(losses: Float[Tensor, k], gamma: float) -> Float[Tensor, ""]:
+    """Return the sum over k = 1..K of gamma^(K-k) * losses[k-1]: the losses of K iterates, the last one counting most.
+
+    The sum is not divided by that of its weights; `gamma` is in 0..1, published 0.8.
+
+    Source: GET's published training (fixed-point correction); not in the paper's equations.
+    """
+    k = torch.arange(len(losses) - 1, -1, -1, dtype=losses.dtype, device=losses.device)  # (K,)
+    return (gamma**k * losses).sum()

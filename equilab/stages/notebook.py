@@ -1,0 +1,149 @@
+"""Stage `notebook@NAME`: a notebook of the repository, executed on the study's results and made byte-stable."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equilab.core.config import UserError, nearest
+from equilab.core.files import write
+from equilab.core.job import Job, Plan
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+ANALYSIS = (
+    "equilab.analysis.speed:speed",
+    "equilab.analysis.explore:iterates",
+    "equilab.analysis.chains:read",
+    "equilab.analysis.students:read",
+    "equilab.analysis.activity:read",
+)  # imported by notebooks: dependencies
+WIDGET = "application/vnd.jupyter.widget-view+json"
+NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opened in JupyterLab, with `results` this study's folder.*"
+
+
+@dataclass(frozen=True)
+class Config:
+    """An entry of the params section `notebook`."""
+
+    parameters: dict[str, float | str]  # of the notebook's `parameters` cell, beside `results` and `out`
+
+
+def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+    """Return what counts the stage's cost: no networks.
+
+    Raises: UserError if the repository has no such notebook, or it has no such parameter, or one of another type.
+    """
+    _checked(config, job)
+    return Plan
+
+
+def run(config: Config, job: Job) -> None:
+    """Execute the notebook in the study's folder and write it, with its figures, into `results/notebook/NAME`.
+
+    What an earlier run wrote is replaced when the last cell has succeeded, not before.
+
+    Raises: UserError naming the cell and the kept notebook, if a cell fails; or as `plan` does.
+    """
+    import papermill  # these take seconds
+    from nbformat import writes
+    from papermill.exceptions import PapermillExecutionError
+
+    source = _checked(config, job)
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = (
+        "1"  # the kernel of this environment, whatever the user has installed
+    )
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    fresh, failed = (Path(".equilab/notebook") / name for name in (job.run, f"{job.run}.failed.ipynb"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    given = {"results": "results", "out": fresh.as_posix(), **config.parameters}
+    try:
+        done = papermill.execute_notebook(
+            str(source),
+            str(failed),
+            given,
+            kernel_name="python3",
+            cwd=".",
+            log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except PapermillExecutionError as error:
+        raise UserError(
+            f"notebooks/{job.run}.ipynb failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
+            f"it is kept in {failed}, and {job.out} is as it was"
+        ) from None
+    text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
+    write(fresh / f"{job.run}.ipynb", text + "\n")
+    failed.unlink()
+    shutil.rmtree(job.out, ignore_errors=True)
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(fresh, job.out)
+
+
+def _checked(config: Config, job: Job) -> Path:
+    """Return the path of the notebook, which has every parameter that params give."""
+    source = Path(job.study.root) / "notebooks" / f"{job.run}.ipynb"
+    if not source.exists():
+        known = [path.stem for path in source.parent.glob("*.ipynb")]
+        raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
+    known = parameters(json.loads(source.read_text()))
+    for name, value in config.parameters.items():
+        if name not in known:
+            raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")
+        if isinstance(value, str) != isinstance(known[name], str):
+            raise UserError(
+                f"notebook.{job.run}.parameters.{name}: expected a value like {known[name]!r}, got {value!r}"
+            )
+    return source
+
+
+def parameters(notebook: dict) -> dict[str, float | str]:
+    """Return the names that a notebook's `parameters` cell assigns, with their values there.
+
+    Raises: UserError unless exactly one code cell has the tag.
+    """
+    tagged = [
+        c
+        for c in notebook["cells"]
+        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
+    ]
+    if len(tagged) != 1:
+        raise UserError(f"a notebook needs one code cell with the tag `parameters`, found {len(tagged)}")
+    assigned = [node for node in ast.parse("".join(tagged[0]["source"])).body if isinstance(node, ast.Assign)]
+    return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
+
+
+def normalised(notebook: NotebookNode) -> NotebookNode:
+    """Return an executed notebook without what changes from run to run: times, random names, addresses, stderr and
+    the state of widgets, each of which leaves a note."""
+    from nbformat import from_dict
+
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
+    for k, cell in enumerate(notebook.cells):
+        tags = cell.metadata.get("tags", [])
+        cell.id, cell.metadata = f"cell-{k:03d}", {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [from_dict(_stable(output)) for output in kept]
+    return notebook
+
+
+def _stable(output: dict) -> dict:
+    if WIDGET in output.get("data", {}):
+        return {"output_type": "display_data", "data": {"text/markdown": NOTE}, "metadata": {}}
+    masked = lambda text: re.sub(r"0x[0-9a-f]{6,}", "0x", text)  # noqa: E731
+    if "text" in output:
+        return {**output, "text": masked(output["text"])}
+    data = {
+        kind: masked(value) if kind.startswith("text/") else value for kind, value in output["data"].items()
+    }
+    return {**output, "data": data}
