@@ -1,3 +1,21 @@
 """equilab: one-step and equilibrium generators on one teacher, one data path, one metric and one cost currency."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from equilab.tables import Results
+
 __version__ = "0.1.0"
+
+
+def results(folder: Path | str = "results") -> Results:
+    """Return a study's results folder as tidy tables: runs, settings, snapshots, costs.
+
+    Raises: UserError if it holds no evaluated run.
+    """
+    from equilab.tables import results  # pandas, needed for this alone
+
+    return results(folder)
