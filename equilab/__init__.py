@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from equilab.tables import Results
 
 __version__ = "0.1.0"
@@ -19,3 +21,13 @@ def results(folder: Path | str = "results") -> Results:
     from equilab.tables import results  # pandas, needed for this alone
 
     return results(folder)
+
+
+def published_numbers(name: str) -> pd.DataFrame:
+    """Return a table of the papers' numbers by its name, such as "get_runs" (the CSV files of equilab/claims).
+
+    Raises: UserError naming the nearest, if there is none of that name.
+    """
+    from equilab.claims import published
+
+    return published(name)
