@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from equilab.core.config import UserError, read, read_json
+from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
+from equilab.core.config import UserError, nearest, read, read_json
 
 LABELS = {  # of families in figures and prose; to be replaced by the registry of families
     "edm": "EDM",
@@ -78,10 +79,13 @@ class Results:
             about = _json(path, "evaluate", "of", "seed", "family")
             sweep = _table(path.with_name("sweep.csv"), "evaluate")
             sweep.insert(0, "position", range(len(sweep)))
-            ratio = _residual_ratio(path.with_name("iterates.npz"), len(sweep))
-            parts.append(sweep.assign(residual_ratio=ratio, **_named(about)))
+            if "budget" in sweep:  # a fixed point followed along timesteps
+                sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
+            parts.append(sweep.assign(**_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table["iterations_per_call"] = table["iterations"] / table["nfe"]
+        if "most_iterations" not in table:  # a study without equilibrium generators
+            table["most_iterations"] = np.nan
         return _keys_first(table, ["of", "run", "seed", "family", "label", "position"])
 
     @cached_property
@@ -93,7 +97,8 @@ class Results:
           `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher for the training);
         - its config, keys joined by dots: `network.width`, `optimisation.lr`, `equilibrium.iterations`, ...; lists are tuples;
         - cost and scores at its headline setting, named as in `settings`;
-        - `rise_train`, `rise_test`: the distance at the end of training over the lowest of all snapshots (1: the end is best).
+        - `rise_train`, `rise_test`: the distance at the end of training over the lowest of all snapshots (1: the end is best);
+        - `relative`: the distance of its images to those of the first run in `relative`, if the stage relative has run.
         """
         rows = []
         for path in self._evaluated():
@@ -110,6 +115,8 @@ class Results:
         table = table.merge(self._headline(), on=["of", "seed"]).merge(
             self._rises(), on=["of", "seed"], how="left"
         )
+        if (self.folder / "relative" / "relative.csv").exists():
+            table = table.merge(self._from_first(), on=["run", "seed"], how="left")
         table = table.drop(columns=[name for name in table if table[name].isna().all()])
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
@@ -158,7 +165,7 @@ class Results:
 
         Raises: UserError if the stage relative has not run.
         """
-        table = _table(self.folder / "relative" / "relative.csv", "relative")
+        table = self._relative()
         names = self.runs.drop_duplicates("run").set_index("run")["of"]
         return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
 
@@ -168,6 +175,63 @@ class Results:
         run; `test`, the held-out images."""
         about = _json(self.folder / "evaluator" / "summary.json", "evaluator", "floor")
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
+
+    @cached_property
+    def comparisons(self) -> dict[str, Comparison]:
+        """What the study's params.yaml declares to be compared."""
+        return check_comparisons(self.params)
+
+    def compare(self, name: str) -> pd.DataFrame:
+        """Return the rows of a declared comparison, a row for each side and seed of each pair.
+
+        `pair` counts from 0; `side` is "runs" or "baseline" ("runs" alone where they stand in an order); `point` names the row in words.
+        The other columns are those of the table that the comparison is over, and beside settings those of their run, and what was
+        measured of it: `train_seconds`, `train_seconds_min`, `train_seconds_max`, `train_memory`, and the same of `sample`.
+
+        Raises: UserError if the study declares no such comparison, or a run of it has no results.
+        """
+        if name not in self.comparisons:
+            raise UserError(f"the study declares no comparison {name!r}{nearest(name, self.comparisons)}")
+        comparison = self.comparisons[name]
+        parts = []
+        for pair, sides in enumerate(comparison.pairs):
+            for side, point in sides.items():
+                rows = self._rows(comparison.table, point)
+                if rows.empty:
+                    raise UserError(
+                        f"comparisons.{name}: {self.folder} has no results of {point}; run its stages first"
+                    )
+                parts.append(rows.assign(pair=pair, side=side, point=str(point)))
+        return _keys_first(pd.concat(parts, ignore_index=True), ["pair", "side", "point", "of", "seed"])
+
+    def _rows(self, table: str, point: Point) -> pd.DataFrame:
+        """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
+        rows = getattr(self, table)
+        rows = rows[rows["of"] == point.run]
+        if table == "settings":
+            rows = rows[rows["position"] == position(self.params, point, "comparisons")]
+            more = [column for column in self.runs if column not in rows]
+            rows = rows.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
+            return self._with_costs(rows)
+        for column, value in point.at.items():
+            rows = rows[rows[column].isna() if value is None else rows[column] == value]
+        return rows
+
+    def _with_costs(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return settings with what was measured of their run: of a training step as the run was trained, of a sampled batch at the
+        setting's iterations. Seconds and memory are measured once, and stand beside every seed."""
+        if not (self.folder / "cost" / "cost.csv").exists():
+            return rows
+        costs = self.costs.rename(columns={"memory_mib": "memory"})
+        measured = ["seconds", "seconds_min", "seconds_max", "memory"]
+        keys = {"train": ["of"], "sample": ["of", "most_iterations"]}
+        for what, key in keys.items():
+            chosen = costs[costs["what"] == what]
+            if what == "train":
+                chosen = chosen[chosen["as_trained"].isin([True])]
+            chosen = chosen[[*key, *measured]].rename(columns={name: f"{what}_{name}" for name in measured})
+            rows = rows.merge(chosen, on=key, how="left")
+        return rows
 
     @property
     def score(self) -> str:
@@ -210,6 +274,15 @@ class Results:
         kept = self.snapshots.sort_values("nimg").groupby(["of", "seed"])[[f"{name}_train", f"{name}_test"]]
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
+
+    def _relative(self) -> pd.DataFrame:
+        return _table(self.folder / "relative" / "relative.csv", "relative")
+
+    def _from_first(self) -> pd.DataFrame:
+        """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
+        table = self._relative()
+        table = table[table["first"] == table["first"].iloc[0]]
+        return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
@@ -270,7 +343,7 @@ def _calls(sampler: Mapping[str, Any]) -> int:
     return 2 * sampler["steps"] - 1 if sampler["method"] == "heun" else sampler["steps"]
 
 
-def _residual_ratio(path: Path, settings: int) -> list[float]:
+def _residual_ratios(path: Path, settings: int) -> list[float]:
     """Return for each setting of a chain the geometric mean of the last residuals in the less noisy half of its timesteps over that in
     the noisier half; nan where there is no fixed point, or too few steps. The first step, which has nothing to reuse, is left out."""
     arrays = _arrays(path)
