@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from equilab.core.config import Params, digest
+from equilab.core.config import Params
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
@@ -50,10 +50,6 @@ class Job:
     def out(self) -> Path:
         """The folder of the job's results, relative to the study's folder."""
         return folder_of(self.stage, self.run, self.seed)
-
-    def scratch(self, *identity: Any) -> Path:
-        """The folder of unfinished work, ignored by git and DVC: another one for other code or another `identity`."""
-        return Path(".equilab/scratch") / f"{self.name}-{digest(self.code, *identity)}"
 
 
 class Plan(NamedTuple):
