@@ -11,6 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -128,9 +129,9 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     return Dataset(images, labels, classes)
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; how many images there are is not known before they are read."""
-    return lambda: Plan(disk=None)
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost; how many images there are is not known before they are read."""
+    return partial(Plan, disk=None)
 
 
 def run(config: Config, job: Job) -> None:
@@ -267,7 +268,7 @@ def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path:
     where = f"dataset.json in {path}"
     try:
         pairs = json.loads(read_bytes("dataset.json"))["labels"]
-        labels = None if pairs is None else {name: label for name, label in pairs}
+        labels = None if pairs is None else dict(pairs)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f'{where} is not {{"labels": [[name, label], ...]}} ({error!r}); mend or remove it'

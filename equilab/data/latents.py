@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,13 +85,13 @@ class Encoded:
         return torch.from_numpy(np.stack([self.shards[item // SHARD][item % SHARD] for item in items]))
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; how many images there are is not known before they are read.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost; how many images there are is not known before they are read.
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """
     _vae(config, job.image)
-    return lambda: Plan(disk=None)
+    return partial(Plan, disk=None)
 
 
 def run(config: Config, job: Job) -> None:

@@ -87,11 +87,11 @@ class Config(Params):
         return self
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: the teacher's calls for all pairs, those that are already there included."""
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost: the teacher's calls for all pairs, those that are already there included."""
 
     def count() -> Plan:
-        total, about = config.count + config.held_out, read("teacher").counted(job.image, job.classes)
+        total, about = config.count + config.held_out, job.read("teacher").counted(job.image, job.classes)
         work = float(about["flops_image"]) * config.sampler.nfe * total
         return Plan(
             about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize

@@ -99,7 +99,7 @@ class PairSet:
 
         Raises: UserError naming the shard that differs.
         """
-        for array, (name, shard) in zip(self.images, self.meta["shards"].items()):
+        for array, shard in zip(self.images, self.meta["shards"].values()):
             if sha256_of(Path(array.filename)) != shard["sha256"]:
                 raise UserError(
                     f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again"
