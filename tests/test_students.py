@@ -123,7 +123,7 @@ def test_a_student_of_two_steps_goes_where_the_equation_says():
     first = 0.1 * x + 80
     middle = (80 - 20) / 80 * (first - x) + x  # F(x, t, s) of table 5
     torch.testing.assert_close(two.generate(noise, None).image, 0.1 * middle + 20)
-    assert two(noise, None, every=True).image.shape == (2, 3, *IMAGE)
+    assert two(noise, None, return_iterates=True).image.shape == (2, 3, *IMAGE)
 
 
 def test_both_players_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):

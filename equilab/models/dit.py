@@ -114,11 +114,11 @@ class DiT(nn.Module):
         x: Float[Tensor, "b c h w"],
         t: Real[Tensor, b],
         label: Int64[Tensor, b] | None,
-        every: bool = False,
+        return_activations: bool = False,
     ) -> Float[Tensor, "b o h w"] | tuple[Float[Tensor, "b o h w"], dict[str, Tensor]]:
         """Return the prediction for `x` at timesteps t >= 0; a label is 0..classes - 1, or `classes`: the null class.
 
-        With `every`, also what each block adds to its input (B, N, D), by "block" and its number.
+        With `return_activations`, also what each block adds to its input (B, N, D), by "block" and its number.
 
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
@@ -126,9 +126,9 @@ class DiT(nn.Module):
         z, added = self.patches(x) + self.positions, {}  # (B, N, D)
         for k, block in enumerate(self.stack):
             before, z = z, block(z, condition)
-            added |= {f"block.{k}": z - before} if every else {}
+            added |= {f"block.{k}": z - before} if return_activations else {}
         out = unpatchify(self.final(z, condition), self.output)
-        return (out, added) if every else out
+        return (out, added) if return_activations else out
 
     def blocks(self) -> int:
         """Return the transformer blocks applied in a call (block_evals)."""

@@ -81,11 +81,11 @@ class GDD(nn.Module):
         self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
 
     def forward(
-        self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, every: bool = False
+        self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, return_iterates: bool = False
     ) -> Generated:
         """Return Generated(image, None): where the steps from sigmas[0] * noise lead.
 
-        With `every`, the images (S, B, C, H, W) that the consistency function sees at all steps.
+        With `return_iterates`, the images (S, B, C, H, W) that the consistency function sees at all steps.
 
         Raises: ValueError for a label given to an unconditional network.
         """
@@ -93,8 +93,8 @@ class GDD(nn.Module):
         for sigma, after in zip(self.sigmas, (*self.sigmas[1:], 0.0)):
             image = self.denoise(x, sigma, label).image
             x = image + after / sigma * (x - image) if after else image
-            images += [image] if every else []
-        return Generated(torch.stack(images) if every else x, None)
+            images += [image] if return_iterates else []
+        return Generated(torch.stack(images) if return_iterates else x, None)
 
     generate = forward
 

@@ -121,14 +121,14 @@ class GET(nn.Module):
         label: Int64[Tensor, b] | None,
         init: Float[Tensor, "b n d"] | None,
         solve: Callable,
-        every: bool = False,
+        return_iterates: bool = False,
     ) -> Generated:
         """Return the image generated from `noise`, and the Solution of its state.
 
         `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows), where
-        `rows` are the samples to advance (None: all). With `every`, the images (K, B, C, H, W) of all iterates.
+        `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H, W) of all iterates.
 
-        Raises: ValueError if a label is missing or superfluous, or `every` meets a solver that does not record.
+        Raises: ValueError if a label is missing or superfluous, or iterates are asked of a solver that does not record.
         """
         injections = self.inject(noise, label)
 
@@ -136,10 +136,12 @@ class GET(nn.Module):
             return self.step(z, injections if rows is None else tuple(u[rows] for u in injections))
 
         solution = solve(f, noise.new_zeros(len(noise), *self.state_shape) if init is None else init)
-        if not every:
+        if not return_iterates:
             return Generated(self.decode(solution.z), solution)
         if not solution.iterates:
-            raise ValueError("every is true, but the solution holds no iterates; solve with record=True")
+            raise ValueError(
+                "return_iterates is true, but the solution holds no iterates; solve with record=True"
+            )
         images = self.decode(torch.cat(solution.iterates))  # (K*B, C, H, W)
         return Generated(images.unflatten(0, (-1, len(noise))), solution)  # (K, B, C, H, W)
 
