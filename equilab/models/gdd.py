@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Denoised, Generated, precond
+from equilab.diffusion.protocols import Denoised, Generated
+from equilab.models import precond
 
 # group -> the last part of the names of its layers in a U-Net
 GROUPS = {

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Generated
+from equilab.diffusion.protocols import Generated
 from equilab.models.layers import (
     Block,
     Final,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Denoised
+from equilab.diffusion.protocols import Denoised
 from equilab.models.unet import UNet
 from equilab.published import need
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Generated
+from equilab.diffusion.protocols import Generated
 from equilab.models.layers import (
     AdaLNBlock,
     AdaLNFinal,
