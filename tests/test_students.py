@@ -14,8 +14,9 @@ from equilab import __main__
 from equilab.core import config, rng
 from equilab.data.images import load
 from equilab.diffusion import losses
-from equilab.models import Denoised, gdd
+from equilab.diffusion.protocols import Denoised
 from equilab.models import discriminators as discriminator
+from equilab.models import gdd
 from equilab.models.precond import EDM
 from equilab.training import classify, gan, loop, onestep
 from equilab.training.loop import Run, fit

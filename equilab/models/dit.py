@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equilab.models import vit
+from equilab.models.family import Family
 from equilab.models.layers import (
     AdaLNBlock,
     AdaLNFinal,
@@ -20,8 +21,8 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
+from equilab.models.published_keys import need
 from equilab.models.unet import Sinusoid
-from equilab.published import need
 
 # DiT (Peebles and Xie 2023), table 1: width, depth, heads and patch are those of ViT
 SIZES = {
@@ -168,3 +169,17 @@ def published_keys(model: nn.Module) -> dict[str, str]:
         ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
         names[(published + key[len(ours) :]).replace(".modulation.", ".adaLN_modulation.1.")] = key
     return names
+
+
+FAMILY = Family(
+    name="dit",
+    label="DiT",
+    colour="#ca9161",
+    marker="X",
+    stage="diffusion",
+    kind="dit",
+    network=DiT,
+    implicit=False,
+    layered=True,
+    published=from_published,
+)

@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Denoised, Generated, precond
+from equilab.diffusion.protocols import Denoised, Generated
+from equilab.models import precond
+from equilab.models.family import Family
+from equilab.models.unet import UNet
 
 # group -> the last part of the names of its layers in a U-Net
 GROUPS = {
@@ -212,3 +215,31 @@ def from_published(
     """
     teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
     return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names
+
+
+FAMILY = Family(
+    name="gdd",
+    label="GDD",
+    colour="#56b4e9",
+    marker="s",
+    stage="gan",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=from_published,
+)
+
+
+CONSISTENCY = Family(
+    name="cd",
+    label="CD",
+    colour="#cc78bc",
+    marker="v",
+    stage="consistency",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=None,
+)

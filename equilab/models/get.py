@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Generated
+from equilab.diffusion.protocols import Generated
+from equilab.models.family import Family
 from equilab.models.layers import (
     Block,
     Final,
@@ -20,8 +21,8 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
+from equilab.models.published_keys import need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
-from equilab.published import need
 
 # GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
 SIZES = {
@@ -166,3 +167,17 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[GET, d
         **sizes,
     )
     return model, published_keys(model)
+
+
+FAMILY = Family(
+    name="get",
+    label="GET",
+    colour="#0173b2",
+    marker="o",
+    stage="distill",
+    kind="get",
+    network=GET,
+    implicit=True,
+    layered=True,
+    published=from_published,
+)
