@@ -77,7 +77,7 @@ def sha256_of(path: Path) -> str:
     return total.hexdigest()
 
 
-def whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Return whether a file is there, with the sha256 that was written beside it."""
     stamp = path.with_suffix(".sha256")
     return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()

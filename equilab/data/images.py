@@ -258,9 +258,11 @@ def _open_images(path: Path, key: str) -> Images:
             f"{key} ({path}) holds no image ({', '.join(IMAGE_SUFFIXES)}); give another zip or folder"
         )
     labels = _read_labels(read_bytes, names, path) if "dataset.json" in files else None
-    return Images(
-        [f"{name} in {path}" for name in names], lambda i: _decode(read_bytes, names[i], path), labels
-    )
+
+    def read(index: int) -> np.ndarray:
+        return _decode(read_bytes, names[index], path)
+
+    return Images([f"{name} in {path}" for name in names], read, labels)
 
 
 def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path: Path) -> np.ndarray | None:

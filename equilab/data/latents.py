@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from equilab.core import rng
 from equilab.core.config import Params, UserError, read_json
 from equilab.core.files import (
+    is_intact,
     link,
     remove_others,
     require_disk,
     scratch,
     sha256_of,
-    whole,
     write,
     write_array,
     write_json,
@@ -112,7 +112,7 @@ def run(config: Config, job: Job) -> None:
     }
     with scratch(job, identity(job, config, about)) as folder:
         shards = [folder / f"latents-{start:010d}.npy" for start in range(0, len(images), SHARD)]
-        missing = [k for k, path in enumerate(shards) if not whole(path)]
+        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
         require_disk(folder, 4 * int(np.prod(config.shape)) * SHARD * len(missing))
         with bar(
             job.name, len(images), done=min((len(shards) - len(missing)) * SHARD, len(images))

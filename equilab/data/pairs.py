@@ -14,11 +14,11 @@ from torch import Tensor
 from equilab.core import rng
 from equilab.core.config import Params, plain
 from equilab.core.files import (
+    is_intact,
     link,
     remove_others,
     require_disk,
     scratch,
-    whole,
     write,
     write_array,
     write_json,
@@ -119,7 +119,7 @@ def run(config: Config, job: Job) -> None:
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
     with scratch(job, parts, keep=True) as folder:
         shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
-        missing = [k for k, path in enumerate(shards) if not whole(path)]
+        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
         require_disk(folder, len(missing) * config.shard * size)
         with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
             for k in missing[rank() :: world()]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from equilab.core.config import Spec, UserError, plain, spec
 from equilab.core.files import write
+from equilab.models.classifier import Classifier
 from equilab.models.family import families, family
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
@@ -98,10 +99,12 @@ def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, A
 
 
 def _network(path: Path, metadata: Mapping[str, Any]) -> Spec:
-    """Return what builds the network of some weights: their family, or that of their stage where they name none."""
+    """Return what builds the network of some weights: their family or, where they name none, a family of their stage; a stage
+    that trains no generator trains a classifier."""
     try:
         network, name = metadata["config"]["network"], metadata.get("family")
-        known = families(metadata["stage"]).values() if name is None else [family(name)]
+        known = [family(name)] if name is not None else families(metadata["stage"]).values()
     except (KeyError, TypeError):
         raise UserError(f"{path} does not say what network it is of; train it again") from None
-    return spec({each.kind: each.network for each in known}, network, f"{path}: network")
+    kinds = {each.kind: each.network for each in known} or {"classifier": Classifier}
+    return spec(kinds, network, f"{path}: network")
