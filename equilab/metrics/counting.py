@@ -1,14 +1,11 @@
-"""What a model costs: parameters and FLOPs counted by shape, seconds and memory measured."""
+"""What a model costs by its shape: parameters and FLOPs."""
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,63 +44,3 @@ def counted_once(count: Callable) -> Callable:
         return known[key]
 
     return remembered
-
-
-class Seconds(NamedTuple):
-    """Wall-clock seconds of one call, over repeated calls."""
-
-    median: float
-    fastest: float
-    slowest: float
-
-
-def timed(call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> Seconds:
-    """Return the seconds of `call()`, its kernels included, after `warmup` calls that are not counted."""
-    measured = []
-    for _ in range(warmup + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        measured.append(time.perf_counter() - start)
-    counted = measured[warmup:]
-    return Seconds(statistics.median(counted), min(counted), max(counted))
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, longest: float = 1.0) -> float:
-    """Return the FLOP/s of a large square matrix product, the machine's own limit: the best of ten.
-
-    The matrices are as large as the device needs, smaller where a product would take more than `longest` seconds: some
-    CPUs have no instructions for bf16.
-    """
-    size, largest = 256, 8192 if device.type == "cuda" else 2048
-    while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = timed(lambda: a @ b, device, warmup=1, repeats=1).fastest
-        if size == largest or 8 * seconds > longest:
-            return 2 * size**3 / timed(lambda: a @ b, device, warmup=1, repeats=10).fastest
-        size *= 2
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that tensors made by `call()` held at once; what was there before is not counted."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        call()
-    held = peak = 0
-    events = profiler.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
