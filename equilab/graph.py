@@ -442,12 +442,11 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
 
 
 def _code(sections: Sections, stage: str) -> list[str]:
-    """Return the files on which a stage depends as on its code."""
-    if STAGES[stage].jobs == "one":
-        return list(listings(sections, stage))
+    """Return the files on which a stage depends as on its code: `listings` of all its jobs."""
     if STAGES[stage].jobs == "entries":
         return [f"{CODE}/{stage}/${{item.run}}.txt"]
-    return [f"{CODE}/{stage}.txt", f"{CODE}/families/${{item.family}}.txt"]
+    families = sections.families(stage) if STAGES[stage].jobs == "one" else ["${item.family}"]
+    return [f"{CODE}/{stage}.txt", *(f"{CODE}/families/{name}.txt" for name in families)]
 
 
 def _kept(path: str, **options: Any) -> dict[str, Any]:
