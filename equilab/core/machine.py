@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equilab.core.config import UserError
+from equilab.core.config import UserError, digest
 from equilab.core.job import Job
 
 
@@ -82,4 +82,21 @@ def environment(job: Job) -> dict[str, Any]:
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
         "processes": world(),
+    }
+
+
+def identity(job: Job, config: Any, inputs: Any) -> dict[str, str]:
+    """Return what the bytes of unfinished work depend on, part by part: params, code, threads, processes, versions, inputs.
+
+    `inputs` are the checksums of what the work reads.
+    """
+    found = environment(job)
+    versions = [f"{name} {found[name]}" for name in ("torch", "numpy", "device")]
+    return {
+        "params": digest(job.study.seed, config),
+        "code": job.code,
+        "threads": str(found["threads"]),
+        "processes": str(found["processes"]),
+        "versions": ", ".join(versions),
+        "inputs": digest(inputs),
     }

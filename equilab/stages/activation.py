@@ -165,7 +165,7 @@ def _along_sigmas(
     seen = []
 
     def told(name: str, x: Tensor, level: Tensor, label: Tensor | None, augment: None) -> Tensor:
-        out, outputs = networks[name](x, level, label, augment, every=True)
+        out, outputs = networks[name](x, level, label, augment, return_activations=True)
         activities[name].tell(len(seen), seen[-1], outputs)
         return out
 
@@ -189,7 +189,7 @@ def _along_chain(config: Config, job: Job, generator: Denoiser, activity: Activi
     def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: None):
         steps.append(float(t[0]))
         if generator.config.fixed_point is None:
-            out, added = generator.net(x, t, label, every=True)
+            out, added = generator.net(x, t, label, return_activations=True)
             activity.tell(len(steps), steps[-1], added)
             return out, None
         out, solution = generator.net(x, t, label, None, solver)
