@@ -159,7 +159,7 @@ class Spec:
     """A class by its name in params (`kind`) with the keyword arguments that params give it."""
 
     kind: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(hash=False)
     target: type = field(compare=False)
 
     def build(self, *given: Any) -> Any:

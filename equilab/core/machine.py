@@ -63,10 +63,13 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the tensors of a (nested) tuple on `device`; None stays None."""
+    """Return a (nested, maybe named) tuple with its tensors on `device`; what is no tensor stays as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    return tuple(to_device(part, device) for part in batch) if isinstance(batch, tuple) else batch
+    if not isinstance(batch, tuple):
+        return batch
+    parts = (to_device(part, device) for part in batch)
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
 def device_of(job: Job) -> torch.device:

@@ -22,7 +22,6 @@ from equilab.core.config import UserError, digest
 from equilab.core.progress import bar
 from equilab.data.images import load, to_float
 from equilab.models.checkpoint import checksum, load_network, load_tensors, read_metadata, save_tensors
-from equilab.training.classify import CLASSIFIERS
 
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
@@ -314,7 +313,7 @@ class Scorer:
         if inception:
             self.extractor = inception_extractor(device)
         else:
-            self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS, config)[0].to(device))
+            self.extractor = classifier_extractor(load_network(weights, config)[0].to(device))
         self.references = {
             split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
             for split in ("train", "test")
