@@ -14,7 +14,7 @@ from equilab.core.job import Job, Plan, results
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.data.pairs import Sampler
-from equilab.metrics.counting import matmul_peak, peak_memory, timed
+from equilab.metrics.measuring import matmul_peak, peak_memory, timed
 from equilab.sampling.generators import Denoiser, Explicit, Generator, Implicit, Solve, load
 from equilab.solvers import Solver
 from equilab.stages.evaluate import MAKERS, shape_of, trained_config, work_of, write_table
