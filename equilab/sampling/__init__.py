@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equilab.sampling.generators import KINDS, Generator, batches, describe, load
+from equilab.sampling.generators import KINDS, Generator, batches, describe, first_seed, load
 from equilab.sampling.runs import Inputs, Run, Samples, solver_statistics
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Samples",
     "batches",
     "describe",
+    "first_seed",
     "load",
     "solver_statistics",
 ]

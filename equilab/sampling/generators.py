@@ -17,7 +17,6 @@ from equilab.core.job import Job
 from equilab.core.machine import precision
 from equilab.data import latents
 from equilab.models.checkpoint import load_network
-from equilab.models.family import family
 from equilab.sampling.runs import (
     Counts,
     Denoiser,
@@ -87,6 +86,12 @@ def describe(of: str, job: Job, seed: int | None = None) -> Run:
     return kind(of, config, shape, job.classes if config.conditional else 0, KINDS[stage].training.cost)
 
 
+def first_seed(of: str, job: Job) -> int:
+    """Return the first seed of a run; the study's for a run of a stage without runs."""
+    stage, name = _stage_and_name(of)
+    return job.seeds(stage, name)[0] if name else job.study.seed
+
+
 def load(
     of: str,
     seed: int | None = 0,
@@ -133,7 +138,7 @@ def _stage_and_name(of: str) -> tuple[str, str]:
 def _class(stage: str, config: Any) -> type[Run]:
     """Return the class of a run of a stage."""
     kind = KINDS[stage]
-    return kind.implicit if family(config.family).implicit else kind.explicit
+    return kind.implicit if config.family.implicit else kind.explicit
 
 
 def batches(count: int, batch: int) -> Iterator[np.ndarray]:

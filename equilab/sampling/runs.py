@@ -24,7 +24,6 @@ from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.samplers import finish
 from equilab.metrics.counting import Cost, network_on_meta
-from equilab.models.family import family
 from equilab.models.precond import EDM
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 from equilab.solvers import Solution
@@ -73,7 +72,7 @@ class Run(ABC):
         self, of: str, config: Any, shape: tuple[int, int, int], classes: int, count: Callable[..., Cost]
     ):
         self.of, self.config, self.shape, self.classes = of, config, shape, classes
-        self.family = family(config.family)
+        self.family = config.family
         self._count = count
 
     @cached_property
@@ -86,7 +85,7 @@ class Run(ABC):
         stage, _, name = self.of.partition("/")
         return folder_of(stage, name, seed) if name else folder_of(stage)
 
-    def check(self, setting: Any) -> None:
+    def check(self, setting: Any) -> None:  # noqa: B027, most kinds take every setting
         """Refuse a setting that does not fit the run.
 
         Raises: ValueError saying what does not fit.
@@ -117,29 +116,31 @@ class Run(ABC):
         return None
 
     def cost(self, setting: Any, iterations: float | None = None) -> Counts:
-        """Return what an image costs by shape: nfe, iterations, block_evals, flops; solver arithmetic is not counted.
+        """Return what an image costs at a setting, as `counts` does.
 
         `iterations` is the mean number that was applied, where samples stop by themselves.
         """
-        iterations = iterations or self.iterations(setting)
+        return self.counts(self.nfe(setting), iterations or self.iterations(setting))
+
+    def counts(self, calls: int, iterations: float | None) -> Counts:
+        """Return what so many calls of the network, and iterations in all of them, cost by shape: nfe, iterations, block_evals,
+        flops; solver arithmetic is not counted."""
         return {
-            "nfe": self.nfe(setting),
+            "nfe": calls,
             "iterations": iterations,
-            "block_evals": self._block_evals(setting, iterations),
-            "flops": self._flops(setting, iterations),
+            "block_evals": self._block_evals(calls, iterations),
+            "flops": self._flops(calls, iterations),
         }
 
-    def _flops(self, setting: Any, iterations: float | None) -> float:
-        return self.counted.image.flops(iterations or 0, calls=self.nfe(setting))
+    def _flops(self, calls: int, iterations: float | None) -> float:
+        return self.counted.image.flops(iterations or 0, calls)
 
-    def _block_evals(self, setting: Any, iterations: float | None) -> float | None:
-        """Return the transformer blocks applied for an image; None of a network that is not made of blocks."""
+    def _block_evals(self, calls: int, iterations: float | None) -> float | None:
+        """Return the transformer blocks applied; None of a network that is not made of blocks."""
         blocks = getattr(self.network, "blocks", None)
         if blocks is None:
             return None
-        if not self.family.implicit:
-            return self.nfe(setting) * blocks()
-        return (self.nfe(setting) - 1) * blocks(0) + blocks(iterations)
+        return calls * blocks() if iterations is None else (calls - 1) * blocks(0) + blocks(iterations)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -224,7 +225,7 @@ class Student(Run):
         """Return the calls of the network for an image: one for each noise level that it steps through."""
         return len(self.config.student.sigmas)
 
-    def _flops(self, setting, iterations):
+    def _flops(self, calls, iterations):
         return self.counted.image.flops()  # of all steps
 
 
