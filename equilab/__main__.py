@@ -131,7 +131,7 @@ def _print(plan: Plan, job: Job) -> None:
     import torch
 
     from equilab.core.machine import device_of
-    from equilab.metrics.counting import matmul_peak
+    from equilab.metrics.measuring import matmul_peak
 
     peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
     seconds = plan.flops / (USUAL_SHARE * peak)

@@ -52,7 +52,7 @@ STAGES = {
     ),
     "teacher": Stage("equilab.training.teacher", reads=("results/data",), optional=True, **TRAINED),
     "pairs": Stage(
-        "equilab.data.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True
+        "equilab.stages.pairs", reads=("results/teacher/weights.safetensors",), cached=("",), optional=True
     ),
     "latents": Stage(
         "equilab.data.latents", reads=("results/data", "${latents.vae}"), cached=("",), optional=True

@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises: UserError if it is missing, is not YAML or is not a mapping of sections.
     """
     try:
-        sections = yaml.load(path.read_text(), _Loader)
+        sections = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         json.dumps(sections, default=str)  # a section that is part of itself is none
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
@@ -77,7 +77,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     Raises: UserError if it is missing, damaged, or lacks one.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         [value[key] for key in keys]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
@@ -89,8 +89,9 @@ def parse(kind: type[Kind], value: Any, path: str) -> Kind:
 
     Raises: UserError with a sentence for each mistake, each with the path of its key.
     """
+    given = _tuples(mapping(value, path))
     try:
-        return kind.model_validate(_tuples(mapping(value, path)))
+        return kind.model_validate(given)
     except ValidationError as error:
         raise UserError("\n".join(_sentences(kind, error, path))) from None
 
@@ -158,7 +159,7 @@ class Spec:
     """A class by its name in params (`kind`) with the keyword arguments that params give it."""
 
     kind: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(hash=False)
     target: type = field(compare=False)
 
     def build(self, *given: Any) -> Any:
@@ -176,26 +177,25 @@ def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
     """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
     arguments those that a class takes by keyword alone."""
 
-    def read_spec(value: Any) -> Spec:
-        if isinstance(value, Spec):
-            return value
-        if not isinstance(value, Mapping):
-            raise PydanticCustomError(
-                "spec", "not a mapping", {"sentences": [f": expected keys with values, got {value!r}"]}
-            )
-        known, kind = kinds(), value.get("kind")
-        if kind not in known:
-            sentence = f".kind: {kind!r} is not one of {', '.join(known)}{nearest(kind, known)}"
-            raise PydanticCustomError("spec", "unknown kind", {"sentences": [sentence]})
-        arguments = {key: each for key, each in value.items() if key != "kind"}
+    def read(value: Any) -> Spec:
         try:
-            checked = _keywords(known[kind]).model_validate(arguments)
-        except ValidationError as error:
-            sentences = _sentences(_keywords(known[kind]), error, "")
-            raise PydanticCustomError("spec", "mistaken arguments", {"sentences": sentences}) from None
-        return Spec(kind, {name: getattr(checked, name) for name in arguments}, known[kind])
+            return value if isinstance(value, Spec) else spec(kinds(), value, "")
+        except UserError as error:
+            raise PydanticCustomError("spec", "mistaken", {"sentences": str(error).splitlines()}) from None
 
-    return Annotated[Spec, PlainValidator(read_spec)]
+    return Annotated[Spec, PlainValidator(read)]
+
+
+def spec(kinds: Mapping[str, type], value: Any, path: str) -> Spec:
+    """Return `{kind: NAME, **arguments}`, as YAML or JSON gives it, as a Spec of one of these classes.
+
+    Raises: UserError with a sentence for each mistake, each with the path of its key.
+    """
+    kind = mapping(value, path).get("kind")
+    if kind not in kinds:
+        raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(kinds)}{nearest(kind, kinds)}")
+    checked = parse(_keywords(kinds[kind]), {key: each for key, each in value.items() if key != "kind"}, path)
+    return Spec(kind, {key: getattr(checked, key) for key in value if key != "kind"}, kinds[kind])
 
 
 @functools.cache
