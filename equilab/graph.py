@@ -76,7 +76,7 @@ STAGES = {
     "data": Stage("equilab.data.images", cached=("",)),
     "evaluator": Stage("equilab.training.evaluator", reads=(DATA,), **CLASSIFIER),
     "teacher": Stage("equilab.training.teacher", family="edm", reads=(DATA,), optional=True, **TRAINED),
-    "pairs": Stage("equilab.data.pairs", family="edm", reads=(TEACHER,), cached=("",), optional=True),
+    "pairs": Stage("equilab.training.pairs", family="edm", reads=(TEACHER,), cached=("",), optional=True),
     "latents": Stage("equilab.data.latents", reads=(DATA, VAE), cached=("",), optional=True),
     "distill": Stage(
         "equilab.training.distill", jobs="seeds", family="network", reads=(PAIRS,), optional=True, **TRAINED

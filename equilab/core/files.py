@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,29 @@ def write_array(path: Path, array: np.ndarray) -> str:
     np.save(buffer, array, allow_pickle=False)
     write(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a `.npz` file atomically: the same bytes whatever the version of Python, unlike by numpy's own writer."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array))
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+    write(path, buffer.getvalue())
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with the union of their columns, atomically; numbers in 9 digits, missing ones empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        values = [row.get(column) for column in columns]
+        writer.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in values])
+    write(path, buffer.getvalue())
 
 
 def sha256_of(path: Path) -> str:

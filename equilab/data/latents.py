@@ -154,13 +154,12 @@ def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
     return image if config is None else config.shape
 
 
-def pixels(job: Job, shape: tuple[int, ...], stage: str, device: torch.device) -> Pixels:
-    """Return how the images of a run become pixels; denoisers of discrete timesteps, which the stage `diffusion` trains, may
-    work in latents.
+def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device) -> Pixels:
+    """Return how what a run makes becomes pixels; with `latent` it works in latents, if the study has them.
 
     Raises: UserError if there is no such VAE, or it is not the one that made the latents.
     """
-    config = job.read("latents") if stage == "diffusion" else None
+    config = job.read("latents") if latent else None
     if config is None:
         return Pixels(shape, to_uint8)
     vae, path = _vae(config, job.image), folder_of("latents") / "meta.json"

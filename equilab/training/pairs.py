@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from equilab.core import rng
 from equilab.core.config import Params, plain
@@ -28,41 +27,13 @@ from equilab.core.machine import barrier, device_of, environment, identity, prec
 from equilab.core.progress import bar
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, labels, noise_checksum
-from equilab.diffusion.samplers import Step, euler, finish, heun
-from equilab.diffusion.schedules import edm_sigmas
+from equilab.diffusion.samplers import finish
+from equilab.diffusion.settings import Sampler
 from equilab.models.checkpoint import load_network
 from equilab.models.precond import EDM
+from equilab.training.teacher import cost
 
 Count = Annotated[int, Field(ge=1, le=10**10)]
-Sigma = Annotated[float, Field(ge=1e-6, le=1e6)]
-
-
-class Sampler(Params):
-    """How a denoiser is sampled, without fresh noise on the way: a pair needs a deterministic image."""
-
-    method: Literal["heun", "euler"]
-    steps: Annotated[int, Field(ge=1, le=100_000)]
-    sigma_min: Sigma
-    sigma_max: Sigma
-    rho: Annotated[float, Field(gt=0, le=1000)]
-
-    @model_validator(mode="after")
-    def _levels(self):
-        self.sigmas()  # refuses levels that do not fall
-        return self
-
-    def sigmas(self) -> Tensor:
-        """Return the noise levels, (steps + 1,) float64."""
-        return edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-
-    @property
-    def nfe(self) -> int:
-        """Calls of the denoiser for an image: 2 steps - 1 for Heun."""
-        return 2 * self.steps - 1 if self.method == "heun" else self.steps
-
-    def run(self, denoise, noise: Tensor, label: Tensor | None) -> Iterator[Step]:
-        """Return the sampler, started: it yields a Step a step."""
-        return (heun if self.method == "heun" else euler)(denoise, noise, self.sigmas(), label)
 
 
 class Config(Params):
@@ -88,14 +59,13 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what estimates the stage's cost: the teacher's calls for all pairs, those that are already there included."""
+    """Check the config and return the estimate of its cost: that of all pairs, those that are already there included."""
 
     def count() -> Plan:
-        total, about = config.count + config.held_out, job.read("teacher").counted(job.image, job.classes)
-        work = float(about["flops_image"]) * config.sampler.nfe * total
-        return Plan(
-            about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
-        )
+        total, counted = config.count + config.held_out, cost(job.read("teacher"), job.image, job.classes)
+        work = float(counted.image.flops(calls=config.sampler.nfe)) * total
+        disk = total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
+        return Plan(counted.parameters, work, disk)
 
     return count
 
@@ -139,7 +109,7 @@ def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
     noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
     label = labels(seed, indices, classes)
     with torch.inference_mode(), precision(config.precision, device)():
-        image, _ = finish(config.sampler.run(denoise, noise, label if label is None else label.to(device)))
+        image, _ = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device)))
     image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
     return image.cpu().numpy()
 
