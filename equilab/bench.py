@@ -40,7 +40,6 @@ from equilab.solvers import Solver
 from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher
 
 ROOT = PACKAGE.parent
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 SCORED, FEATURES = 2000, 2048  # images of a side, features of an image as Inception has
 COMMANDS = {"import equilab": ("-c", "import equilab"), "equilab check": ("-m", "equilab", "check")}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of the product beside a row
@@ -251,6 +250,14 @@ def others(seconds: float) -> Iterator[dict[str, Any]]:
         yield {"work": "start", "what": what, **timed(start, seconds)}
 
 
+def precisions(device: torch.device) -> list[str]:
+    """Return the precisions that the device has instructions for: what a CPU emulates is slower than fp32."""
+    if device.type == "cuda":
+        return ["fp32", "tf32", "bf16"]
+    fp32, bf16 = (matmul_peak(device, DTYPES[name], longest=0.1) for name in ("fp32", "bf16"))
+    return ["fp32", "bf16"] if bf16 > fp32 else ["fp32"]
+
+
 def machine(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its instructions and the number of threads."""
     if device.type == "cuda":
@@ -266,7 +273,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def markdown(name: str, table: pd.DataFrame, left_out: list[str]) -> str:
+def markdown(name: str, table: pd.DataFrame) -> str:
     """Return the table for people."""
     lines = [
         f"# {name}, torch {torch.__version__}",
@@ -274,9 +281,8 @@ def markdown(name: str, table: pd.DataFrame, left_out: list[str]) -> str:
         "`seconds` is the median of so many `calls` after two that are not timed, `seconds_iqr` their interquartile range, "
         "`batch` the images in a call. `flop_s` counts matrix products, convolutions and attention by shape; `peak_share` is "
         "its share of `peak_flop_s`, the best rate of a large matrix product in the same precision, measured right before "
-        "and right after. `memory_mib` is the most that a call holds beside weights and optimiser.",
-        "",
-        *(f"{precision} has no instructions of its own here, so no rows." for precision in left_out),
+        "and right after. `memory_mib` is the most that a call holds beside weights and optimiser. A CPU that has no "
+        "instructions for bf16 has no rows for it.",
         "",
         table.to_markdown(index=False, floatfmt=".3g", missingval=""),
     ]
@@ -290,10 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="that a row's timed calls take together")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peaks = {
-        name: matmul_peak(device, DTYPES[name], longest=given.seconds / 4) for name in PRECISIONS[device.type]
-    }
-    names = [name for name in peaks if peaks[name] >= peaks["fp32"]]
+    names = precisions(device)
     rows = []
     with bar("bench", len(names) * len(WORKS), unit="work") as progress:
         for work, name in itertools.product(WORKS, names):
@@ -303,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
             progress.update()
     table = pd.DataFrame([*rows, *others(given.seconds)])
     name = machine(device)
-    text = markdown(name, table, [each for each in peaks if each not in names])
+    text = markdown(name, table)
     path = given.out / slug(name)
     write(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.9g"))
     write(path.with_suffix(".md"), text)
