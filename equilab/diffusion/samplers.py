@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from equilab.models import Denoised
+from equilab.diffusion.protocols import Denoised
 
 
 class Step(NamedTuple):

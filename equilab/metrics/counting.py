@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from equilab.core.config import plain
+from equilab.core.config import Spec
 
 
 def parameters(module: nn.Module) -> int:
@@ -26,21 +27,45 @@ def flops(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def counted_once(count: Callable) -> Callable:
-    """Return `count(config, image, classes)` with a memory: counting takes a second, and runs share what it depends on.
+class Work(NamedTuple):
+    """FLOPs by shape of a call, linear in the iterations of its fixed point; `per_iteration` is 0 where there is none."""
 
-    It must not depend on the config's seed, optimisation or number of pairs.
+    fixed: int
+    per_iteration: int = 0
+
+    def flops(self, iterations: float = 0, calls: int = 1) -> float:
+        """Return the FLOPs of calls that make so many iterations in all, a mean where samples differ."""
+        return calls * self.fixed + self.per_iteration * iterations
+
+
+def work(call: Callable[[int], object]) -> Work:
+    """Return the Work of `call(iterations)`, counted at one iteration and at two."""
+    once, twice = flops(lambda: call(1)), flops(lambda: call(2))
+    return Work(2 * once - twice, twice - once)
+
+
+class Cost(NamedTuple):
+    """What a run costs by shape; a multiply-accumulate is two FLOPs."""
+
+    parameters: int
+    parameters_trained: int  # those that are not frozen
+    image: Work  # of a call of a denoiser for an image; of an image of a generator
+    train_flops_image: float | None  # of an update, for an image; None where it was not asked for
+
+
+def network_on_meta(spec: Spec, image: tuple[int, ...], classes: int) -> nn.Module:
+    """Return a network on the meta device, where shapes are computed and there are no numbers.
+
+    Raises: UserError if its sizes do not fit.
     """
-    known: dict[str, Any] = {}
+    with torch.device("meta"):
+        return spec.build(image, classes)
 
-    @functools.wraps(count)
-    def remembered(config, image: tuple[int, ...], classes: int):
-        matters = {
-            key: value for key, value in plain(config).items() if key not in ("seed", "optimisation", "pairs")
-        }
-        key = repr((matters, tuple(image), classes))
-        if key not in known:
-            known[key] = count(config, image, classes)
-        return known[key]
 
-    return remembered
+def inputs_on_meta(
+    image: tuple[int, ...], conditional: bool, batch: int = 1
+) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, b] | None]:
+    """Return images and labels on the meta device."""
+    with torch.device("meta"):
+        label = torch.zeros(batch, dtype=torch.int64) if conditional else None
+        return torch.empty(batch, *image), label
