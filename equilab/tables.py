@@ -289,10 +289,10 @@ class Results:
         consistency distillation (a step of Heun's method), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
-            return config["pairs"] * _calls(self.params["pairs"]["sampler"])
+            return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
         if summary["stage"] == "consistency" or config.get("consistency"):
-            return 2 * summary["nimg"]
-        return 0 if summary["stage"] == "gan" else np.nan
+            return 2.0 * summary["nimg"]
+        return 0.0 if summary["stage"] == "gan" else float("nan")
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return a table with the labels of its families, what a row is of first."""

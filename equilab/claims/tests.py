@@ -139,19 +139,14 @@ def interval(
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
-    if set(runs["of"]) == set(baseline["of"]):
-        differences = (theirs - ours).dropna()
-        middle, variances, sizes = differences.mean(), [differences.var()], [len(differences)]
-    else:
-        middle, variances, sizes = (
-            theirs.mean() - ours.mean(),
-            [ours.var(), theirs.var()],
-            [len(ours), len(theirs)],
-        )
-    squares = np.array(variances) / sizes  # of the standard errors
+    same = set(runs["of"]) == set(baseline["of"])
+    samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
+    middle = sum(sample.mean() for sample in samples)
+    sizes = np.array([len(sample) for sample in samples])
+    squares = np.array([sample.var() for sample in samples]) / sizes  # of the standard errors
     if not squares.any():  # all seeds alike
         return float(np.exp(middle)), float(np.exp(middle))
-    freedom = squares.sum() ** 2 / (squares**2 / (np.array(sizes) - 1)).sum()
+    freedom = squares.sum() ** 2 / (squares**2 / (sizes - 1)).sum()
     reach = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(squares.sum())
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
@@ -173,13 +168,16 @@ def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:
 def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
     runs, baseline = (pair[pair["side"] == side] for side in ("runs", "baseline"))
     points = runs["point"].iloc[0], baseline["point"].iloc[0]
-    means = _mean(runs[column]), _mean(baseline[column])
+    counted = column in COUNTED + MEMORY
+    means = tuple(
+        np.float64(side[column].mean()) if counted else _mean(side[column]) for side in (runs, baseline)
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # a recall of 0
         value = means[0] / means[1] if column in HIGHER else means[1] / means[0]
         low, high = interval(runs, baseline, column, confidence)
         low, high = (1 / high, 1 / low) if column in HIGHER else (low, high)
     seeds = min(runs["seed"].nunique(), baseline["seed"].nunique())
-    if column in COUNTED + MEMORY:
+    if counted:
         low, high, seeds = value, value, None
     elif f"{column}_min" in pair:
         low = baseline[f"{column}_min"].min() / runs[f"{column}_max"].max()
