@@ -72,14 +72,13 @@ def by_family() -> dict[str, Any]:
 def by_run(runs: pd.DataFrame, name: str = "run") -> dict[str, Any]:
     """Return the arguments of seaborn's `lineplot` that draw each run (or what else the column `name` holds) by itself.
 
-    The runs of a family share its colour and marker, the darker the more parameters; those of one size differ in their dashes.
+    The runs of a family share its colour and marker, darker the more parameters they have; those of one size differ in dashes as well.
     """
     look = by_family()
     palette, markers, dashes = {}, {}, {}
     for label, colour in look["palette"].items():
         sizes = runs[runs["label"] == label].groupby(name)["parameters"].min().sort_values(kind="stable")
-        shades = sns.light_palette(colour, sizes.nunique() + 2)[2:]
-        palette |= {each: shades[rank - 1] for each, rank in sizes.rank(method="dense").astype(int).items()}
+        palette |= dict(zip(sizes.index, sns.light_palette(colour, len(sizes) + 2)[2:]))
         markers |= dict.fromkeys(sizes.index, look["markers"][label])
         dashes |= {each: DASHES[k % len(DASHES)] for each, k in sizes.groupby(sizes).cumcount().items()}
     return {
