@@ -1,48 +1,35 @@
-"""Strict YAML to frozen dataclasses: an unknown, missing or mistyped key is an error that names its path."""
+"""Strict YAML to frozen models: every mistake is a sentence that names the key, what is wrong with it, and the nearest name."""
 
 from __future__ import annotations
 
-import collections.abc
-import dataclasses
 import difflib
+import functools
 import hashlib
-import importlib
 import inspect
 import json
-import math
 import re
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, create_model
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 
 class UserError(Exception):
     """What a user can mend: one sentence that names the key or the file and the remedy."""
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A class by its name in params (`kind`) with the keyword arguments that params give it."""
+class Params(BaseModel):
+    """A group of keys in params, checked: none is unknown, missing, mistyped or out of its range; frozen once read."""
 
-    kind: str
-    target: str
-    arguments: Mapping[str, Any]
-    path: str = field(default="model", compare=False)  # where params give it
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def build(self, *given):
-        """Return the object: what the data determines comes in `given`, the rest from params.
 
-        Raises: UserError with the class's own sentence if the arguments do not fit each other.
-        """
-        try:
-            return _imported(self.target)(*given, **self.arguments)
-        except (ValueError, RuntimeError, MemoryError) as error:  # torch refuses some sizes by itself
-            raise UserError(f"{self.path} ({self.kind}): {str(error).partition(chr(10))[0]}") from None
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,76 +84,128 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def parse(kind: Any, value: Any, path: str) -> Any:
-    """Return `value` as `kind`: a dataclass, a builtin, a Literal, an optional, tuple[X, ...], dict[str, X] or a Spec.
+def parse(kind: type[Kind], value: Any, path: str) -> Kind:
+    """Return `value`, as YAML gives it, as a model of this kind.
 
-    Raises: UserError naming `path`, what is wrong with it, and the nearest valid name.
+    Raises: UserError with a sentence for each mistake, each with the path of its key.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _spec(dict(arguments[1]), value, path)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        first = next(a for a in arguments if a is not type(None))
-        return parse(str if isinstance(value, str) and str in arguments else first, value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(
-                f"{path}: {value!r} is not one of {', '.join(map(str, arguments))}{nearest(value, arguments)}"
-            )
-        return value
-    if origin is collections.abc.Sequence:
-        origin, arguments = tuple, (arguments[0], Ellipsis)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{path}: expected a list, got {value!r}")
-        if Ellipsis not in arguments and len(value) != len(arguments):
-            raise UserError(f"{path}: expected {len(arguments)} values, got {len(value)}")
-        kinds = [arguments[0]] * len(value) if Ellipsis in arguments else arguments
-        return tuple(parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
-    if origin is dict:
-        return {k: parse(arguments[1], v, f"{path}.{k}") for k, v in mapping(value, path).items()}
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        return _call(kind, {f.name: hints[f.name] for f in dataclasses.fields(kind)}, value, path)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{path}: expected {kind.__name__}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{path}: expected a finite number, got {value!r}")
-    return value
-
-
-def _call(make, hints: Mapping[str, Any], value: Any, path: str):
-    value = mapping(value, path)
-    for key in value:
-        if key not in hints:
-            raise UserError(f"{path}.{key}: unknown key{nearest(key, hints)}")
-    for key in hints:
-        if key not in value:
-            raise UserError(f"{path}.{key}: missing key{nearest(key, [k for k in value if k not in hints])}")
-    arguments = {key: parse(hints[key], value[key], f"{path}.{key}") for key in hints}
     try:
-        return make(**arguments)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        return kind.model_validate(_tuples(mapping(value, path)))
+    except ValidationError as error:
+        raise UserError("\n".join(_sentences(kind, error, path))) from None
 
 
-def _spec(targets: Mapping[str, str], value: Any, path: str) -> Spec:
-    value = dict(mapping(value, path))
-    kind = parse(Literal[tuple(targets)], value.pop("kind", None), f"{path}.kind")
-    constructor = _imported(targets[kind]).__init__
-    hints = typing.get_type_hints(constructor)
-    named = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    arguments = _call(dict, {name: hints[name] for name in named}, value, path)
-    return Spec(kind, targets[kind], arguments, path)
+def _tuples(value: Any) -> Any:
+    """Return a value of YAML with its lists as tuples, which nobody can change."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(_tuples(each) for each in value) if isinstance(value, (list, tuple)) else value
 
 
-def _imported(target: str):
-    module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)
+def _sentences(kind: type[BaseModel], error: ValidationError, path: str) -> list[str]:
+    """Return what is wrong, a sentence for each mistake."""
+    details = error.errors(include_url=False)
+    unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
+    return [_sentence(kind, each, path, unknown) for each in details]
+
+
+def _sentence(kind: type[BaseModel], detail: ErrorDetails, path: str, unknown: list[tuple]) -> str:
+    where, given = _path(path, detail["loc"]), detail["input"]
+    match detail["type"]:
+        case "missing":
+            near = [loc[-1] for loc in unknown if loc[:-1] == detail["loc"][:-1]]
+            return f"{where}: missing key{nearest(detail['loc'][-1], near)}"
+        case "extra_forbidden":
+            return f"{where}: unknown key{nearest(detail['loc'][-1], _keys(kind, detail['loc'][:-1]))}"
+        case "literal_error":
+            allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) or [detail["ctx"]["expected"]]
+            return f"{where}: {given!r} is not one of {', '.join(allowed)}{nearest(given, allowed)}"
+        case "value_error":
+            return f"{where}: {detail['ctx']['error']}"
+        case "spec":
+            return "\n".join(f"{where}{line}" for line in detail["ctx"]["sentences"])
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{where}: expected keys with values, got {given!r}"
+        case "tuple_type":
+            return f"{where}: expected a list, got {given!r}"
+        case _:
+            expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+            return f"{where}: expected {expected}, got {given!r}"
+
+
+def _path(path: str, loc: tuple[int | str, ...]) -> str:
+    return path + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in loc)
+
+
+def _keys(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the model at a place within `kind` has."""
+    for key in loc:
+        parts = typing.get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(key)].annotation
+        elif parts:
+            kind = parts[-1] if typing.get_origin(kind) is dict else parts[0]
+    models = [
+        each
+        for each in (kind, *typing.get_args(kind))
+        if isinstance(each, type) and issubclass(each, BaseModel)
+    ]
+    return list(models[0].model_fields) if models else []
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A class by its name in params (`kind`) with the keyword arguments that params give it."""
+
+    kind: str
+    arguments: Mapping[str, Any]
+    target: type = field(compare=False)
+
+    def build(self, *given: Any) -> Any:
+        """Return the object: what the data determines comes in `given`, the rest from params.
+
+        Raises: UserError with the class's own sentence if the arguments do not fit each other.
+        """
+        try:
+            return self.target(*given, **self.arguments)
+        except (ValueError, RuntimeError, MemoryError) as error:  # torch refuses some sizes by itself
+            raise UserError(f"{self.kind}: {str(error).partition(chr(10))[0]}") from None
+
+
+def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
+    """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
+    arguments those that a class takes by keyword alone."""
+
+    def read_spec(value: Any) -> Spec:
+        if isinstance(value, Spec):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError(
+                "spec", "not a mapping", {"sentences": [f": expected keys with values, got {value!r}"]}
+            )
+        known, kind = kinds(), value.get("kind")
+        if kind not in known:
+            sentence = f".kind: {kind!r} is not one of {', '.join(known)}{nearest(kind, known)}"
+            raise PydanticCustomError("spec", "unknown kind", {"sentences": [sentence]})
+        arguments = {key: each for key, each in value.items() if key != "kind"}
+        try:
+            checked = _keywords(known[kind]).model_validate(arguments)
+        except ValidationError as error:
+            sentences = _sentences(_keywords(known[kind]), error, "")
+            raise PydanticCustomError("spec", "mistaken arguments", {"sentences": sentences}) from None
+        return Spec(kind, {name: getattr(checked, name) for name in arguments}, known[kind])
+
+    return Annotated[Spec, PlainValidator(read_spec)]
+
+
+@functools.cache
+def _keywords(target: type) -> type[Params]:
+    """Return the model of the arguments that a class takes by keyword alone."""
+    hints = typing.get_type_hints(target.__init__, include_extras=True)
+    named = [
+        p.name for p in inspect.signature(target.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    return create_model(target.__name__, __base__=Params, **{name: (hints[name], ...) for name in named})
 
 
 def mapping(value: Any, path: str) -> Mapping[str, Any]:
@@ -194,13 +233,13 @@ def nearest(name: Any, known) -> str:
 def plain(config: Any) -> Any:
     """Return a config as dictionaries, lists and scalars, as JSON can hold it."""
     if isinstance(config, Spec):
-        return {"kind": config.kind, **plain(dict(config.arguments))}
-    if dataclasses.is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"kind": config.kind, **plain(config.arguments)}
+    if isinstance(config, BaseModel):
+        return {name: plain(getattr(config, name)) for name in type(config).model_fields}
     if isinstance(config, Mapping):
-        return {str(k): plain(v) for k, v in config.items()}
+        return {str(key): plain(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
-        return [plain(v) for v in config]
+        return [plain(value) for value in config]
     return config
 
 

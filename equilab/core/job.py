@@ -1,56 +1,55 @@
-"""One call of a stage: which study, which run, where its results lie, what it will cost."""
+"""One call of a stage: which study, which run and seed, where its results lie, what it will cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from equilab.core.config import digest
+from pydantic import Field
+
+from equilab.core.config import Params, digest
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(Params):
     """What all stages of a study share."""
 
     name: str
     root: str  # path from the study's folder to the repository
-    seed: int
-    threads: int  # of the CPU, for a stage that runs alone; part of what decides the bits
-    run_threads: int  # the same for a stage that has runs, several of which may run at once
+    seed: Seed
+    threads: Threads  # of the CPU, for a stage that runs alone; part of what decides the bits
+    run_threads: Threads  # the same for a stage that has runs, several of which may run at once
     device: Literal["auto", "cpu", "cuda"]
-
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if not (1 <= self.threads <= 4096 and 1 <= self.run_threads <= 4096):
-            raise ValueError(
-                f"threads and run_threads must be >= 1 (within reason), got {self.threads} and {self.run_threads}"
-            )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of a stage: which study, which run of a dictionary section, and where things lie."""
+    """One call of a stage. A run is an entry of its section; of a run with several seeds a job is one replicate."""
 
     study: Study
     stage: str
     run: str | None
+    seed: int | None  # of the replicate; None for a stage without runs
     image: tuple[int, int, int]  # channels, height, width, as params say
     classes: int  # 0: no labels
-    code: str  # of the modules that the stage imports: a digest
-    read: Callable[..., Any]  # (stage, run) -> its config
+    code: str  # digest of what the modules behind the stage mean
+    read: Callable[
+        ..., Any
+    ]  # (stage, run=None, seed=None) -> its config; of the first seed where none is given
 
     @property
     def name(self) -> str:
-        """The stage, and the run after an @ where the section is a dictionary of runs."""
-        return f"{self.stage}@{self.run}" if self.run else self.stage
+        """The stage, and where it has runs the run and the seed: distill@get-m-0."""
+        return f"{self.stage}@{self.run}-{self.seed}" if self.run else self.stage
 
     @property
     def out(self) -> Path:
-        """The folder of the stage's results, relative to the study's folder."""
-        return results(self.stage, self.run)
+        """The folder of the job's results, relative to the study's folder."""
+        return folder_of(self.stage, self.run, self.seed)
 
     def scratch(self, *identity: Any) -> Path:
         """The folder of unfinished work, ignored by git and DVC: another one for other code or another `identity`."""
@@ -66,6 +65,7 @@ class Plan(NamedTuple):
     note: str = ""  # lines to print with it
 
 
-def results(stage: str, run: str | None = None) -> Path:
-    """Return the results folder of a stage, or of one of its runs."""
-    return Path("results") / stage / (run or "")
+def folder_of(stage: str, run: str | None = None, seed: int | None = None) -> Path:
+    """Return the results folder of a stage, of one of its runs, or of one replicate of a run."""
+    parts = [stage, run, seed]
+    return Path("results", *(str(part) for part in parts if part is not None))
