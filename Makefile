@@ -20,7 +20,7 @@ help:
 study: .venv/installed  ## run the default study; STUDY=studies/NAME for another, JOBS=N runs at a time
 	@[ -e .git ] || (cd $(STUDY) && dvc config --local core.no_scm true)
 	cd $(STUDY) && python -m equilab check
-	cd $(STUDY) && dvc status --quiet dvc.yaml || $(MAKE) runs
+	(cd $(STUDY) && dvc status --quiet dvc.yaml) || $(MAKE) runs
 	cd $(STUDY) && dvc repro
 
 # `dvc repro` runs one stage after another. Runs do not wait for each other, so JOBS of them go at a time here, each start
