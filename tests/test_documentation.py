@@ -107,3 +107,18 @@ def test_the_citation_is_complete():
     assert all(each["title"] and each["authors"] and each["year"] for each in citation["references"])
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert citation["version"] == version
+
+
+@each_page
+def test_claims_and_comparisons_are_what_the_package_reads(page):
+    from equilab.claims.claim import Claim
+    from equilab.claims.comparisons import Comparison
+    from equilab.core.config import parse
+
+    for block in blocks(page, "yaml"):
+        if block.startswith("claims:"):
+            for entry in yaml.safe_load(block)["claims"]:
+                parse(Claim, entry, page.name)
+        if block.startswith("comparisons:"):
+            for name, entry in yaml.safe_load(block)["comparisons"].items():
+                parse(Comparison, entry, f"{page.name}: {name}")
