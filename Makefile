@@ -23,17 +23,15 @@ study: .venv/installed  ## run the default study; STUDY=studies/NAME for another
 	(cd $(STUDY) && dvc status --quiet dvc.yaml) || $(MAKE) runs
 	cd $(STUDY) && dvc repro
 
-# `dvc repro` runs one stage after another. Runs do not wait for each other, so JOBS of them go at a time here, each start
-# of DVC taking EACH of them. DVC's name of a stage is STAGE, or STAGE@RUN-SEED where it has runs.
-BEFORE := evaluator teacher pairs latents features
-TRAINING := distill diffusion gan consistency
-stages = dvc stage list --name-only | grep -E '^($(subst $() ,|,$(strip $(1))))(@|$$)'
+# `dvc repro` runs one stage after another. Runs do not wait for each other: here JOBS of them go at a time, each start of
+# DVC taking EACH of them. `stages` prints three lines: what runs need, in its order; runs to train; runs to evaluate.
+line = python -m equilab stages | sed -n $(1)p
 at_once = xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
 
 runs:
-	cd $(STUDY) && $(call stages,$(BEFORE)) | xargs -r dvc repro
-	cd $(STUDY) && $(call stages,$(TRAINING)) | $(at_once)
-	cd $(STUDY) && $(call stages,evaluate) | $(at_once)
+	cd $(STUDY) && $(call line,1) | xargs -r dvc repro
+	cd $(STUDY) && $(call line,2) | $(at_once)
+	cd $(STUDY) && $(call line,3) | $(at_once)
 
 test: .venv/installed  ## run the quick tests; ARGS="-k NAME" for some of them
 	python -m pytest -m "not slow" $(ARGS)

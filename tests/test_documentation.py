@@ -11,11 +11,11 @@ import torch
 import yaml
 from conftest import golden, weights_of
 
-from equilab import graph
+from equilab import __main__, graph
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = (*graph.STAGES, "check", "graph", "code")
+COMMANDS = (*graph.STAGES, *__main__.COMMANDS)
 
 
 def blocks(page, language):

@@ -130,20 +130,18 @@ def test_options_are_passed_on(checkout):
 
 def test_a_study_runs_what_its_runs_need_then_the_runs_then_the_rest(checkout):
     make(checkout, "lint")
-    dvc = checkout / ".venv/bin/dvc"
-    stages = (
-        "code data evaluator teacher pairs distill@get-0 distill@get-1 gan@gdd-0 evaluate@get-0 cost claims"
-    )
-    listed = f"case $1 in stage) printf '%s\\n' {stages};; status) exit 1;; esac\n"
-    dvc.write_text(f"{(checkout.parent / 'log.program').read_text()}{listed}")
-    dvc.chmod(0o755)
+    lines = "data evaluator teacher pairs", "distill@get-0 distill@get-1 gan@gdd-0", "evaluate@get-0"
+    program = (checkout.parent / "log.program").read_text()
+    stages = 'case "$*" in *stages) printf "%s\\n" ' + " ".join(f"'{line}'" for line in lines) + ";; esac\n"
+    (checkout / ".venv/bin/python").write_text(program + stages)
+    (checkout / ".venv/bin/dvc").write_text(program + "case $1 in status) exit 1;; esac\n")
+    (checkout / ".venv/bin/dvc").chmod(0o755)
     (checkout / "studies/one").mkdir(parents=True)
     calls = make(checkout, "study", "STUDY=studies/one", "JOBS=1")
-    done = [call.split("repro")[1].partition(";")[0].split() for call in calls if " repro" in call]
-    assert done[0] == ["evaluator", "teacher", "pairs"]
-    runs = ["distill@get-0", "distill@get-1", "gan@gdd-0", "evaluate@get-0"]
-    assert done[1:-1] == [["--single-item", run] for run in runs]
-    assert done[-1] == []
+    made = [call.split(" repro")[1].partition(";")[0].split() for call in calls if " repro" in call]
+    assert made[0] == lines[0].split()
+    assert made[1:-1] == [["--single-item", run] for run in " ".join(lines[1:]).split()]
+    assert made[-1] == []
 
 
 @pytest.mark.slow
