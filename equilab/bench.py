@@ -30,7 +30,7 @@ from equilab.core.files import write
 from equilab.core.machine import precision
 from equilab.core.progress import bar
 from equilab.diffusion import losses
-from equilab.graph import PACKAGE
+from equilab.core.code import PACKAGE
 from equilab.metrics import fidelity
 from equilab.metrics.counting import flops
 from equilab.metrics.measuring import matmul_peak, peak_memory
