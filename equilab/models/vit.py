@@ -23,21 +23,15 @@ from equilab.models.layers import (
 from equilab.models.published_keys import need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
+BACKBONES = {
+    "S": {"width": 384, "depth": 12, "heads": 6, "expansion": 4},
+    "B": {"width": 768, "depth": 12, "heads": 12, "expansion": 4},
+    "L": {"width": 1024, "depth": 24, "heads": 16, "expansion": 4},
+    "XL": {"width": 1152, "depth": 28, "heads": 16, "expansion": 4},
+}
 SIZES = {
-    f"ViT-{name}/{patch}": {
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "patch": patch,
-        "expansion": 4,
-        "conditioning": "additive",
-    }
-    for name, width, depth, heads in (
-        ("S", 384, 12, 6),
-        ("B", 768, 12, 12),
-        ("L", 1024, 24, 16),
-        ("XL", 1152, 28, 16),
-    )
+    f"ViT-{name}/{patch}": {**backbone, "patch": patch, "conditioning": "additive"}
+    for name, backbone in BACKBONES.items()
     for patch in (2, 4, 8)
 }
 
@@ -107,14 +101,14 @@ class ViT(nn.Module):
         check_label(label, self.classes)
         condition = (
             self.embedding(label)[:, None] if self.classes else None
-        )  # (B, 1, 3D), or (B, 1, D) for adaln_zero
+        )  # (B, 1, 3D); of adaln_zero (B, 1, D)
         z = self.patches(noise) + self.positions  # (B, N, D)
         for block in self.stack:
-            z = block(z, condition)
+            z = block(z, condition)  # (B, N, D)
         patches = (
             self.final(z) if self.conditioning == "additive" else self.final(z, condition)
         )  # (B, N, P*P*C)
-        return Generated(unpatchify(patches, self.image), None)
+        return Generated(unpatchify(patches, self.image), None)  # (B, C, H, W)
 
     def blocks(self) -> int:
         """Return the transformer blocks applied for an image."""
