@@ -60,10 +60,8 @@ class Attention(nn.Module):
         qkv = self.qkv(z)  # (B, N, 3D)
         if injection is not None:
             qkv = qkv + injection
-        parts = qkv.chunk(3, 2)  # (B, N, D) each
-        q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts
-        )  # (B, H, N, D/H) each
+        parts = [part.unflatten(2, (self.heads, -1)) for part in qkv.chunk(3, 2)]  # (B, N, H, D/H) each
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, N, D/H) each
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj(attended.transpose(1, 2).flatten(2))  # (B, N, D)
 

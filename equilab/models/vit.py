@@ -99,15 +99,13 @@ class ViT(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         check_label(label, self.classes)
-        condition = (
-            self.embedding(label)[:, None] if self.classes else None
-        )  # (B, 1, 3D); of adaln_zero (B, 1, D)
+        condition = None
+        if self.classes:
+            condition = self.embedding(label)[:, None]  # (B, 1, 3D); of adaln_zero (B, 1, D)
         z = self.patches(noise) + self.positions  # (B, N, D)
         for block in self.stack:
             z = block(z, condition)  # (B, N, D)
-        patches = (
-            self.final(z) if self.conditioning == "additive" else self.final(z, condition)
-        )  # (B, N, P*P*C)
+        patches = self.final(z) if self.conditioning == "additive" else self.final(z, condition)
         return Generated(unpatchify(patches, self.image), None)  # (B, C, H, W)
 
     def blocks(self) -> int:
