@@ -8,6 +8,7 @@ if __name__ == "__main__":
     prepare_process()  # before torch is imported
 
 import argparse
+import itertools
 import platform
 import re
 import subprocess
@@ -39,60 +40,75 @@ from equilab.solvers import Solver
 from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher
 
 ROOT = PACKAGE.parent
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}
 SCORED, FEATURES = 2000, 2048  # images of a side, features of an image as Inception has
 COMMANDS = {"import equilab": ("-c", "import equilab"), "equilab check": ("-m", "equilab", "check")}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of the product beside a row
 
-Calls = dict[str, Callable[[], object]]  # what a call does -> the call
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Work:
-    """A run of a study of which calls are measured, on so many images by type of device."""
+    """A run that a study declares, and on how many images its calls are measured."""
 
     network: str  # its name in the table
-    calls: Callable[[Subject], Calls]
     study: str  # its folder, from the root of the repository
     stage: str
     run: str | None
-    batch: Mapping[str, int]
+    batch: Mapping[str, int]  # by type of device
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of the network, in place of the run's own
 
 
+DIGITS, CIFAR, LATENTS = {"cpu": 128, "cuda": 128}, {"cpu": 4, "cuda": 128}, {"cpu": 2, "cuda": 64}
+S2 = {"width": 384, "heads": 6}  # of DiT-S/2; the paper's XL/2 needs more memory than many a machine has
+WORKS = (
+    Work("GET of digits", ".", "distill", "get-m", DIGITS),
+    Work("ViT of digits", ".", "distill", "vit-l", DIGITS),
+    Work("GDD of digits", ".", "gan", "gdd", DIGITS),
+    Work("GDD-I of digits", ".", "gan", "gdd-i", DIGITS),
+    Work("GET-T/2", "studies/get-paper", "distill", "get-t", CIFAR),
+    Work("GET-M/2", "studies/get-paper", "distill", "get-m", CIFAR),
+    Work("ViT-B/2", "studies/get-paper", "distill", "vit-b", CIFAR),
+    Work("DDPM++", "studies/get-paper", "teacher", None, CIFAR),
+    Work("DiT-S/2, 28 blocks", "studies/fpdm-paper", "diffusion", "dit", LATENTS, S2),
+    Work("FPDM-S/2, 24 iterations", "studies/fpdm-paper", "diffusion", "fpdm", LATENTS, S2),
+)
+
+
 class Subject:
-    """A work in one precision on one device: what its calls are made from."""
+    """A work on a device in one precision: its config, its network with random weights, noise and labels."""
 
     def __init__(self, work: Work, device: torch.device, name: str):
         sections = config.read(ROOT / work.study / "params.yaml")
-        self.sections, self.device, self.precision = sections, device, name
-        self.batch, self.run, self.classes = work.batch[device.type], work.run, sections["data"]["classes"]
-        self.image = tuple(sections.get("latents", {}).get("shape") or sections["data"]["image"])
         entry = sections[work.stage][work.run] if work.run else sections[work.stage]
-        endless = 1_000_000 * self.batch  # without a report on the way
-        counts = {"batch": self.batch, "micro_batch": self.batch, "nimg": endless, "report_nimg": endless}
-        optimisation = {**entry["optimisation"], **counts, "snapshots": [], "precision": name}
-        self.entry = {**entry, "network": {**entry["network"], **work.sizes}, "optimisation": optimisation}
+        size = work.batch[device.type]
+        endless = 1_000_000 * size  # images, without a report on the way
+        optimisation = entry["optimisation"] | {
+            "batch": size,
+            "micro_batch": size,
+            "nimg": endless,
+            "report_nimg": endless,
+            "snapshots": [],
+            "precision": name,
+        }
+        entry = entry | {"network": entry["network"] | work.sizes, "optimisation": optimisation}
+        self.sections, self.device, self.precision = sections, device, name
+        self.config = config.parse(CONFIGS[work.stage], entry, work.network)
+        self.image = tuple(
+            sections.get("latents", sections["data"])["shape" if "latents" in sections else "image"]
+        )
+        self.classes = sections["data"]["classes"] if self.config.conditional else 0
+        self.noise = torch.randn(size, *self.image, device=device)
+        self.label = torch.arange(size, device=device) % self.classes if self.classes else None
+        self.net = self.build()
 
-    def parse(self, kind: type) -> Any:
-        """Return the run's config."""
-        return config.parse(kind, self.entry, "bench")
-
-    def build(self, settings: Any) -> nn.Module:
+    def build(self) -> nn.Module:
         """Return the run's network with random weights."""
         torch.manual_seed(0)
-        net = settings.network.build(self.image, self.classes if settings.conditional else 0)
+        net = self.config.network.build(self.image, self.classes)
         return net.to(self.device, memory_format=torch.channels_last).eval()
 
-    def normal(self, *shape: int) -> Tensor:
-        """Return unit normals for every image of the batch."""
-        return torch.randn(self.batch, *shape, device=self.device)
-
-    def label(self, settings: Any) -> Tensor | None:
-        """Return classes for the batch (B,), or None if the run has none."""
-        return torch.arange(self.batch, device=self.device) % self.classes if settings.conditional else None
-
-    def inference(self, call: Callable[[], object]) -> Callable[[], None]:
+    def inference(self, call: Call) -> Call:
         """Return the call without gradient, in the precision that is measured."""
         context = precision(self.precision, self.device)
 
@@ -102,85 +118,75 @@ class Subject:
 
         return infer
 
-    def update(
-        self, settings: Any, net: nn.Module, batch: Any, *losses: loop.Loss, **more: Any
-    ) -> Callable[[], object]:
+    def update(self, batch: Any, *losses: loop.Loss, **more: Any) -> Call:
         """Return what makes the next update of the training loop, always on the same batch."""
         with tempfile.TemporaryDirectory() as folder:  # it holds no former state, and none will be saved
-            run = loop.Run(net, settings.optimisation, 0, "bench", Path(folder), self.device, **more)
+            run = loop.Run(self.net, self.config.optimisation, 0, "bench", Path(folder), self.device, **more)
         return partial(next, loop.fit(run, lambda positions: batch, *losses))
 
 
-def distilled(subject: Subject) -> Calls:
+def distilled(subject: Subject) -> dict[str, Call]:
     """Return the calls of a GET or a ViT: noise to images, and an update on pairs."""
-    settings = subject.parse(distill.Config)
-    net, noise, label = subject.build(settings), subject.normal(*subject.image), subject.label(settings)
-    given, init = (noise, label), None
-    if settings.equilibrium:
-        init = subject.normal(*net.state_shape)
-        given = (noise, label, init, iterate(settings.equilibrium.iterations))
-    pairs = (noise, noise.tanh(), label, init)
+    net, given, init = subject.net, (subject.noise, subject.label), None
+    if subject.config.equilibrium:
+        init = torch.randn(len(subject.noise), *net.state_shape, device=subject.device)
+        given = (*given, init, iterate(subject.config.equilibrium.iterations))
+    batch = (subject.noise, subject.noise.tanh(), subject.label, init)
     return {
         "sample": subject.inference(lambda: net(*given)),
-        "train": subject.update(settings, net, pairs, distill.loss_of(settings)),
+        "train": subject.update(batch, distill.loss_of(subject.config)),
     }
 
 
-def denoised(subject: Subject) -> Calls:
-    """Return the calls of a teacher: its denoiser, of which a sampler makes many, and an update."""
-    settings = subject.parse(teacher.Config)
-    net, noise, label = subject.build(settings), subject.normal(*subject.image), subject.label(settings)
-    model, sigma = EDM(net, sigma_data=settings.sigma_data), subject.normal().exp()
+def denoised(subject: Subject) -> dict[str, Call]:
+    """Return the calls of a teacher: its denoiser, which a sampler calls again and again, and an update."""
+    sigma_data, sigma = subject.config.sigma_data, torch.rand(len(subject.noise), device=subject.device) + 0.1
+
+    def denoise() -> object:
+        return EDM(subject.net, sigma_data=sigma_data).denoise(subject.noise, sigma, subject.label)
 
     def loss(net: nn.Module, batch: tuple) -> Tensor:
-        return losses.edm(EDM(net, sigma_data=settings.sigma_data), *batch, settings.sigma_data)
+        return losses.edm(EDM(net, sigma_data=sigma_data), *batch, sigma_data)
 
-    return {
-        "call": subject.inference(lambda: model.denoise(noise, sigma, label)),
-        "train": subject.update(settings, net, (noise.tanh(), noise, sigma, label), loss),
-    }
+    batch = (subject.noise.tanh(), subject.noise, sigma, subject.label)
+    return {"call": subject.inference(denoise), "train": subject.update(batch, loss)}
 
 
-def chained(subject: Subject) -> Calls:
-    """Return the calls of a DiT or an FPDM: the network, of which a chain makes many, and an update.
+def chained(subject: Subject) -> dict[str, Call]:
+    """Return the calls of a DiT or an FPDM: the network, which a chain calls again and again, and an update.
 
-    An FPDM's call has as many iterations as an update with the most that its training draws.
+    An FPDM iterates as often in a call as in an update, which takes the most iterations that its training draws.
     """
-    settings = subject.parse(diffusion.Config)
-    net, noise, label = subject.build(settings), subject.normal(*subject.image), subject.label(settings)
-    t = torch.full((subject.batch,), settings.diffusion.timesteps // 2, device=subject.device)
-    given, counts = (noise, t, label), None
-    if settings.fixed_point:
-        counts = (settings.fixed_point.without, settings.fixed_point.steps)
-        given = (noise, t, label, None, iterate(sum(counts)))
+    t = torch.full((len(subject.noise),), subject.config.diffusion.timesteps // 2, device=subject.device)
+    given, counts = (subject.noise, t, subject.label), None
+    if fixed := subject.config.fixed_point:
+        counts = (fixed.without, fixed.steps)
+        given = (*given, None, iterate(sum(counts)))
+    batch = (subject.noise.tanh(), subject.noise, t, subject.label, counts)
     return {
-        "call": subject.inference(lambda: net(*given)),
-        "train": subject.update(
-            settings, net, (noise.tanh(), noise, t, label, counts), diffusion.loss_of(settings)
-        ),
+        "call": subject.inference(lambda: subject.net(*given)),
+        "train": subject.update(batch, diffusion.loss_of(subject.config)),
     }
 
 
-def adversarial(subject: Subject) -> Calls:
+def adversarial(subject: Subject) -> dict[str, Call]:
     """Return the calls of a GDD student: noise to images, and an update of both players, without R1."""
-    settings = subject.parse(gan.Config)
-    net, noise, label = subject.build(settings), subject.normal(*subject.image), subject.label(settings)
-    original = EDM(subject.build(settings), sigma_data=subject.sections["teacher"]["sigma_data"])
-    gdd.prepare(net, settings.student.freeze)
+    settings, given = subject.config, (subject.noise, subject.label)
+    original = EDM(subject.build(), sigma_data=subject.sections["teacher"]["sigma_data"])
+    gdd.prepare(subject.net, settings.student.freeze)
 
     def untrained(name: str) -> nn.Module:
-        own = config.parse(features.Config, subject.sections["features"], "bench")
+        own = config.parse(features.Config, subject.sections["features"], "features")
         return own.network.build(subject.image, subject.classes)
 
-    critic = gan.critic_of(settings, subject.run, subject.image, subject.classes, untrained, pretrained=False)
-    generate, criticise = gan.losses_of(settings, net, critic, original)
-
-    batch = ((noise.tanh(), label), (noise, label), (noise, label), (None,) * 3, 0.0, None)
+    critic = gan.critic_of(settings, "", subject.image, subject.classes, untrained, pretrained=False)
     rival = ("discriminator", critic, settings.discriminator_lr)
-    student = onestep.student(settings, net, original.sigma_data)
+    batch = ((subject.noise.tanh(), subject.label), given, given, (None, None, None), 0.0, None)
+    both = gan.losses_of(settings, subject.net, critic, original)
+    student = onestep.student(settings, subject.net, original.sigma_data)
     return {
-        "sample": subject.inference(lambda: student.generate(noise, label)),
-        "train": subject.update(settings, net, batch, generate, criticise, rival=rival),
+        "sample": subject.inference(lambda: student.generate(*given)),
+        "train": subject.update(batch, *both, rival=rival),
     }
 
 
@@ -189,42 +195,35 @@ def iterate(iterations: int) -> Solver:
     return Solver("iterate", iterations, 0.0, "last", measure=False)
 
 
-DIGITS, CIFAR, LATENTS = {"cpu": 128, "cuda": 128}, {"cpu": 4, "cuda": 128}, {"cpu": 2, "cuda": 64}
-S2 = {"width": 384, "heads": 6}  # of DiT-S/2, in place of XL
-WORKS = (
-    Work("GET of digits", distilled, ".", "distill", "get-m", DIGITS),
-    Work("ViT of digits", distilled, ".", "distill", "vit-l", DIGITS),
-    Work("GDD of digits", adversarial, ".", "gan", "gdd", DIGITS),
-    Work("GDD-I of digits", adversarial, ".", "gan", "gdd-i", DIGITS),
-    Work("GET-T/2", distilled, "studies/get-paper", "distill", "get-t", CIFAR),
-    Work("GET-M/2", distilled, "studies/get-paper", "distill", "get-m", CIFAR),
-    Work("ViT-B/2", distilled, "studies/get-paper", "distill", "vit-b", CIFAR),
-    Work("DDPM++", denoised, "studies/get-paper", "teacher", None, CIFAR),
-    Work("DiT-S/2, 28 blocks", chained, "studies/fpdm-paper", "diffusion", "dit", LATENTS, S2),
-    Work("FPDM-S/2, 24 iterations", chained, "studies/fpdm-paper", "diffusion", "fpdm", LATENTS, S2),
-)
+CONFIGS = {
+    "teacher": teacher.Config,
+    "distill": distill.Config,
+    "diffusion": diffusion.Config,
+    "gan": gan.Config,
+}
+CALLS = {"teacher": denoised, "distill": distilled, "diffusion": chained, "gan": adversarial}
 
 
-def measured(work: Work, device: torch.device, name: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a row for each call of a work, repeated for so many seconds, between two matrix products that tell the peak."""
+def calls(work: Work, device: torch.device, name: str) -> dict[str, Call]:
+    """Return what is measured of a work in a precision, by what it does."""
+    return CALLS[work.stage](Subject(work, device, name))
 
-    def peak() -> float:
-        return matmul_peak(device, DTYPES[name], longest=seconds / 4)
 
-    for what, call in work.calls(Subject(work, device, name)).items():
-        operations = flops(
-            call
-        )  # also the warm-up: what is made once is made here, optimisers' moments among it
-        memory, before = peak_memory(call, device), peak()
-        row = {"work": work.network, "what": what, "precision": name, "batch": work.batch[device.type]}
-        row |= timed(call, seconds)
-        rate, limit = operations / row["seconds"], (before + peak()) / 2
-        yield row | {
-            "flop_s": rate,
-            "peak_flop_s": limit,
-            "peak_share": rate / limit,
-            "memory_mib": memory / 2**20,
-        }
+def measured(call: Call, device: torch.device, name: str, seconds: float) -> dict[str, float]:
+    """Return the columns of a call in a precision: its time, its FLOP/s beside a matrix product's, its memory."""
+    work = flops(call)  # the first call, in which optimisers make their moments
+    memory = peak_memory(call, device)
+    before = matmul_peak(device, DTYPES[name], longest=seconds / 4)
+    time = timed(call, seconds)
+    peak = (before + matmul_peak(device, DTYPES[name], longest=seconds / 4)) / 2
+    rate = work / time["seconds"]
+    return {
+        **time,
+        "flop_s": rate,
+        "peak_flop_s": peak,
+        "peak_share": rate / peak,
+        "memory_mib": memory / 2**20,
+    }
 
 
 def timed(call: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -251,6 +250,14 @@ def others(seconds: float) -> Iterator[dict[str, Any]]:
         yield {"work": "start", "what": what, **timed(start, seconds)}
 
 
+def precisions(device: torch.device) -> list[str]:
+    """Return the precisions that the device has instructions for: what a CPU emulates is slower than fp32."""
+    if device.type == "cuda":
+        return ["fp32", "tf32", "bf16"]
+    fp32, bf16 = (matmul_peak(device, DTYPES[name], longest=0.1) for name in ("fp32", "bf16"))
+    return ["fp32", "bf16"] if bf16 > fp32 else ["fp32"]
+
+
 def machine(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its instructions and the number of threads."""
     if device.type == "cuda":
@@ -266,7 +273,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def markdown(name: str, table: pd.DataFrame, left_out: list[str]) -> str:
+def markdown(name: str, table: pd.DataFrame) -> str:
     """Return the table for people."""
     lines = [
         f"# {name}, torch {torch.__version__}",
@@ -274,9 +281,8 @@ def markdown(name: str, table: pd.DataFrame, left_out: list[str]) -> str:
         "`seconds` is the median of so many `calls` after two that are not timed, `seconds_iqr` their interquartile range, "
         "`batch` the images in a call. `flop_s` counts matrix products, convolutions and attention by shape; `peak_share` is "
         "its share of `peak_flop_s`, the best rate of a large matrix product in the same precision, measured right before "
-        "and right after. `memory_mib` is the most that a call holds beside weights and optimiser.",
-        "",
-        *(f"{precision} has no instructions of its own here, so no rows." for precision in left_out),
+        "and right after. `memory_mib` is the most that a call holds beside weights and optimiser. A CPU that has no "
+        "instructions for bf16 has no rows for it.",
         "",
         table.to_markdown(index=False, floatfmt=".3g", missingval=""),
     ]
@@ -290,17 +296,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="that a row's timed calls take together")
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peaks = {name: matmul_peak(device, DTYPES[name]) for name in PRECISIONS[device.type]}
-    names = [name for name in peaks if peaks[name] >= peaks["fp32"]]
+    names = precisions(device)
     rows = []
     with bar("bench", len(names) * len(WORKS), unit="work") as progress:
-        for work in WORKS:
-            for each in names:
-                rows += measured(work, device, each, given.seconds)
-                progress.update()
+        for work, name in itertools.product(WORKS, names):
+            about = {"work": work.network, "precision": name, "batch": work.batch[device.type]}
+            for what, call in calls(work, device, name).items():
+                rows.append({**about, "what": what, **measured(call, device, name, given.seconds)})
+            progress.update()
     table = pd.DataFrame([*rows, *others(given.seconds)])
     name = machine(device)
-    text = markdown(name, table, [each for each in peaks if each not in names])
+    text = markdown(name, table)
     path = given.out / slug(name)
     write(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.9g"))
     write(path.with_suffix(".md"), text)

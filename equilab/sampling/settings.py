@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from equilab.core.config import Params, plain
-from equilab.diffusion.samplers import Step, euler, heun
-from equilab.diffusion.schedules import edm_sigmas
+from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
+
+__all__ = ["ChainSampler", "FixedPointAlongChain", "Guidance", "Sampler", "Solve"]
 
 Method = Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Tolerance = Annotated[float, Field(ge=0)]  # relative residual at which a sample stops; 0: never
 Memory = Annotated[int, Field(ge=2, le=1000)]  # of Anderson: states combined
 Mixing = Annotated[float, Field(gt=0, le=1)]  # of Anderson: weight of the residual
-Level = Annotated[float, Field(ge=1e-6, le=1e6)]  # a noise level
-
-
-class Sampler(Params):
-    """How a denoiser of noise levels is sampled, without fresh noise on the way: a pair needs a deterministic image."""
-
-    method: Literal["heun", "euler"]
-    steps: Count
-    sigma_min: Level
-    sigma_max: Level
-    rho: Annotated[float, Field(ge=0.01, le=1000)]
-
-    @model_validator(mode="after")
-    def _levels_fall(self):
-        self.sigmas()
-        return self
-
-    def sigmas(self) -> Tensor:
-        """Return the noise levels, (steps + 1,) float64."""
-        return edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-
-    @property
-    def nfe(self) -> int:
-        """Calls of the denoiser for an image: 2 steps - 1 for Heun."""
-        return 2 * self.steps - 1 if self.method == "heun" else self.steps
-
-    def start(self, denoise, noise: Tensor, label: Tensor | None) -> Iterator[Step]:
-        """Return the sampler, started: it yields a Step a step."""
-        follow = heun if self.method == "heun" else euler
-        return follow(denoise, noise, self.sigmas(), label)
-
-    def columns(self) -> dict[str, Any]:
-        """Return what tells this setting from others in a table."""
-        return plain(self)
 
 
 class Solve(Params):

@@ -27,11 +27,11 @@ from equilab.core.machine import barrier, device_of, environment, identity, prec
 from equilab.core.progress import bar
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, labels, noise_checksum
-from equilab.diffusion.samplers import finish
+from equilab.diffusion.protocols import finish
+from equilab.diffusion.settings import Sampler
 from equilab.models.checkpoint import load_network
 from equilab.models.precond import EDM
-from equilab.sampling import describe
-from equilab.sampling.settings import Sampler
+from equilab.training.teacher import cost
 
 Count = Annotated[int, Field(ge=1, le=10**10)]
 
@@ -60,13 +60,12 @@ class Config(Params):
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """Check the config and return the estimate of its cost: that of all pairs, those that are already there included."""
-    teacher = describe("teacher", job)
 
     def count() -> Plan:
-        total = config.count + config.held_out
-        work = float(teacher.cost(config.sampler)["flops"]) * total
+        total, counted = config.count + config.held_out, cost(job.read("teacher"), job.image, job.classes)
+        work = float(counted.image.flops(calls=config.sampler.nfe)) * total
         disk = total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
-        return Plan(teacher.counted.parameters, work, disk)
+        return Plan(counted.parameters, work, disk)
 
     return count
 
@@ -110,7 +109,7 @@ def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
     noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
     label = labels(seed, indices, classes)
     with torch.inference_mode(), precision(config.precision, device)():
-        image, _ = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device)))
+        image = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device))).x
     image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
     return image.cpu().numpy()
 
