@@ -20,7 +20,7 @@ from equilab.core.config import Params
 
 
 class Diffusion(Params):
-    """A diffusion of `timesteps` steps, and what a network tells of it.
+    """A diffusion of `timesteps` steps, and what a network predicts of it.
 
     "learned" variance: the network returns twice the channels, the prediction and then a value in about -1..1 that
     moves the variance between its bounds, the "small" one (of x one step before, if the image is known) and the "large"
@@ -118,7 +118,7 @@ class Chain(NamedTuple):
     """Timesteps of a diffusion, from the cleanest to the noisiest."""
 
     diffusion: Diffusion
-    t: Int64[Tensor, s]  # what the network is told
+    t: Int64[Tensor, s]  # what the network is called with
     levels: Float64[Tensor, "4 s"]  # the numbers of a Level, at each
 
     def at(self, position: Int64[Tensor, b]) -> Level:

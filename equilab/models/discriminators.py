@@ -111,8 +111,8 @@ class FeatureDiscriminator(nn.Module):
 
     Raises: ValueError for sizes that do not fit, or if a network cannot take the images.
     Source: GDD (Zheng 2024), section 3.2, equation (4) and table 1a.
-    Differs: of VGG16 and LPIPS discriminators the paper says which features they see, not what judges these; here the
-        same heads do.
+    Differs: the paper says which features VGG16 and LPIPS discriminators see, not what classifies them; here the same
+        heads do.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class FeatureDiscriminator(nn.Module):
                 f"width is {width}, give at least 8; and at least 1 for the other sizes and the networks"
             )
         self.classes, self.mixing, self.side = classes, mixing, side
+        sizes = {"width": width, "embedding": embedding, "condition": condition}
         self.networks = nn.ModuleList(networks)
         self.projectors = nn.ModuleList()
         self.heads = nn.ModuleList()
@@ -151,10 +152,7 @@ class FeatureDiscriminator(nn.Module):
             heads = nn.ModuleList()
             for x in self.mix(k, maps):
                 halvings = (x.shape[3] // coarsest).bit_length() - 1
-                head = Head(
-                    x.shape[1], halvings, classes, width=width, embedding=embedding, condition=condition
-                )
-                heads.append(head)
+                heads.append(Head(x.shape[1], halvings, classes, **sizes))
             self.heads.append(heads)
 
     def forward(self, image: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None) -> tuple[Tensor, ...]:
@@ -178,9 +176,7 @@ class FeatureDiscriminator(nn.Module):
             return self.projectors[network](maps[-LEVELS:])
         if self.mixing == "last":
             return maps[-1:]
-        return [
-            x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt() for x in maps
-        ]  # unit length across channels
+        return [_unit_length(x) for x in maps]
 
 
 class StyleGAN2(nn.Module):
@@ -274,6 +270,11 @@ def equalised(layer: nn.Module) -> nn.Module:
         nn.init.zeros_(layer.bias)
     parametrize.register_parametrization(layer, "weight", Scaled(layer.weight[0].numel() ** -0.5))
     return layer
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """Return x with a Euclidean length of 1 across channels."""
+    return x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt()
 
 
 def _activate(x: Tensor) -> Tensor:

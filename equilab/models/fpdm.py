@@ -1,4 +1,4 @@
-"""FPDM, the fixed point diffusion model: a DiT whose middle layers are one layer, applied as often as one likes."""
+"""FPDM, the fixed point diffusion model: a DiT whose middle layers are one layer, applied any number of times."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FPDM(nn.Module):
     """Explicit pre layers, a fixed-point layer with their output injected, explicit post layers; all are DiT blocks.
 
     The state z (B, N, D) solves z = Block(W2 GELU(W1 [z, injection])) under timestep and class. `pre_post_timestep`
-    tells the timestep to the pre, post and final layers too: if false, they depend on the class alone.
+    conditions the pre, post and final layers on the timestep too: if false, they depend on the class alone.
 
     `learned_variance`, `image` and `classes` as of a DiT; `pre` and `post` may be 0.
 

@@ -211,7 +211,7 @@ def from_published(
 
     Sizes are read as those of EDM's networks; the noise levels are the published ones unless given.
 
-    Raises: ValueError if a tensor that tells a size is missing.
+    Raises: ValueError if a tensor that determines a size is missing.
     """
     teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
     return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names

@@ -82,7 +82,7 @@ def from_published(
     Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as published,
     a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
 
-    Raises: ValueError if a tensor that tells a size is missing.
+    Raises: ValueError if a tensor that determines a size is missing.
     """
     matches = [re.match(r"model\.enc\.(\d+)x", key) for key in weights]
     heights = sorted({int(match[1]) for match in matches if match}, reverse=True)
