@@ -103,16 +103,17 @@ class Head(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Heads over the maps of frozen feature networks; (B, K) logits for each network.
 
-    `mixing`: "projected", the four coarsest maps of each network after a Projector (Projected GAN); "each", every map,
-    scaled to unit length across channels as LPIPS compares them; "last", the coarsest map alone (plain VGG16).
-    Images are resized to `side` once for all networks (published 224). A head halves its map until it is no larger than
-    the network's coarsest. `channels` is the Projector's (published 64), `width` the heads' (published 512);
-    `embedding` and `condition` (published 320, 64) are the sizes of class embeddings and of what these multiply.
+    `mixing`: "projected", the four coarsest maps of each network after a Projector (Projected GAN); "each",
+    every map, scaled to unit length across channels as LPIPS compares them; "last", the coarsest map alone
+    (plain VGG16). Images are resized to `side` once for all networks (published 224). A head halves its map
+    until it is no larger than the network's coarsest. `channels` is the Projector's (published 64), `width`
+    the heads' (published 512); `embedding` and `condition` (published 320, 64) are the sizes of class
+    embeddings and of what these multiply.
 
     Raises: ValueError for sizes that do not fit, or if a network cannot take the images.
     Source: GDD (Zheng 2024), section 3.2, equation (4) and table 1a.
-    Differs: the paper says which features VGG16 and LPIPS discriminators see, not what classifies them; here the same
-        heads do.
+    Differs: the paper says which features VGG16 and LPIPS discriminators see, not what classifies them; here
+        the same heads do.
     """
 
     def __init__(
@@ -185,8 +186,8 @@ class StyleGAN2(nn.Module):
     `width` channels at every resolution, as published for images of up to 64 pixels, where it is 512.
 
     Raises: ValueError for images that are not square or cannot be halved down to 4x4.
-    Source: StyleGAN2 (Karras 2020), section 4.1, "residual" discriminator; equalised learning rates and the standard
-        deviation over minibatches of progressive GANs (Karras 2018), sections 3 and 4.1.
+    Source: StyleGAN2 (Karras 2020), section 4.1, "residual" discriminator; equalised learning rates and the
+        standard deviation over minibatches of progressive GANs (Karras 2018), sections 3 and 4.1.
     """
 
     def __init__(

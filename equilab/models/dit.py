@@ -83,8 +83,8 @@ class Condition(nn.Module):
 class DiT(nn.Module):
     """A vision transformer whose blocks are modulated by the timestep and the class: the explicit baseline of FPDM.
 
-    With `learned_variance` it returns twice the channels: the prediction, then the values that a variance between its
-    bounds is made of. `image` is (channels, height, width); `classes` 0 means unconditional.
+    With `learned_variance` it returns twice the channels: the prediction, then the values that a variance
+    between its bounds is made of. `image` is (channels, height, width); `classes` 0 means unconditional.
 
     Raises: ValueError for sizes that do not fit each other.
     Source: DiT (Peebles and Xie 2023), section 3.2, adaLN-Zero.

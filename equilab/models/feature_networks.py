@@ -18,8 +18,8 @@ HALF = (0.5,), (0.5,)
 class FeatureNetwork(nn.Module):
     """A frozen network as a source of feature maps: gradients reach the images, its weights and statistics stay.
 
-    `maps` turns images, normalised by `pixels` = (mean, standard deviation) of pixels in 0..1, into a list of maps,
-    the finest first; it is taken over, and frozen.
+    `maps` turns images, normalised by `pixels` = (mean, standard deviation) of pixels in 0..1, into a list of
+    maps, the finest first; it is taken over, and frozen.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Stages(nn.Module):
 class Tokens(nn.Module):
     """The tokens of a vision transformer after a quarter, half, three quarters and all of its blocks, as four maps.
 
-    Random convolutions of fixed weights make them 1/4, 1/8, 1/16 and 1/32 as wide as the image, of D/8, D/4, D/2 and D
-    channels, where the tokens have D and a patch 16 pixels.
+    Random convolutions of fixed weights make them 1/4, 1/8, 1/16 and 1/32 as wide as the image, of D/8, D/4,
+    D/2 and D channels, where the tokens have D and a patch 16 pixels.
 
     Source: StyleGAN-XL (Sauer 2022), section 3.3, after DPT (Ranftl 2021), section 3.1; class tokens are left out.
     """

@@ -42,16 +42,18 @@ SIZES = {
 class FPDM(nn.Module):
     """Explicit pre layers, a fixed-point layer with their output injected, explicit post layers; all are DiT blocks.
 
-    The state z (B, N, D) solves z = Block(W2 GELU(W1 [z, injection])) under timestep and class. `pre_post_timestep`
-    conditions the pre, post and final layers on the timestep too: if false, they depend on the class alone.
+    The state z (B, N, D) solves z = Block(W2 GELU(W1 [z, injection])) under timestep and class.
+    `pre_post_timestep` conditions the pre, post and final layers on the timestep too: if false, they depend
+    on the class alone.
 
     `learned_variance`, `image` and `classes` as of a DiT; `pre` and `post` may be 0.
 
     Raises: ValueError for sizes that do not fit each other.
     Source: FPDM (Bai and Melas-Kyriazi 2024), section 3.2, equations (1) to (4), and figure 2.
-    Differs: how state and injection meet is left open by the paper and taken from its code: concatenated, through two
-        linear maps with a GELU between, without residual or norm. An unconditional model has no label table; the
-        published ones are trained on one class. No state is kept: what one call solved, `carry` hands to the next.
+    Differs: how state and injection meet is left open by the paper and taken from its code: concatenated,
+        through two linear maps with a GELU between, without residual or norm. An unconditional model has no
+        label table; the published ones are trained on one class. No state is kept: what one call solved,
+        `carry` hands to the next.
     """
 
     def __init__(
@@ -96,9 +98,9 @@ class FPDM(nn.Module):
     ) -> tuple[Float[Tensor, "b o h w"], Solution]:
         """Return the prediction for `x` at timesteps t >= 0, and the Solution of its state.
 
-        `carry` is the state to start from: the z of an earlier call's solution, or None for the output of the pre
-        layers. `solve(f, init)` finds the fixed point of f(z, rows), where `rows` are the samples to advance (None:
-        all). A label is 0..classes - 1, or `classes`: the null class.
+        `carry` is the state to start from: the z of an earlier call's solution, or None for the output of the
+        pre layers. `solve(f, init)` finds the fixed point of f(z, rows), where `rows` are the samples to
+        advance (None: all). A label is 0..classes - 1, or `classes`: the null class.
 
         Raises: ValueError if a label is missing or superfluous, or the carry does not fit x.
         """
@@ -121,8 +123,8 @@ class FPDM(nn.Module):
     def map(self, h: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Callable:
         """Return f(z, rows), one application of the fixed-point layer, for the output `h` of the pre layers.
 
-        With W1 = [V U], W1 [z, injection] + b = V z + (U injection + b). The second term is the same in all applications,
-        and so is what the condition makes of the block: both are computed once.
+        With W1 = [V U], W1 [z, injection] + b = V z + (U injection + b). The second term is the same in all
+        applications, and so is what the condition makes of the block: both are computed once.
         """
         # FPDM-S/2, 256 tokens, batch 4, one CPU core: 14.3 applications a second, 12.0 with [z, injection] concatenated
         modulation = self.fixed.modulation(F.silu(condition))  # (B, 1, 6D)

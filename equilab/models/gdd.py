@@ -73,9 +73,9 @@ def coefficients(
 class GDD(nn.Module):
     """A generator of few steps: the consistency function f of the teacher's network `net`, applied at `sigmas` in turn.
 
-    One noise level makes it a one-step generator. From a level t to the next, s, it goes to f + s/t (x - f), after the
-    last to f. Build `net` with dropout 0, as published. `generate` is the generator protocol, `denoise` the denoiser's,
-    for losses that compare the consistency function at several noise levels.
+    One noise level makes it a one-step generator. From a level t to the next, s, it goes to f + s/t (x - f),
+    after the last to f. Build `net` with dropout 0, as published. `generate` is the generator protocol,
+    `denoise` the denoiser's, for losses that compare the consistency function at several noise levels.
 
     Raises: ValueError unless `sigmas` fall and 0 < sigma_min < the last of them.
     Source: GDD (Zheng 2024), section 3.1 and appendix B.4; several steps as section 2.2 and table 5.
@@ -85,7 +85,8 @@ class GDD(nn.Module):
     def __init__(self, net: nn.Module, *, sigma_data: float, sigma_min: float, sigmas: Sequence[float]):
         super().__init__()
         check_levels(sigma_min, sigmas)
-        self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
+        self.net, self.sigmas = net, tuple(sigmas)
+        self.sigma_data, self.sigma_min = sigma_data, sigma_min
 
     def forward(
         self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, return_iterates: bool = False

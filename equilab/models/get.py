@@ -44,8 +44,9 @@ class GET(nn.Module):
 
     Raises: ValueError for sizes that do not fit each other.
     Source: GET (Geng 2023), section 3, equations (6) to (9).
-    Differs: with `normalise`, z passes a LayerNorm without parameters after each application of the weight-tied stack.
-        This is not in the paper, where z grows along a direction and the residual falls like 1/k only.
+    Differs: with `normalise`, z passes a LayerNorm without parameters after each application of the
+        weight-tied stack. This is not in the paper, where z grows along a direction and the residual falls
+        like 1/k only.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class GET(nn.Module):
     ) -> Generated:
         """Return the image generated from `noise`, and the Solution of its state.
 
-        `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows), where
-        `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H, W) of all iterates.
+        `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows),
+        where `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H,
+        W) of all iterates.
 
         Raises: ValueError if a label is missing or superfluous, or iterates are asked of a solver that does not record.
         """

@@ -34,8 +34,8 @@ def preconditioned(
 ) -> Denoised:
     """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None) of a network F and its coefficients at sigma.
 
-    Coefficients and result are float32 whatever the dtype of x: a sampler that keeps its state in float64 converts the
-    result.
+    Coefficients and result are float32 whatever the dtype of x: a sampler that keeps its state in float64
+    converts the result.
 
     Source: EDM, equation 7.
     """
@@ -79,8 +79,8 @@ def from_published(
 ) -> tuple[EDM, dict[str, str]]:
     """Build the denoiser that published weights of EDM describe; returns it, unfilled, and {published key: our key}.
 
-    Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as published,
-    a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
+    Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as
+    published, a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
 
     Raises: ValueError if a tensor that determines a size is missing.
     """

@@ -151,9 +151,10 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Maps a scaled noisy image and its noise label to F(x; c_noise) of EDM's preconditioning; returns the shape of x.
 
-    Layers are found by name in `enc` and `dec`, in the order of their use; state-dict keys equal the published ones.
-    `attention` lists the heights at which blocks attend; the first block of the decoder always does. Weights are drawn
-    from torch's global generator, distributed as the published ones. Fastest in channels-last memory format.
+    Layers are found by name in `enc` and `dec`, in the order of their use; state-dict keys equal the
+    published ones. `attention` lists the heights at which blocks attend; the first block of the decoder
+    always does. Weights are drawn from torch's global generator, distributed as the published ones. Fastest
+    in channels-last memory format.
 
     Raises: ValueError for sizes that cannot be built.
     Source: EDM, appendix F, "architecture"; names of keys and order of layers as in the published weights.
@@ -245,8 +246,8 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b c h w"] | tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
         """Return F(x); None as `label` or `augment_label` is no class or augmentation for the whole batch.
 
-        With `return_activations`, also the output (B, D, H', W') of the last convolution of each block, by "enc." or
-        "dec." and its name.
+        With `return_activations`, also the output (B, D, H', W') of the last convolution of each block, by
+        "enc." or "dec." and its name.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """

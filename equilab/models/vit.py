@@ -51,10 +51,11 @@ PUBLISHED = {
 class ViT(nn.Module):
     """A vision transformer that maps noise (and a class) to an image in one pass: the explicit baseline of GET.
 
-    Two ways to condition it on the class (GET, appendix A): "additive" adds an embedding to query, key and value of every
-    block; "adaln_zero" modulates norms and gates as DiT does. The 128.9M parameters that table 6 gives ViT-B for the
-    latter follow (128,944,908) if the class embedding alone drives six chunks a block and two in the decoder, the norms
-    lose their own parameters, and the position table is counted, as everywhere in the paper.
+    Two ways to condition it on the class (GET, appendix A): "additive" adds an embedding to query, key and
+    value of every block; "adaln_zero" modulates norms and gates as DiT does. The 128.9M parameters that table
+    6 gives ViT-B for the latter follow (128,944,908) if the class embedding alone drives six chunks a block
+    and two in the decoder, the norms lose their own parameters, and the position table is counted, as
+    everywhere in the paper.
 
     `image` is (channels, height, width); `classes` 0 means unconditional.
 
