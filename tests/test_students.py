@@ -17,8 +17,9 @@ from equilab.data.images import Dataset, load
 from equilab.diffusion import losses
 from equilab.diffusion.protocols import Denoised
 from equilab.graph import Sections
-from equilab.models import checkpoint, discriminators, gdd
+from equilab.models import checkpoint, gdd
 from equilab.models.classifier import Classifier
+from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.training import gan, onestep
 from equilab.training.loop import Adversary, Halt, Logged, Run, fit
@@ -67,7 +68,7 @@ def networks(entry, seed=0):
     teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
     gdd.prepare(net, entry.student.freeze)
     torch.manual_seed(3)
-    features = discriminators.classifier_network(Classifier(IMAGE, 10, width=8, features=4))
+    features = classifier_network(Classifier(IMAGE, 10, width=8, features=4))
     return net, teacher, gan.build_discriminator(entry, [features], IMAGE, 10)
 
 
