@@ -192,7 +192,7 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
     told = min(deciding, key=lambda ratio: ratio.value if np.isnan(ratio.low) else ratio.low)
     among = f" (decisive of {len(ratios)} pairs)" if len(ratios) > 1 else ""
     effect = f"{told.points[0]} against {told.points[1]}{among}", f"{named(column)} {told}"
-    low, high = min(ratio.low for ratio in ratios), min(ratio.high for ratio in ratios)
+    low, high = np.min([(ratio.low, ratio.high) for ratio in ratios], axis=0)
     seeds = [ratio.seeds for ratio in ratios if ratio.seeds is not None]
     return Outcome(verdict, low, high, (effect,), min(seeds, default=None))
 

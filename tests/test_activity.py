@@ -1,0 +1,121 @@
+"""Layer activity: what networks tell of their layers, sums over samples, normalisation, peaks and their order."""
+
+import pandas as pd
+import pytest
+import torch
+
+from equilab.analysis import activity
+from equilab.core.config import UserError
+from equilab.models.dit import DiT
+from equilab.models.layers import unpatchify
+from equilab.models.unet import Block, UNet
+from equilab.stages.activation import Activity
+
+
+@pytest.mark.parametrize("architecture", ["ddpmpp", "ncsnpp", "adm"])
+def test_a_unet_tells_what_its_last_convolutions_put_out_and_is_not_changed_by_it(architecture):
+    torch.manual_seed(0)
+    net = UNet(
+        (1, 8, 8),
+        3,
+        architecture=architecture,
+        width=8,
+        multipliers=[1, 2],
+        blocks=1,
+        attention=[4],
+        head_channels=0,
+        dropout=0.0,
+        augment=0,
+    ).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, level, label = torch.randn(2, 1, 8, 8), torch.randn(2), torch.tensor([0, 2])
+    kept = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, Block):
+            layer.conv1.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out.clone()}))
+    out, told = net(x, level, label, every=True)
+    assert list(told) == list(kept) and len(told) == 10
+    assert all(torch.equal(told[name], kept[name]) for name in told)
+    assert torch.equal(out, net(x, level, label))
+
+
+def test_a_dit_tells_what_each_block_adds():
+    torch.manual_seed(0)
+    net = DiT((1, 8, 8), 3, width=16, depth=3, heads=2, patch=2, expansion=2, learned_variance=False)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    given = torch.randn(2, 1, 8, 8), torch.tensor([3, 5]), torch.tensor([0, 3])
+    out, added = net(*given, every=True)
+    assert list(added) == ["block.0", "block.1", "block.2"] and torch.equal(out, net(*given))
+    condition, _ = net.condition(*given[1:])
+    state = net.patches(given[0]) + net.positions + sum(added.values())
+    torch.testing.assert_close(unpatchify(net.final(state, condition), net.output), out)
+
+
+def test_mean_and_root_mean_square_do_not_depend_on_how_samples_come():
+    torch.manual_seed(0)
+    value = torch.randn(6, 3, 2)
+    whole, parts = Activity(), Activity()
+    whole.tell(1, 80.0, {"a": value})
+    for part in value.split([1, 2, 3]):
+        parts.tell(1, 80.0, {"a": part})
+    (one,), (other,) = whole.rows("run", "unet"), parts.rows("run", "unet")
+    assert one["mean"] == pytest.approx(value.mean().item(), abs=1e-6)
+    assert one["rms"] == pytest.approx(value.square().mean().sqrt().item(), rel=1e-6)
+    assert other["mean"] == pytest.approx(one["mean"]) and other["rms"] == pytest.approx(one["rms"])
+    assert len(parts.sums) == 1
+
+
+def table(folder, peaks):
+    """Write the activity of layers that peak at the given steps (of 10), and return the folder."""
+    rows = []
+    for depth, (layer, peak) in enumerate(peaks.items()):
+        for step in range(1, 11):
+            rows.append(
+                {
+                    "run": "teacher",
+                    "family": "unet",
+                    "layer": layer,
+                    "depth": depth,
+                    "step": step,
+                    "at": 80.0 / step,
+                    "mean": 0.0,
+                    "rms": 3.0 - 0.1 * abs(step - peak),
+                }
+            )
+    (folder / "activation").mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(folder / "activation" / "activation.csv", index=False)
+    return folder
+
+
+def test_activity_is_normalised_layer_by_layer_and_its_peaks_are_ordered(tmp_path):
+    names = [
+        "enc.8x8_block0",
+        "enc.8x8_block1",
+        "enc.4x4_block0",
+        "dec.4x4_in0",
+        "dec.4x4_block0",
+        "dec.8x8_block0",
+    ]
+    published = dict(zip(names, [9, 6, 2, 1, 5, 10]))  # shallow late, deep early
+    found = activity.read(table(tmp_path / "a", published), "rms")
+    assert found.groupby("layer")["level"].agg(["min", "max"]).to_numpy().tolist() == [[0.0, 1.0]] * 6
+    assert found.drop_duplicates("layer").set_index("layer")["deep"].tolist() == [0, 1, 2, 2, 1, 0]
+    assert dict(zip(*activity.peaks(found)[["layer", "step"]].to_numpy().T)) == published
+    together = activity.order(found).query("part == 'all'").iloc[0]
+    assert together["rank correlation"] > 0.9 and together["p"] < 0.05
+    turned = activity.read(
+        table(tmp_path / "b", {name: 11 - peak for name, peak in published.items()}), "rms"
+    )
+    assert activity.order(turned).query("part == 'all'")["rank correlation"].iloc[0] < -0.9
+    flat = activity.read(tmp_path / "a", "mean")
+    assert flat["level"].isna().all() and activity.peaks(flat).empty
+    for draw in (activity.unets, activity.transformers):
+        figure, numbers = draw(found)
+        assert figure.axes and len(numbers) == len(found) * (draw is activity.unets)
+
+
+def test_without_the_stage_one_sentence_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="activation.csv is not there; run the stage activation"):
+        activity.read(tmp_path, "rms")
