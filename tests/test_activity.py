@@ -34,7 +34,7 @@ def test_a_unet_tells_what_its_last_convolutions_put_out_and_is_not_changed_by_i
     for name, layer in net.named_modules():
         if isinstance(layer, Block):
             layer.conv1.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out.clone()}))
-    out, told = net(x, level, label, every=True)
+    out, told = net(x, level, label, return_activations=True)
     assert list(told) == list(kept) and len(told) == 10
     assert all(torch.equal(told[name], kept[name]) for name in told)
     assert torch.equal(out, net(x, level, label))
@@ -46,7 +46,7 @@ def test_a_dit_tells_what_each_block_adds():
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     given = torch.randn(2, 1, 8, 8), torch.tensor([3, 5]), torch.tensor([0, 3])
-    out, added = net(*given, every=True)
+    out, added = net(*given, return_activations=True)
     assert list(added) == ["block.0", "block.1", "block.2"] and torch.equal(out, net(*given))
     condition, _ = net.condition(*given[1:])
     state = net.patches(given[0]) + net.positions + sum(added.values())

@@ -192,9 +192,9 @@ def read_study(sections):
 def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(
     stage, tmp_path, monkeypatch, capsys
 ):
-    from equilab.metrics import counting as cost
+    from equilab.metrics import measuring
 
-    monkeypatch.setattr(cost, "matmul_peak", lambda device, dtype, longest: 1e12)
+    monkeypatch.setattr(measuring, "matmul_peak", lambda device, dtype, longest: 1e12)
     (tmp_path / "params.yaml").write_text(SMOKE.read_text())
     monkeypatch.chdir(tmp_path)
     assert __main__.main([*stage.split(), "--dry-run"]) == 0

@@ -69,7 +69,7 @@ def test_get_has_the_published_multiply_accumulates(facts):
         with torch.device("meta"):
             model, noise = get.GET(IMAGE, 0, **get.SIZES[name]), torch.zeros(1, *IMAGE)
             one = flops(lambda: model(noise, None, None, solver)) // 2
-            all_six = flops(lambda: model(noise, None, None, solver, every=True)) // 2
+            all_six = flops(lambda: model(noise, None, None, solver, return_iterates=True)) // 2
         assert one + bookkeeping(model, 6) == counts["eval_mode"], name
         state = model.positions.numel()
         training = bookkeeping(model, 6) - 4 * state * 6 - 10 + 5 * (state + 3 * 32 * 32)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from equilab import published
 from equilab.diffusion.discrete_samplers import guided, implicit
-from equilab.metrics.counting import flops, parameters, peak_memory
+from equilab.metrics.counting import flops, parameters
+from equilab.metrics.measuring import peak_memory
 from equilab.models import dit, fpdm
 from equilab.solvers import Gradient, Solver, equilibrium
 

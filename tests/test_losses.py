@@ -4,7 +4,7 @@ from conftest import golden
 from test_unet import assert_agree, stored
 
 from equilab.diffusion import losses
-from equilab.models import Denoised
+from equilab.diffusion.protocols import Denoised
 
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ncsnpp", "edm_adm"])

@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_unet import assert_agree, stored
 
+from equilab.diffusion.protocols import Denoised
 from equilab.diffusion.samplers import Churn, euler, finish, heun
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.models import Denoised
 
 PUBLISHED = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 MEAN, STD = 0.3, 0.5  # of Gaussian data

@@ -14,8 +14,9 @@ from equilab import __main__
 from equilab.core import config, rng
 from equilab.data.images import load
 from equilab.diffusion import losses
-from equilab.models import Denoised, gdd
+from equilab.diffusion.protocols import Denoised
 from equilab.models import discriminators as discriminator
+from equilab.models import gdd
 from equilab.models.precond import EDM
 from equilab.training import classify, gan, loop, onestep
 from equilab.training.loop import Run, fit
@@ -123,7 +124,7 @@ def test_a_student_of_two_steps_goes_where_the_equation_says():
     first = 0.1 * x + 80
     middle = (80 - 20) / 80 * (first - x) + x  # F(x, t, s) of table 5
     torch.testing.assert_close(two.generate(noise, None).image, 0.1 * middle + 20)
-    assert two(noise, None, every=True).image.shape == (2, 3, *IMAGE)
+    assert two(noise, None, return_iterates=True).image.shape == (2, 3, *IMAGE)
 
 
 def test_both_players_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):

@@ -82,7 +82,7 @@ def test_get_trains_with_the_published_losses_and_gradients(name, method, loss_n
     def solve(f, init):
         return equilibrium(f, init, solver, Gradient(method))
 
-    images = model(t["in.x"], label, t["in.z0"], solve, every=True).image
+    images = model(t["in.x"], label, t["in.z0"], solve, return_iterates=True).image
     close(images, t["out.train_preds"], 1e-5)
     losses = (images - t["in.target"]).abs().flatten(1).mean(1)
     close(losses, t["out.loss_per_iterate"], 1e-5)
@@ -117,7 +117,9 @@ def test_full_size_get_gives_the_published_image():
     model = hashed_model("get", metadata["config"]["name"])
     z0 = torch.from_numpy(signed_uniform("z0", 256 * 768) * 3**0.5).float().reshape(1, 256, 768)
     with torch.no_grad():
-        images = model(t["in.x"], None, z0, Solver("iterate", 2, 0.0, "last", record=True), every=True).image
+        images = model(
+            t["in.x"], None, z0, Solver("iterate", 2, 0.0, "last", record=True), return_iterates=True
+        ).image
     close(images[0], t["out.plain_iter1"], 1e-5)
     close(images[1], t["out.plain_iter2"], 1e-5)
 
@@ -241,4 +243,4 @@ def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name(
 def test_every_iterate_needs_a_recording_solver():
     model = get.GET((1, 4, 4), 0, **SMALL_GET)
     with pytest.raises(ValueError, match="record=True"):
-        model(torch.zeros(1, 1, 4, 4), None, None, Solver("iterate", 1, 0.0, "last"), every=True)
+        model(torch.zeros(1, 1, 4, 4), None, None, Solver("iterate", 1, 0.0, "last"), return_iterates=True)

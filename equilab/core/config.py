@@ -10,12 +10,12 @@ import json
 import re
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, ValidationInfo, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 
@@ -32,7 +32,10 @@ class Params(BaseModel):
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class _Loader(yaml.SafeLoader):
+MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML 1.2 numbers (1e-3 is one), and a key given twice is an error."""
 
     def construct_mapping(self, node, deep=False):
@@ -60,15 +63,49 @@ def read(path: Path) -> dict[str, Any]:
     Raises: UserError if it is missing, is not YAML or is not a mapping of sections.
     """
     try:
-        sections = yaml.load(path.read_text(), _Loader)
-        json.dumps(sections, default=str)  # a section that is part of itself is none
+        sections = _load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
-    except (yaml.YAMLError, ValueError) as error:  # a month 13 is a ValueError
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13, !!bool x
+        raise UserError(f"{path} is not valid YAML: a value does not fit its type ({error})") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")
     return sections
+
+
+def _load(text: str) -> Any:
+    """Return the content of YAML that is nested no deeper, and does not grow by aliases larger, than any params are."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_LEVELS:
+            raise yaml.YAMLError(f"it is nested too deeply, line {event.start_mark.line + 1}")
+    loader = _Loader(text)
+    try:
+        if (node := loader.get_single_node()) is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes one holds, those behind aliases each time they stand.
+
+    Raises: YAMLError if there are too many, or one holds itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES  # until it is counted: one that holds itself has no end
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [each for pair in parts for each in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    if known[id(node)] >= MOST_NODES:
+        raise yaml.YAMLError(f"its aliases make it too large, line {node.start_mark.line + 1}")
+    return known[id(node)]
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -77,7 +114,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     Raises: UserError if it is missing, damaged, or lacks one.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         [value[key] for key in keys]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
@@ -89,8 +126,9 @@ def parse(kind: type[Kind], value: Any, path: str) -> Kind:
 
     Raises: UserError with a sentence for each mistake, each with the path of its key.
     """
+    given = _tuples(mapping(value, path))
     try:
-        return kind.model_validate(_tuples(mapping(value, path)))
+        return kind.model_validate(given, context={"path": path})
     except ValidationError as error:
         raise UserError("\n".join(_sentences(kind, error, path))) from None
 
@@ -158,8 +196,9 @@ class Spec:
     """A class by its name in params (`kind`) with the keyword arguments that params give it."""
 
     kind: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(hash=False)
     target: type = field(compare=False)
+    path: str = field(default="", compare=False)  # of its key, for messages
 
     def build(self, *given: Any) -> Any:
         """Return the object: what the data determines comes in `given`, the rest from params.
@@ -169,33 +208,38 @@ class Spec:
         try:
             return self.target(*given, **self.arguments)
         except (ValueError, RuntimeError, MemoryError) as error:  # torch refuses some sizes by itself
-            raise UserError(f"{self.kind}: {str(error).partition(chr(10))[0]}") from None
+            where = f"{self.path}: {self.kind}" if self.path else self.kind
+            raise UserError(f"{where}: {str(error).partition(chr(10))[0]}") from None
 
 
 def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
     """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
     arguments those that a class takes by keyword alone."""
 
-    def read_spec(value: Any) -> Spec:
+    def read(value: Any, info: ValidationInfo) -> Spec:
         if isinstance(value, Spec):
             return value
-        if not isinstance(value, Mapping):
-            raise PydanticCustomError(
-                "spec", "not a mapping", {"sentences": [f": expected keys with values, got {value!r}"]}
-            )
-        known, kind = kinds(), value.get("kind")
-        if kind not in known:
-            sentence = f".kind: {kind!r} is not one of {', '.join(known)}{nearest(kind, known)}"
-            raise PydanticCustomError("spec", "unknown kind", {"sentences": [sentence]})
-        arguments = {key: each for key, each in value.items() if key != "kind"}
         try:
-            checked = _keywords(known[kind]).model_validate(arguments)
-        except ValidationError as error:
-            sentences = _sentences(_keywords(known[kind]), error, "")
-            raise PydanticCustomError("spec", "mistaken arguments", {"sentences": sentences}) from None
-        return Spec(kind, {name: getattr(checked, name) for name in arguments}, known[kind])
+            found = spec(kinds(), value, "")
+        except UserError as error:
+            raise PydanticCustomError("spec", "mistaken", {"sentences": str(error).splitlines()}) from None
+        path = (info.context or {}).get("path", "")
+        return replace(found, path=f"{path}.{info.field_name}")
 
-    return Annotated[Spec, PlainValidator(read_spec)]
+    return Annotated[Spec, PlainValidator(read)]
+
+
+def spec(kinds: Mapping[str, type], value: Any, path: str) -> Spec:
+    """Return `{kind: NAME, **arguments}`, as YAML or JSON gives it, as a Spec of one of these classes.
+
+    Raises: UserError with a sentence for each mistake, each with the path of its key.
+    """
+    kind = mapping(value, path).get("kind")
+    if kind not in kinds:
+        raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(kinds)}{nearest(kind, kinds)}")
+    checked = parse(_keywords(kinds[kind]), {key: each for key, each in value.items() if key != "kind"}, path)
+    arguments = {key: getattr(checked, key) for key in value if key != "kind"}
+    return Spec(kind, arguments, kinds[kind], path)
 
 
 @functools.cache

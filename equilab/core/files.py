@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import csv
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+import sys
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from equilab.core.config import UserError, plain
+from equilab.core.job import Job
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -23,7 +27,7 @@ def write(path: Path, content: bytes | str) -> None:
 
     Raises: UserError if the folder cannot be written or the disk is full.
     """
-    content = content.encode() if isinstance(content, str) else content
+    content = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,29 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a `.npz` file atomically: the same bytes whatever the version of Python, unlike by numpy's own writer."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array))
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+    write(path, buffer.getvalue())
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV with the union of their columns, atomically; numbers in 9 digits, missing ones empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        values = [row.get(column) for column in columns]
+        writer.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in values])
+    write(path, buffer.getvalue())
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, read in pieces."""
     total = hashlib.sha256()
@@ -75,7 +102,7 @@ def sha256_of(path: Path) -> str:
     return total.hexdigest()
 
 
-def whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Return whether a file is there, with the sha256 that was written beside it."""
     stamp = path.with_suffix(".sha256")
     return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
@@ -101,42 +128,90 @@ def remove_others(folder: Path, names: Collection[str], pattern: str) -> None:
 def locked(name: str) -> Iterator[None]:
     """Hold the lock of a stage's run, for one process at a time (the first one of a distributed run holds it for all).
 
+    The lock ends with the process, however that ends.
+
     Raises: UserError if another process holds it, or it cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not _first():
         yield
         return
-    path = Path(".equilab") / "locks" / name
+    path = Path(".equilab/locks") / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-    except OSError as error:
+        held = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is working on {name}; wait for it or stop it") from None
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         raise UserError(
-            f"{path} cannot be written ({error.strerror}); change its permissions, or what is in its way"
+            f"{path} cannot be locked ({error}); change its permissions or what is in its way, or put the study on a "
+            "file system that has locks (flock)"
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working on {name}; wait for it or stop it") from None
+    with held:
         yield
+
+
+def _first() -> bool:
+    """Return whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def scratch(folder: Path, keep: bool = False) -> Iterator[Path]:
-    """Give a folder for unfinished work; removed when the work is finished, unless `keep`.
+def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = False) -> Iterator[Path]:
+    """Give the folder of a job's unfinished work; removed when the work is finished, unless `keep`.
+
+    `identity` is what the work depends on, part by part (see `equilab.core.machine.identity`). Work of the same identity
+    goes on; of another it says which parts differ, is removed, and starts anew. Without an identity the folder is empty.
 
     Raises: UserError if it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}); change its permissions, or what is in its way"
-        ) from None
+    folder = Path(".equilab/scratch") / job.name
+    if _first():
+        try:
+            _prepare(folder, identity)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); change its permissions, or what is in its way"
+            ) from None
+    _wait()
     yield folder
-    if not keep and os.environ.get("RANK", "0") == "0":
-        shutil.rmtree(folder, ignore_errors=True)
+    if _first() and not keep:
+        _remove(folder)
+
+
+def _prepare(folder: Path, identity: Mapping[str, str] | None) -> None:
+    """Make the folder, without what was begun under another identity."""
+    stamp = folder / "identity.json"
+    before = None
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(stamp.read_text(encoding="utf-8"))
+    if identity is None or before != identity:
+        if identity is not None and isinstance(before, dict):
+            differing = [key for key in identity if before.get(key) != identity[key]]
+            print(
+                f"equilab: {folder.name}: unfinished work was begun with other {', '.join(differing)}; it starts anew",
+                file=sys.stderr,
+            )
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if identity is not None:
+        write_json(stamp, identity)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that may be looked for again at any moment: it is there in full or not at all."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _wait() -> None:
+    """Wait until all processes of a distributed run are here."""
+    if "RANK" in os.environ:
+        from equilab.core.machine import barrier  # brings torch along
+
+        barrier()
 
 
 def require_disk(folder: Path, needed: int) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from equilab.core.config import Params, digest
+from equilab.core.config import Params
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a study or a run, which becomes part of paths, of commands and of the names of DVC's stages.
+
+    Raises: ValueError if it holds what these cannot.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no name: give at most 100 letters, digits, - and _, the first a letter or a digit"
+        )
+    return name
+
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
@@ -18,7 +34,7 @@ Threads = Annotated[int, Field(ge=1, le=4096)]
 class Study(Params):
     """What all stages of a study share."""
 
-    name: str
+    name: Annotated[str, AfterValidator(checked_name)]
     root: str  # path from the study's folder to the repository
     seed: Seed
     threads: Threads  # of the CPU, for a stage that runs alone; part of what decides the bits
@@ -40,20 +56,19 @@ class Job:
     read: Callable[
         ..., Any
     ]  # (stage, run=None, seed=None) -> its config; of the first seed where none is given
+    seeds: Callable[[str, str], tuple[int, ...]]  # (stage, run) -> the seeds of its replicates
 
     @property
     def name(self) -> str:
-        """The stage, and where it has runs the run and the seed: distill@get-m-0."""
-        return f"{self.stage}@{self.run}-{self.seed}" if self.run else self.stage
+        """The stage, and where it has runs the run, and where these have seeds the seed: distill@get-m-0."""
+        if self.run is None:
+            return self.stage
+        return f"{self.stage}@{self.run}" if self.seed is None else f"{self.stage}@{self.run}-{self.seed}"
 
     @property
     def out(self) -> Path:
         """The folder of the job's results, relative to the study's folder."""
         return folder_of(self.stage, self.run, self.seed)
-
-    def scratch(self, *identity: Any) -> Path:
-        """The folder of unfinished work, ignored by git and DVC: another one for other code or another `identity`."""
-        return Path(".equilab/scratch") / f"{self.name}-{digest(self.code, *identity)}"
 
 
 class Plan(NamedTuple):

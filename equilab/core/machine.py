@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equilab.core.config import UserError
+from equilab.core.config import UserError, digest
 from equilab.core.job import Job
 
 
@@ -41,18 +42,34 @@ def total(values: Tensor) -> Tensor:
 
 
 def precision(name: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return a maker of the context in which a network runs: fp32, tf32 (matmuls of a GPU) or bf16 autocast."""
+    """Return a maker of the context in which a network runs: fp32, tf32 (matrix products of a GPU) or bf16 (autocast)."""
     if name == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return contextlib.nullcontext
+        return functools.partial(torch.autocast, device.type, torch.bfloat16)
+    return functools.partial(_tf32, name == "tf32")
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU round the factors of its matrix products and convolutions, or not; afterwards as before."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the tensors of a (nested) tuple on `device`; None stays None."""
+    """Return a (nested, maybe named) tuple with its tensors on `device`; what is no tensor stays as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    return tuple(to_device(part, device) for part in batch) if isinstance(batch, tuple) else batch
+    if not isinstance(batch, tuple):
+        return batch
+    parts = (to_device(part, device) for part in batch)
+    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
 def device_of(job: Job) -> torch.device:
@@ -82,4 +99,21 @@ def environment(job: Job) -> dict[str, Any]:
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
         "processes": world(),
+    }
+
+
+def identity(job: Job, config: Any, inputs: Any) -> dict[str, str]:
+    """Return what the bytes of unfinished work depend on, part by part: params, code, threads, processes, versions, inputs.
+
+    `inputs` are the checksums of what the work reads.
+    """
+    found = environment(job)
+    versions = [f"{name} {found[name]}" for name in ("torch", "numpy", "device")]
+    return {
+        "params": digest(job.study.seed, config),
+        "code": job.code,
+        "threads": str(found["threads"]),
+        "processes": str(found["processes"]),
+        "versions": ", ".join(versions),
+        "inputs": digest(inputs),
     }

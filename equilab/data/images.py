@@ -11,16 +11,17 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from pydantic import Field, PositiveInt, model_validator
 from tqdm import tqdm
 
 from equilab.core import rng
-from equilab.core.config import UserError
+from equilab.core.config import Params, UserError
 from equilab.core.files import remove_others, require_disk, scratch, sha256_of, write_array, write_json
 from equilab.core.job import Job, Plan
 from equilab.core.progress import bar
@@ -29,9 +30,10 @@ from equilab.core.progress import bar
 READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
+Size = Annotated[int, Field(ge=1, le=65_536)]  # channels, or pixels along a side
 
-@dataclass(frozen=True)
-class Config:
+
+class Config(Params):
     """Where a study's real images come from; a key that the source does not read is null.
 
     `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`) or
@@ -44,15 +46,12 @@ class Config:
     source: Literal["digits", "cifar10", "folder"]
     path: str | None
     test_path: str | None
-    test: int | None
-    image: tuple[int, int, int]
-    classes: int
+    test: PositiveInt | None
+    image: tuple[Size, Size, Size]
+    classes: Annotated[int, Field(ge=0, le=1_000_000)]
 
-    def __post_init__(self):
-        if min(self.image) < 1 or self.classes < 0:
-            raise ValueError(
-                f"image must be three sizes >= 1 and classes >= 0, got {list(self.image)} and {self.classes}"
-            )
+    @model_validator(mode="after")
+    def _reads(self):
         given = tuple(key for key in ("path", "test", "test_path") if getattr(self, key) is not None)
         if given not in READS[self.source]:
             wanted = " or ".join(" and ".join(keys) for keys in READS[self.source])
@@ -60,6 +59,7 @@ class Config:
                 f"source {self.source} reads {wanted}, given are {', '.join(given) or 'none'}; "
                 "give the keys that it reads and set the others to null"
             )
+        return self
 
 
 class Dataset(NamedTuple):
@@ -112,7 +112,7 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         count, shape, classes, sha256 = meta["counts"][split], meta["shape"], meta["classes"], meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -129,9 +129,9 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     return Dataset(images, labels, classes)
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; how many images there are is not known before they are read."""
-    return lambda: Plan(disk=None)
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost; how many images there are is not known before they are read."""
+    return partial(Plan, disk=None)
 
 
 def run(config: Config, job: Job) -> None:
@@ -164,7 +164,7 @@ def run(config: Config, job: Job) -> None:
     counts = {split: len(indices) for split, (_, indices) in splits.items()}
     require_disk(job.out, sum(counts.values()) * math.prod(config.image))
     sha256 = {}
-    with scratch(job.scratch("new")) as place:  # what is there stays until everything new is
+    with scratch(job) as place:  # what is there stays until everything new is
         for split, (images, indices) in splits.items():
             file = place / f"{split}_images.npy"
             with bar(f"data: {split}", len(indices)) as progress:
@@ -258,9 +258,11 @@ def _open_images(path: Path, key: str) -> Images:
             f"{key} ({path}) holds no image ({', '.join(IMAGE_SUFFIXES)}); give another zip or folder"
         )
     labels = _read_labels(read_bytes, names, path) if "dataset.json" in files else None
-    return Images(
-        [f"{name} in {path}" for name in names], lambda i: _decode(read_bytes, names[i], path), labels
-    )
+
+    def read(index: int) -> np.ndarray:
+        return _decode(read_bytes, names[index], path)
+
+    return Images([f"{name} in {path}" for name in names], read, labels)
 
 
 def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path: Path) -> np.ndarray | None:
@@ -268,7 +270,7 @@ def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path:
     where = f"dataset.json in {path}"
     try:
         pairs = json.loads(read_bytes("dataset.json"))["labels"]
-        labels = None if pairs is None else {name: label for name, label in pairs}
+        labels = None if pairs is None else dict(pairs)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f'{where} is not {{"labels": [[name, label], ...]}} ({error!r}); mend or remove it'

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import UserError, digest, read_json
+from equilab.core.config import Params, UserError, read_json
 from equilab.core.files import (
+    is_intact,
     link,
     remove_others,
     require_disk,
     scratch,
     sha256_of,
-    whole,
     write,
     write_array,
     write_json,
 )
-from equilab.core.job import Job, Plan, results
-from equilab.core.machine import barrier, device_of, environment, rank, world
+from equilab.core.job import Job, Plan, folder_of
+from equilab.core.machine import barrier, device_of, environment, identity, rank, world
 from equilab.core.progress import bar
 from equilab.data import images as data
 from equilab.data.images import to_float, to_uint8
@@ -34,19 +35,19 @@ from equilab.models.checkpoint import checksum
 SHARD = 1024  # latents in a file
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `latents`; a study without it works in pixels."""
 
     vae: str  # folder of an AutoencoderKL as diffusers saves it, from the study's folder or absolute
-    shape: tuple[int, int, int]  # of a latent
-    batch: int  # images through the VAE at once; part of what decides the bits
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of a latent
+    batch: PositiveInt  # images through the VAE at once; part of what decides the bits
 
-    def __post_init__(self):
-        if min(self.shape) < 1 or self.batch < 1 or SHARD % self.batch:
-            raise ValueError(
-                f"shape must be three sizes >= 1 and batch a divisor of {SHARD}, got {list(self.shape)} and {self.batch}"
-            )
+    @field_validator("batch")
+    @classmethod
+    def _divides(cls, batch: int) -> int:
+        if SHARD % batch:
+            raise ValueError(f"must divide {SHARD}, got {batch}")
+        return batch
 
 
 class Pixels(NamedTuple):
@@ -64,7 +65,7 @@ class Encoded:
 
     def __init__(self, folder: Path):
         meta = read_json(folder / "meta.json", "shape", "count", "data", "shards")
-        if meta["data"] != sha256_of(results("data") / "meta.json"):
+        if meta["data"] != sha256_of(folder_of("data") / "meta.json"):
             raise UserError(
                 f"{folder} holds latents of other images than results/data; run the stage latents again"
             )
@@ -84,13 +85,13 @@ class Encoded:
         return torch.from_numpy(np.stack([self.shards[item // SHARD][item % SHARD] for item in items]))
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; how many images there are is not known before they are read.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost; how many images there are is not known before they are read.
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """
     _vae(config, job.image)
-    return lambda: Plan(disk=None)
+    return partial(Plan, disk=None)
 
 
 def run(config: Config, job: Job) -> None:
@@ -101,18 +102,17 @@ def run(config: Config, job: Job) -> None:
     Source: FPDM (Bai and Melas-Kyriazi 2024), section 4.1, after "High-resolution image synthesis with latent diffusion
         models" (Rombach 2022), section 3.1.
     """
-    images = data.load(results("data"), "train", verify=True).images
+    images = data.load(folder_of("data"), "train", verify=True).images
     device = device_of(job)
     vae = _vae(config, images.shape[1:]).to(device)
     about = {
-        "data": sha256_of(results("data") / "meta.json"),
+        "data": sha256_of(folder_of("data") / "meta.json"),
         "vae": checksum(vae.state_dict()),
         "shape": config.shape,
     }
-    key = digest(job.code, job.study.seed, about, config.batch, environment(job))
-    with scratch(job.scratch(key)) as folder:
+    with scratch(job, identity(job, config, about)) as folder:
         shards = [folder / f"latents-{start:010d}.npy" for start in range(0, len(images), SHARD)]
-        missing = [k for k, path in enumerate(shards) if not whole(path)]
+        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
         require_disk(folder, 4 * int(np.prod(config.shape)) * SHARD * len(missing))
         with bar(
             job.name, len(images), done=min((len(shards) - len(missing)) * SHARD, len(images))
@@ -132,7 +132,9 @@ def run(config: Config, job: Job) -> None:
             job.out.mkdir(parents=True, exist_ok=True)
             for path in shards:
                 link(path, job.out)
-            about["shards"] = {path.name: path.with_suffix(".sha256").read_text() for path in shards}
+            about["shards"] = {
+                path.name: path.with_suffix(".sha256").read_text(encoding="utf-8") for path in shards
+            }
             write_json(
                 job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)}
             )
@@ -152,15 +154,15 @@ def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
     return image if config is None else config.shape
 
 
-def pixels(job: Job, shape: tuple[int, ...], of: str, device: torch.device) -> Pixels:
-    """Return how the images of a run, the folder `of` below results/, become pixels.
+def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device) -> Pixels:
+    """Return how what a run makes becomes pixels; with `latent` it works in latents, if the study has them.
 
     Raises: UserError if there is no such VAE, or it is not the one that made the latents.
     """
-    config = job.read("latents") if of.startswith("diffusion/") else None
+    config = job.read("latents") if latent else None
     if config is None:
         return Pixels(shape, to_uint8)
-    vae, path = _vae(config, job.image), results("latents") / "meta.json"
+    vae, path = _vae(config, job.image), folder_of("latents") / "meta.json"
     if read_json(path, "vae")["vae"] != checksum(vae.state_dict()):
         raise UserError(
             f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again"

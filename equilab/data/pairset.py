@@ -13,7 +13,7 @@ from torch import Tensor
 from equilab.core import rng
 from equilab.core.config import UserError, plain, read_json
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, results
+from equilab.core.job import Job, folder_of
 from equilab.data.images import to_float
 from equilab.models.checkpoint import read_metadata
 
@@ -74,7 +74,7 @@ class PairSet:
                 raise UserError(
                     f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
                 )
-        weights = results("teacher") / "weights.safetensors"  # pairs alone can be trained on too
+        weights = folder_of("teacher") / "weights.safetensors"  # pairs alone can be trained on too
         if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
             raise UserError(
                 f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again"
@@ -99,7 +99,7 @@ class PairSet:
 
         Raises: UserError naming the shard that differs.
         """
-        for array, (name, shard) in zip(self.images, self.meta["shards"].items()):
+        for array, shard in zip(self.images, self.meta["shards"].values()):
             if sha256_of(Path(array.filename)) != shard["sha256"]:
                 raise UserError(
                     f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again"

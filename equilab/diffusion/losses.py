@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from equilab.models import Denoised
+from equilab.diffusion.protocols import Denoised
 
 
 def edm_sigma(normal: Float[Tensor, b], mean: float, std: float) -> Float[Tensor, b]:

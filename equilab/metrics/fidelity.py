@@ -6,8 +6,10 @@ imported where it is needed, as it brings torchvision along, which takes seconds
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,20 +21,19 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import UserError, digest
+from equilab.core.machine import precision
 from equilab.core.progress import bar
 from equilab.data.images import load, to_float
 from equilab.models.checkpoint import checksum, load_network, load_tensors, read_metadata, save_tensors
-from equilab.training.classify import CLASSIFIERS
 
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
-KID_SUBSET, NEIGHBOURS, SPLITS, SEED = (
-    1000,
-    3,
-    10,
-    2020,
-)  # as published with each score; torch-fidelity's seed
+# as published with each score
+KID_SUBSET = 1000  # images
+NEIGHBOURS = 3  # of precision and recall
+SPLITS = 10  # of the inception score
+SEED = 2020  # torch-fidelity's
 CACHE = Path(".equilab/references")  # of a study, ignored by git and DVC
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the file carries
@@ -69,10 +70,12 @@ class Reference(NamedTuple):
 
 def classifier_extractor(classifier: nn.Module) -> Extractor:
     """Return the extractor of a trained Classifier, on the device that it is on."""
+
+    def network(image: Tensor) -> tuple[Tensor, Tensor]:
+        return classifier(to_float(image))
+
     device = next(classifier.parameters()).device
-    return Extractor(
-        lambda image: classifier(to_float(image)), "fd", checksum(classifier.state_dict()), device
-    )
+    return Extractor(network, "fd", checksum(classifier.state_dict()), device)
 
 
 def inception_extractor(device: torch.device) -> Extractor:
@@ -103,12 +106,15 @@ def inception_extractor(device: torch.device) -> Extractor:
         raise UserError(
             f"{path} is damaged: its sha256 must start with {INCEPTION_SHA256}; remove it and run again"
         )
-    torch.load(
-        path, weights_only=True
-    )  # torch-fidelity unpickles the file: refuse one that holds more than tensors
-    network = inceptionv3.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(path)).to(device)
+    # torch-fidelity unpickles the file: refuse one that holds more than tensors
+    torch.load(path, weights_only=True)
+    inception = inceptionv3.FeatureExtractorInceptionV3("", ["2048", "logits_unbiased"], str(path)).to(device)
+
+    def network(image: Tensor) -> tuple[Tensor, Tensor]:
+        return inception(image.expand(-1, 3, -1, -1))
+
     key = f"{weights} {importlib.metadata.version('torch-fidelity')}"
-    return Extractor(lambda image: network(image.expand(-1, 3, -1, -1)), "fid", key, device)
+    return Extractor(network, "fid", key, device)
 
 
 def register(extractor: Extractor) -> str:
@@ -153,9 +159,17 @@ def extract(
     if isinstance(images, np.ndarray):
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
     for batch in batches:
-        with torch.no_grad():
-            features, logits = extractor.network(torch.from_numpy(np.array(batch)).to(extractor.device))
+        pixels = torch.from_numpy(np.array(batch)).to(extractor.device)
+        with torch.no_grad(), _float32(extractor.device):
+            features, logits = extractor.network(pixels)
         yield features.cpu(), logits.cpu()
+
+
+@contextlib.contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Compute in float32, whatever the precision of what runs around: a score must not depend on it."""
+    with torch.autocast(device.type, enabled=False), precision("fp32", device)():
+        yield
 
 
 def statistics(blocks: Iterable[Float[Tensor, "_ d"]]) -> Statistics:
@@ -166,11 +180,9 @@ def statistics(blocks: Iterable[Float[Tensor, "_ d"]]) -> Statistics:
     count, total, products = 0, 0.0, 0.0
     for block in blocks:
         block = block.double()
-        count, total, products = (
-            count + len(block),
-            total + block.sum(0),
-            products + block.T @ block,
-        )  # (D,), (D, D)
+        count += len(block)
+        total = total + block.sum(0)  # (D,)
+        products = products + block.T @ block  # (D, D)
     if count < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {count}; give more")
     mean = total / count
@@ -222,12 +234,11 @@ class Parts:
     def __init__(self, splits: int):
         self.splits, self.count, self.sums = splits, 0, 0.0
 
-    def tell(self, logits: Float[Tensor, "b k"]) -> None:
+    def update(self, logits: Float[Tensor, "b k"]) -> None:
         """Add the logits of the next images."""
         log = logits.double().log_softmax(1)  # (B, K)
-        each = torch.cat(
-            [log.exp(), (log.exp() * log).sum(1, True), log.new_ones(len(log), 1)], 1
-        )  # (B, K + 2)
+        negative_entropy = (log.exp() * log).sum(1, True)  # (B, 1)
+        each = torch.cat([log.exp(), negative_entropy, log.new_ones(len(log), 1)], 1)  # (B, K + 2)
         part = (torch.arange(len(log)) + self.count) % self.splits
         self.count += len(log)
         self.sums = self.sums + log.new_zeros(self.splits, each.shape[1]).index_add(0, part, each)
@@ -308,13 +319,15 @@ class Scorer:
         weights = evaluator / "weights.safetensors"
         inception = read_metadata(weights).get("network") == "inception"
         if config is not None and inception != (config.network is None):
+            there = "Inception" if inception else "a classifier"
             raise UserError(
-                f"{weights} is {'Inception' if inception else 'a classifier'}, but params ask for the other; run the stage `evaluator` again"
+                f"{weights} is {there}, but params ask for the other; run the stage `evaluator` again"
             )
         if inception:
             self.extractor = inception_extractor(device)
         else:
-            self.extractor = classifier_extractor(load_network(weights, CLASSIFIERS, config)[0].to(device))
+            classifier, _ = load_network(weights, config)
+            self.extractor = classifier_extractor(classifier.to(device))
         self.references = {
             split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
             for split in ("train", "test")
@@ -344,17 +357,15 @@ class Scorer:
             for features, logits in extract(images, self.extractor):
                 if parts.count < COMPARED:
                     kept.append((features, logits))
-                parts.tell(logits)
+                parts.update(logits)
                 yield features
 
         found = statistics(blocks())
         compared, logits = (torch.cat(side)[:COMPARED] for side in zip(*kept))
         values = self._scores(found, compared, logits, self.references)
-        return (
-            values
-            if parts.count <= COMPARED
-            else {**values, "inception_score": parts.score(), "n_samples": parts.count}
-        )
+        if parts.count > COMPARED:
+            values |= {"inception_score": parts.score(), "n_samples": parts.count}
+        return values
 
     def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
         """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.
@@ -366,14 +377,16 @@ class Scorer:
         Raises: ValueError for fewer than 10 images.
         """
         train, test = self.references["train"], self.references["test"]
-        draw, starts = rng.generator(seed, "floor"), range(0, n_samples, BATCH)
-        batches = (
-            self.train[draw.integers(len(self.train), size=min(BATCH, n_samples - start))] for start in starts
-        )
         return {
             "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
-            "bootstrap": self.scores(batches),
+            "bootstrap": self.scores(self._drawn(n_samples, seed)),
         }
+
+    def _drawn(self, count: int, seed: int) -> Iterator[UInt8[np.ndarray, "b c h w"]]:
+        """Yield batches of training images drawn with replacement."""
+        draw = rng.generator(seed, "floor")
+        for start in range(0, count, BATCH):
+            yield self.train[draw.integers(len(self.train), size=min(BATCH, count - start))]
 
     def _scores(
         self, found: Statistics, compared: Tensor, logits: Tensor, references: Mapping[str, Reference]
@@ -385,17 +398,17 @@ class Scorer:
         for split, real in references.items():
             sizes = len(compared), len(real.features)
             subset = min(KID_SUBSET, *sizes)
-            subsets = -(
-                -2 * max(sizes) // subset
-            )  # every image is drawn twice on average, as by 100 of 50,000
+            subsets = math.ceil(
+                2 * max(sizes) / subset
+            )  # an image is drawn twice on average, as by 100 of 50,000
             values[f"kid_{split}"] = kid(compared, real.features, subsets=subsets, subset=subset, seed=SEED)
-        sides = (side.to(self.extractor.device) for side in (compared, references["train"].features))
-        values["precision"], values["recall"] = precision_recall(*sides, neighbours=NEIGHBOURS)
-        return {
-            **values,
-            "inception_score": inception_score(logits, splits=SPLITS, seed=SEED),
-            "n_samples": count,
-        }
+        device, real = self.extractor.device, references["train"].features
+        values["precision"], values["recall"] = precision_recall(
+            compared.to(device), real.to(device), neighbours=NEIGHBOURS
+        )
+        values["inception_score"] = inception_score(logits, splits=SPLITS, seed=SEED)
+        values["n_samples"] = count
+        return values
 
     def _distances(self, found: Statistics, references: Mapping[str, Reference]) -> dict[str, float]:
         what = self.extractor.distance

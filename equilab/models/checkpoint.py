@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from equilab.core.config import Spec, UserError, parse, plain
+from equilab.core.config import Spec, UserError, plain, spec
 from equilab.core.files import write
+from equilab.models.classifier import Classifier
+from equilab.models.family import families, family
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
 
@@ -73,26 +75,20 @@ def _open(path: Path, content: bool = False) -> tuple[dict[str, Any], dict[str, 
     return json.loads(metadata[KEY]), tensors
 
 
-def load_network(
-    path: Path, kinds: Mapping[str, str], config: Any = None
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network that a training stage wrote (evaluation mode), and the metadata kept with its weights.
 
-    `kinds` are the networks that may be built: {name in params: "module:Class"}. `config` is the stage's config in the
-    study's params, if the weights must be of that.
+    `config` is the stage's config in the study's params, if the weights must be of that.
 
-    Raises: UserError if the file is damaged, or holds a network of another kind, sizes or configuration.
+    Raises: UserError if the file is damaged, or holds a network of another configuration or of no known family.
     """
     tensors, metadata = load_tensors(path)
     if config is not None and plain(config) != metadata["config"]:
         raise UserError(
             f"{path} was trained under another configuration than params.yaml gives now; run its stage again"
         )
-    network = dict(metadata["config"]["network"])
-    if network["kind"] not in kinds:
-        raise UserError(f"{path} holds a {network['kind']}; expected one of {', '.join(kinds)}")
-    spec = parse(Annotated[Spec, tuple(kinds.items())], network, f"{path}: network")
-    net = spec.build(tuple(metadata["image"]), metadata["classes"])
+    network = _network(path, metadata) if config is None else config.network
+    net = network.build(tuple(metadata["image"]), metadata["classes"])
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -100,3 +96,15 @@ def load_network(
             f"{path} does not fit its own config ({str(error).splitlines()[-1].strip()}); train it again"
         ) from None
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), metadata
+
+
+def _network(path: Path, metadata: Mapping[str, Any]) -> Spec:
+    """Return what builds the network of some weights: their family or, where they name none, a family of their stage; a stage
+    that trains no generator trains a classifier."""
+    try:
+        network, name = metadata["config"]["network"], metadata.get("family")
+        known = [family(name)] if name is not None else families(metadata["stage"]).values()
+    except (KeyError, TypeError):
+        raise UserError(f"{path} does not say what network it is of; train it again") from None
+    kinds = {each.kind: each.network for each in known} or {"classifier": Classifier}
+    return spec(kinds, network, f"{path}: network")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equilab.models import vit
+from equilab.models.family import Family
 from equilab.models.layers import (
     AdaLNBlock,
     AdaLNFinal,
@@ -20,8 +21,8 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
+from equilab.models.published_keys import need
 from equilab.models.unet import Sinusoid
-from equilab.published import need
 
 # DiT (Peebles and Xie 2023), table 1: width, depth, heads and patch are those of ViT
 SIZES = {
@@ -114,11 +115,11 @@ class DiT(nn.Module):
         x: Float[Tensor, "b c h w"],
         t: Real[Tensor, b],
         label: Int64[Tensor, b] | None,
-        every: bool = False,
+        return_activations: bool = False,
     ) -> Float[Tensor, "b o h w"] | tuple[Float[Tensor, "b o h w"], dict[str, Tensor]]:
         """Return the prediction for `x` at timesteps t >= 0; a label is 0..classes - 1, or `classes`: the null class.
 
-        With `every`, also what each block adds to its input (B, N, D), by "block" and its number.
+        With `return_activations`, also what each block adds to its input (B, N, D), by "block" and its number.
 
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
@@ -126,9 +127,9 @@ class DiT(nn.Module):
         z, added = self.patches(x) + self.positions, {}  # (B, N, D)
         for k, block in enumerate(self.stack):
             before, z = z, block(z, condition)
-            added |= {f"block.{k}": z - before} if every else {}
+            added |= {f"block.{k}": z - before} if return_activations else {}
         out = unpatchify(self.final(z, condition), self.output)
-        return (out, added) if every else out
+        return (out, added) if return_activations else out
 
     def blocks(self) -> int:
         """Return the transformer blocks applied in a call (block_evals)."""
@@ -168,3 +169,17 @@ def published_keys(model: nn.Module) -> dict[str, str]:
         ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
         names[(published + key[len(ours) :]).replace(".modulation.", ".adaLN_modulation.1.")] = key
     return names
+
+
+FAMILY = Family(
+    name="dit",
+    label="DiT",
+    colour="#ca9161",
+    marker="X",
+    stage="diffusion",
+    kind="dit",
+    network=DiT,
+    implicit=False,
+    layered=True,
+    published=from_published,
+)

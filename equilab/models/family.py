@@ -51,8 +51,8 @@ def family(name: str) -> Family:
     return getattr(importlib.import_module(module), attribute or "FAMILY")
 
 
-def families(stage: Stage) -> dict[str, Family]:
-    """Return the families whose runs a stage trains, by their kind in params."""
+def families(stage: str) -> dict[str, Family]:
+    """Return the families whose runs a stage trains, by their kind in params; none where it trains no generator."""
     found = (family(name) for name in FAMILIES)
     return {each.kind: each for each in found if each.stage == stage}
 

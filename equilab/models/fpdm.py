@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equilab.models import dit
+from equilab.models.family import Family
 from equilab.models.layers import (
     AdaLNBlock,
     AdaLNFinal,
@@ -165,3 +166,17 @@ def from_published(
     with torch.device("meta"):  # whoever fills the model writes every tensor
         model = FPDM(image, classes, heads=heads, pre_post_timestep=pre_post_timestep, **sizes)
     return model.to_empty(device="cpu"), dit.published_keys(model)
+
+
+FAMILY = Family(
+    name="fpdm",
+    label="FPDM",
+    colour="#d55e00",
+    marker="P",
+    stage="diffusion",
+    kind="fpdm",
+    network=FPDM,
+    implicit=True,
+    layered=True,
+    published=from_published,
+)

@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Denoised, Generated, precond
+from equilab.diffusion.protocols import Denoised, Generated
+from equilab.models import precond
+from equilab.models.family import Family
+from equilab.models.unet import UNet
 
 # group -> the last part of the names of its layers in a U-Net
 GROUPS = {
@@ -81,11 +84,11 @@ class GDD(nn.Module):
         self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
 
     def forward(
-        self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, every: bool = False
+        self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, return_iterates: bool = False
     ) -> Generated:
         """Return Generated(image, None): where the steps from sigmas[0] * noise lead.
 
-        With `every`, the images (S, B, C, H, W) that the consistency function sees at all steps.
+        With `return_iterates`, the images (S, B, C, H, W) that the consistency function sees at all steps.
 
         Raises: ValueError for a label given to an unconditional network.
         """
@@ -93,8 +96,8 @@ class GDD(nn.Module):
         for sigma, after in zip(self.sigmas, (*self.sigmas[1:], 0.0)):
             image = self.denoise(x, sigma, label).image
             x = image + after / sigma * (x - image) if after else image
-            images += [image] if every else []
-        return Generated(torch.stack(images) if every else x, None)
+            images += [image] if return_iterates else []
+        return Generated(torch.stack(images) if return_iterates else x, None)
 
     generate = forward
 
@@ -212,3 +215,31 @@ def from_published(
     """
     teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
     return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names
+
+
+FAMILY = Family(
+    name="gdd",
+    label="GDD",
+    colour="#56b4e9",
+    marker="s",
+    stage="gan",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=from_published,
+)
+
+
+CONSISTENCY = Family(
+    name="cd",
+    label="CD",
+    colour="#cc78bc",
+    marker="v",
+    stage="consistency",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=None,
+)

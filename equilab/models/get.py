@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Generated
+from equilab.diffusion.protocols import Generated
+from equilab.models.family import Family
 from equilab.models.layers import (
     Block,
     Final,
@@ -20,8 +21,8 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
+from equilab.models.published_keys import need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
-from equilab.published import need
 
 # GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
 SIZES = {
@@ -121,14 +122,14 @@ class GET(nn.Module):
         label: Int64[Tensor, b] | None,
         init: Float[Tensor, "b n d"] | None,
         solve: Callable,
-        every: bool = False,
+        return_iterates: bool = False,
     ) -> Generated:
         """Return the image generated from `noise`, and the Solution of its state.
 
         `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows), where
-        `rows` are the samples to advance (None: all). With `every`, the images (K, B, C, H, W) of all iterates.
+        `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H, W) of all iterates.
 
-        Raises: ValueError if a label is missing or superfluous, or `every` meets a solver that does not record.
+        Raises: ValueError if a label is missing or superfluous, or iterates are asked of a solver that does not record.
         """
         injections = self.inject(noise, label)
 
@@ -136,10 +137,12 @@ class GET(nn.Module):
             return self.step(z, injections if rows is None else tuple(u[rows] for u in injections))
 
         solution = solve(f, noise.new_zeros(len(noise), *self.state_shape) if init is None else init)
-        if not every:
+        if not return_iterates:
             return Generated(self.decode(solution.z), solution)
         if not solution.iterates:
-            raise ValueError("every is true, but the solution holds no iterates; solve with record=True")
+            raise ValueError(
+                "return_iterates is true, but the solution holds no iterates; solve with record=True"
+            )
         images = self.decode(torch.cat(solution.iterates))  # (K*B, C, H, W)
         return Generated(images.unflatten(0, (-1, len(noise))), solution)  # (K, B, C, H, W)
 
@@ -164,3 +167,17 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[GET, d
         **sizes,
     )
     return model, published_keys(model)
+
+
+FAMILY = Family(
+    name="get",
+    label="GET",
+    colour="#0173b2",
+    marker="o",
+    stage="distill",
+    kind="get",
+    network=GET,
+    implicit=True,
+    layered=True,
+    published=from_published,
+)

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Denoised
+from equilab.diffusion.protocols import Denoised
+from equilab.models.family import Family
+from equilab.models.published_keys import need
 from equilab.models.unet import UNet
-from equilab.published import need
 
 
 def coefficients(sigma: Float[Tensor, "*b"], sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,3 +98,17 @@ def from_published(
 
 def _inputs(weights: Mapping[str, Tensor], key: str) -> int:
     return need(weights, key, 2).shape[1] if key in weights else 0
+
+
+FAMILY = Family(
+    name="edm",
+    label="EDM",
+    colour="#029e73",
+    marker="D",
+    stage="teacher",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=from_published,
+)

@@ -228,16 +228,16 @@ class UNet(nn.Module):
         noise_label: Float[Tensor, b],
         label: Int64[Tensor, b] | None,
         augment_label: Float[Tensor, "b a"] | None = None,
-        every: bool = False,
+        return_activations: bool = False,
     ) -> Float[Tensor, "b c h w"] | tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
         """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class or augmentation for the whole batch.
 
-        With `every`, also the output (B, D, H', W') of the last convolution of each block, by "enc" or "dec" and its name.
+        With `return_activations`, also the output (B, D, H', W') of the last convolution of each block, by "enc" or "dec" and its name.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """
         embedding = self._embed(noise_label, label, augment_label)  # (B, E)
-        skips, side, told = [], x, [] if every else None
+        skips, side, told = [], x, [] if return_activations else None
         for layer in self.enc.values():
             if isinstance(layer, ConvDown):
                 x = skips[-1] = side = (x + layer(side)) * math.sqrt(0.5)
@@ -251,7 +251,7 @@ class UNet(nn.Module):
                 x = layer(x, embedding, told)  # (B, C', H', W')
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
         out = conv(F.silu(norm(x)))  # (B, C, H, W)
-        if not every:
+        if not return_activations:
             return out
         names = [
             f"{part}.{name}"

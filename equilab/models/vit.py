@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.models import Generated
+from equilab.diffusion.protocols import Generated
+from equilab.models.family import Family
 from equilab.models.layers import (
     AdaLNBlock,
     AdaLNFinal,
@@ -19,7 +20,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.published import need
+from equilab.models.published_keys import need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
 SIZES = {
@@ -163,3 +164,17 @@ def published_keys(model: nn.Module) -> dict[str, str]:
         ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
         names[published + key[len(ours) :]] = key
     return names
+
+
+FAMILY = Family(
+    name="vit",
+    label="ViT",
+    colour="#de8f05",
+    marker="^",
+    stage="distill",
+    kind="vit",
+    network=ViT,
+    implicit=False,
+    layered=False,
+    published=from_published,
+)

@@ -40,11 +40,14 @@ def increasing(steps: int, total: int) -> list[int]:
         swapped: its "increasing" gives most iterations to the noisiest steps, where the sampling starts.
     """
     _check(steps, total)
-    rise = min(total, 2 * (total - steps))  # the line's, times steps
-    shares = [divmod(2 * steps * total + (2 * i + 1 - steps) * rise, 2 * steps**2) for i in range(steps)]
-    missing = total - sum(whole for whole, _ in shares)
-    larger = set(sorted(range(steps), key=lambda i: shares[i][1], reverse=True)[:missing])
-    return [whole + (i in larger) for i, (whole, _) in enumerate(shares)]
+    rise = min(total, 2 * (total - steps))  # of the line, from the first step to the last, times their number
+    denominator = 2 * steps**2
+    numerators = [2 * steps * total + (2 * i + 1 - steps) * rise for i in range(steps)]
+    counts = [numerator // denominator for numerator in numerators]
+    largest_first = sorted(range(steps), key=lambda i: numerators[i] % denominator, reverse=True)
+    for i in largest_first[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def decreasing(steps: int, total: int) -> list[int]:
@@ -71,20 +74,25 @@ def adaptive(traces: Sequence[Trace], steps: int, total: int) -> int:
     _check(steps, total)
     if not all(traces):
         raise ValueError("a trace is empty, so no residuals were measured; solve with measure=True")
-    left, remaining = steps - len(traces), total - sum(len(trace) for trace in traces)
+    left = steps - len(traces)
+    remaining = total - sum(len(trace) for trace in traces)
     if left == 1:
         return remaining
-    share, more = remaining / left, 0.0
-    logs = [
-        (len(r), math.log(max(r[0], FLOOR)), math.log(max(r[-1], FLOOR)))
-        for r in traces
-        if math.isfinite(sum(r))
-    ]
-    falls, further = sum(first - last for _, first, last in logs), sum(n - 1 for n, _, _ in logs)
-    if falls > 0 and further > 0 and math.isfinite(sum(traces[-1])):
-        needs = [n + last * further / falls for n, _, last in logs]
-        more = needs[-1] - sum(needs) / len(needs)
-    return min(max(round(share + more), 1), int(2 * share), remaining - left + 1)
+    share = remaining / left
+    count = round(share + _further_need(traces))
+    return min(max(count, 1), int(2 * share), remaining - left + 1)
+
+
+def _further_need(traces: Sequence[Trace]) -> float:
+    """Return how many iterations more than the mean of the steps so far the last one needed for residual 1."""
+    finite = [trace for trace in traces if math.isfinite(sum(trace))]
+    lasts = [math.log(max(trace[-1], FLOOR)) for trace in finite]
+    fall = sum(math.log(max(trace[0], FLOOR)) - last for trace, last in zip(finite, lasts))
+    iterations = sum(len(trace) - 1 for trace in finite)  # in which the residuals fell
+    if fall <= 0 or iterations == 0 or not math.isfinite(sum(traces[-1])):
+        return 0.0
+    needs = [len(trace) + last * iterations / fall for trace, last in zip(finite, lasts)]
+    return needs[-1] - sum(needs) / len(needs)
 
 
 def trace(solution: Solution) -> Trace:
@@ -104,7 +112,7 @@ def block_evals(pre: int, post: int, iterations: Sequence[int]) -> int:
 def _check(steps: int, total: int) -> None:
     if total < steps:
         raise ValueError(
-            f"total is {total}, but each of {steps} steps needs 1 iteration or more; give {steps} or more"
+            f"total is {total}, but each of {steps} steps needs an iteration; give {steps} or more"
         )
 
 

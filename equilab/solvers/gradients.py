@@ -39,13 +39,9 @@ class Gradient:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
         if (self.method == "multi_step") != (self.steps is not None and self.steps >= 1):
-            raise ValueError(
-                f"steps is {self.steps}; 'multi_step' needs 1 or more, other methods leave it out"
-            )
+            raise ValueError(f"steps is {self.steps}; 'multi_step' needs 1 or more, others leave it out")
         if (self.method == "implicit") != (self.adjoint is not None):
-            raise ValueError(
-                f"adjoint is {self.adjoint}; 'implicit' needs a solver, other methods leave it out"
-            )
+            raise ValueError(f"adjoint is {self.adjoint}; 'implicit' needs a solver, others leave it out")
 
 
 def equilibrium(
@@ -64,29 +60,26 @@ def equilibrium(
     """
     init = init.detach()
     if (gradient.method == "s_jfb") != (counts is not None) or (counts and (counts[0] < 0 or counts[1] < 1)):
-        raise ValueError(
-            f"counts is {counts}; 's_jfb' needs (0 or more, 1 or more), other methods leave it out"
-        )
+        raise ValueError(f"counts is {counts}; 's_jfb' needs (0 or more, 1 or more), others leave it out")
     if gradient.method in ("unrolled", "o1"):
         if solver.method != "iterate":
             raise ValueError(
                 f"method {solver.method!r} cannot be {gradient.method}; solve by 'iterate' or use 'jfb'"
             )
         return solver(_recomputed(f) if gradient.method == "o1" else f, init)
-    without, steps = counts or (solver.iterations, gradient.steps or 1)
-    tail = replace(
-        solver, method="iterate", iterations=steps, tolerance=0.0, pick="last", memory=None, mixing=None
-    )
-    if without == 0:
+    no_grad_iterations, grad_iterations = counts or (solver.iterations, gradient.steps or 1)
+    tail = Solver("iterate", grad_iterations, 0.0, "last", record=solver.record, measure=solver.measure)
+    if no_grad_iterations == 0:
         return tail(f, init)
     with torch.no_grad():
-        head = replace(solver, iterations=without)(f, init)
+        solved = replace(solver, iterations=no_grad_iterations)(f, init)
     if gradient.method == "implicit":
-        return _join(head, tail(_implicit(f, gradient.adjoint), head.z))
-    return _join(head, tail(f, head.z))
+        f = _implicit(f, gradient.adjoint)
+    return _joined(solved, tail(f, solved.z))
 
 
-def _join(head: Solution, tail: Solution) -> Solution:
+def _joined(head: Solution, tail: Solution) -> Solution:
+    """Return the Solution of two solves, the second from where the first ended."""
     return Solution(
         z=tail.z,
         iterations=head.iterations + tail.iterations,
@@ -98,6 +91,8 @@ def _join(head: Solution, tail: Solution) -> Solution:
 
 
 def _recomputed(f: Callable) -> Callable:
+    """Return f, whose intermediate results are not kept but computed again in the backward pass."""
+
     def application(z: Tensor, rows: Tensor | None) -> Tensor:
         return checkpoint(f, z, rows, use_reentrant=False, preserve_rng_state=False)
 
@@ -105,14 +100,18 @@ def _recomputed(f: Callable) -> Callable:
 
 
 def _implicit(f: Callable, adjoint: Solver) -> Callable:
-    """Return f whose backward pass receives v = g + (df/dz)^T v for an incoming gradient g, solved by `adjoint`."""
+    """Return f, whose backward pass hands on v = g + (df/dz)^T v for an incoming gradient g, solved by `adjoint`."""
 
     def application(z: Tensor, rows: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             return f(z, rows)
         z = z.detach().requires_grad_()
         fz = f(z, rows)
-        return _Adjoint.apply(fz, lambda g: _solve_adjoint(fz, z, g, adjoint))
+
+        def solve(g: Tensor) -> Tensor:
+            return _solve_adjoint(fz, z, g, adjoint)
+
+        return _Adjoint.apply(fz, solve)
 
     return application
 
@@ -121,24 +120,26 @@ class _Adjoint(torch.autograd.Function):
     """The identity, whose backward pass replaces the incoming gradient by solve(gradient)."""
 
     @staticmethod
-    def forward(ctx, z, solve):
+    def forward(ctx, z: Tensor, solve: Callable) -> Tensor:
         ctx.solve = solve
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         return ctx.solve(g), None
 
 
 def _solve_adjoint(fz: Tensor, z: Tensor, g: Tensor, adjoint: Solver) -> Tensor:
+    """Return v = g + (df/dz)^T v."""
+
     def transposed(v: Tensor, rows: Tensor | None) -> Tensor:
-        full = v if rows is None else torch.zeros_like(g).index_copy(0, rows, v)
-        (product,) = torch.autograd.grad(fz, z, full, retain_graph=True)
-        return product + g if rows is None else product[rows] + g[rows]
+        full = v if rows is None else torch.zeros_like(g).index_copy(0, rows, v)  # (B, N, D)
+        (product,) = torch.autograd.grad(fz, z, full, retain_graph=True)  # (B, N, D)
+        fv = product + g
+        return fv if rows is None else fv[rows]
 
     solution = adjoint(transposed, g)
-    if solution.diverged.any():
-        warnings.warn(
-            f"the adjoint diverged for {int(solution.diverged.sum())} of {len(g)} samples", stacklevel=2
-        )
+    diverged = int(solution.diverged.sum())
+    if diverged:
+        warnings.warn(f"the adjoint diverged for {diverged} of {len(g)} samples", stacklevel=2)
     return solution.z

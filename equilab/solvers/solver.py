@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from equilab.solvers.library import propose
 from equilab.solvers.methods import anderson, iterate
-from equilab.solvers.record import Solution
+from equilab.solvers.record import Record, Solution
 
 METHODS = ("iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson")
 
@@ -50,16 +51,13 @@ class Solver:
         elif self.memory is None or self.memory < 2:
             raise ValueError(f"memory is {self.memory}; Anderson acceleration needs 2 or more")
         elif self.mixing is None or not 0 < self.mixing <= 1:
-            raise ValueError(
-                f"mixing is {self.mixing}; Anderson acceleration needs a number above 0, at most 1"
-            )
+            raise ValueError(f"mixing is {self.mixing}; Anderson acceleration needs above 0, at most 1")
 
     def __call__(self, f: Callable, init: Float[Tensor, "b n d"]) -> Solution:
         """Solve z = f(z) from `init` and return the Solution."""
+        record = Record(init, self.iterations, self.tolerance, self.pick, self.record, self.measure)
         if self.method == "iterate":
-            return iterate(f, init, self)
+            return iterate(f, record)
         if self.method == "anderson":
-            return anderson(f, init, self)
-        from equilab.solvers.library import propose
-
-        return propose(f, init, self)
+            return anderson(f, record, self.memory, self.mixing)
+        return propose(self.method, f, record, self.memory, self.mixing)

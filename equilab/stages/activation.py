@@ -4,48 +4,48 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from itertools import count, pairwise
+from typing import Annotated, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from equilab.core.config import UserError
-from equilab.core.job import Job, Plan, results
+from equilab.core.config import Params, UserError
+from equilab.core.files import write_table
+from equilab.core.job import Job, Plan
 from equilab.core.machine import device_of
 from equilab.core.progress import bar
-from equilab.diffusion import discrete_samplers as walk
+from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
-from equilab.diffusion.samplers import euler, finish
+from equilab.diffusion.protocols import Denoised, finish
+from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
-from equilab.sampling.generators import Denoiser, Generator, Implicit, Solve, batches, inputs, kind, load
-from equilab.solvers import Solver
-from equilab.stages.evaluate import MAKERS, shape_of, trained_config, work_of, write_table
+from equilab.sampling import Generator, Run, batches, describe, first_seed, load
+from equilab.sampling.runs import Denoiser, ImplicitOneStep, Student, Teacher
+from equilab.sampling.settings import Count, Solve
+from equilab.solvers import Solution, Solver
 from equilab.training.onestep import Levels
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `activation`."""
 
-    runs: tuple[
-        str, ...
-    ]  # folders below results/; students of the teacher see what the teacher sees, which must come first
-    samples: int
-    batch: int
+    # folders below results/; students of the teacher are shown what the teacher sees, which must come first
+    runs: Annotated[tuple[str, ...], Field(min_length=1)]
+    samples: Count
+    batch: Count
     levels: Levels  # noise levels along which a U-Net samples, by Euler's method
-    timesteps: int  # of a chain of FPDM or DiT
-    iterations: int  # of a fixed point
+    timesteps: Count  # of a chain of FPDM or DiT
+    iterations: Annotated[int, Field(ge=2, le=10_000)]  # of a fixed point
 
-    def __post_init__(self):
-        if min(self.samples, self.batch, self.timesteps, len(self.runs)) < 1 or self.iterations < 2:
-            raise ValueError("samples, batch, timesteps and the number of runs must be >= 1, iterations >= 2")
-        names = [run.rpartition("/")[2] for run in self.runs]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"runs of one name cannot be told apart: {', '.join(self.runs)}; leave one out or rename it"
-            )
+    @model_validator(mode="after")
+    def _differ(self):
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
+        return self
 
 
 class Activity:
@@ -54,73 +54,70 @@ class Activity:
     def __init__(self):
         self.sums = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
 
-    def tell(self, step: int, at: float, outputs: Mapping[str, Tensor]) -> None:
-        """Add outputs (B, ...) by layer, made at a step, where noise level, timestep or iteration is `at`."""
+    def update(self, step: int, at: float, outputs: Mapping[str, Float[Tensor, "b ..."]]) -> None:
+        """Add outputs by layer, made at a step, where noise level, timestep or iteration is `at`."""
         for layer, value in outputs.items():
-            each = value.double().flatten(1)
-            found = torch.stack([each.mean(1).sum(), each.square().mean(1).sum(), each.new_tensor(len(each))])
-            self.sums[layer, step, at] += found.cpu()
+            samples = value.double().flatten(1)
+            means, squares = samples.mean(1).sum(), samples.square().mean(1).sum()
+            self.sums[layer, step, at] += torch.stack([means, squares, means.new_tensor(len(samples))]).cpu()
 
-    def rows(self, run: str, family: str) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer and step: mean, and root mean square, over samples and all that a layer puts out."""
-        depth = {layer: k for k, layer in enumerate(dict.fromkeys(layer for layer, *_ in self.sums))}
-        return [
-            {
-                "run": run,
-                "family": family,
-                "layer": layer,
-                "depth": depth[layer],
-                "step": step,
-                "at": at,
-                "mean": float(total / count),
-                "rms": float(squares / count) ** 0.5,
-            }
-            for (layer, step, at), (total, squares, count) in self.sums.items()
-        ]
+        layers = list(dict.fromkeys(layer for layer, _, _ in self.sums))
+        rows = []
+        for (layer, step, at), (total, squares, samples) in self.sums.items():
+            mean, rms = float(total / samples), float(squares / samples) ** 0.5
+            place = {"layer": layer, "depth": layers.index(layer), "step": step, "at": at}
+            rows.append({**place, "mean": mean, "rms": rms})
+        return rows
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: every network along its noise levels, timesteps or iterations.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config and return the estimate of its cost: every network along its noise levels, timesteps or iterations.
 
     Raises: UserError if `runs` names no run of the study, or one of a network without layers to look at.
     """
-    found = {name: trained_config(name, read) for name in config.runs}
-    for place, (name, trained) in enumerate(found.items()):
-        family = kind(trained)
-        if name.startswith("diffusion/") and not config.timesteps <= trained.diffusion.timesteps:
-            raise UserError(
-                f"activation.timesteps is {config.timesteps}, but {name} has {trained.diffusion.timesteps}; lower it"
-            )
-        if family == "vit":
-            raise UserError(
-                f"activation.runs: {name} is a ViT, whose layers see no noise level; leave it out"
-            )
-        if family == "student" and "teacher" not in config.runs[:place]:
-            raise UserError(
-                f"activation.runs: list the teacher before {name}, which is shown what the teacher sees"
-            )
+    runs = [describe(of, job) for of in config.runs]
+    for place, run in enumerate(runs):
+        _check(config, run, config.runs[:place])
 
-    def count() -> Plan:
-        size, work = 0, 0.0
-        for name, trained in found.items():
-            stage = name.partition("/")[0]
-            shape = shape_of(name, read, job.image)
-            size += MAKERS[stage].counted(trained, shape, job.classes)["parameters"]
-            if stage in ("distill", "diffusion"):
-                work += sum(
-                    work_of(name, trained, shape, job.classes, [(config.timesteps, config.iterations)])
-                )
-            else:  # the teacher's network, whoever's its weights are
-                work += sum(
-                    work_of("teacher", read("teacher"), job.image, job.classes, [(config.levels.steps, 1)])
-                )
-        return Plan(size, work * config.samples)
+    def estimate() -> Plan:
+        flops = sum(float(_flops(config, job, run)) for run in runs)
+        parameters = sum(run.counted.parameters for run in runs)
+        return Plan(parameters, flops * config.samples)
 
-    return count
+    return estimate
+
+
+def _check(config: Config, run: Run, before: tuple[str, ...]) -> None:
+    """Refuse a run that cannot be looked at, or not after the runs `before` it."""
+    if not run.family.layered:
+        raise UserError(
+            f"activation.runs: the layers of {run.of}, a {run.family.label}, see no noise level; leave it out"
+        )
+    if isinstance(run, Student) and "teacher" not in before:
+        raise UserError(
+            f"activation.runs: list the teacher before {run.of}, which is shown what the teacher sees"
+        )
+    if isinstance(run, Denoiser):
+        known = run.config.diffusion.timesteps
+        if config.timesteps > known:
+            raise UserError(f"activation.timesteps is {config.timesteps}, but {run.of} has {known}; lower it")
+
+
+def _flops(config: Config, job: Job, run: Run) -> float:
+    """Return the FLOPs of looking at a run, for an image."""
+    image = run.counted.image
+    if isinstance(run, Denoiser):
+        return image.flops(config.timesteps * config.iterations, calls=config.timesteps)
+    if isinstance(run, ImplicitOneStep):
+        return image.flops(config.iterations)
+    teacher = describe("teacher", job)  # the network of all U-Nets, whoever's their weights are
+    return teacher.counted.image.flops(calls=config.levels.steps)
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `activation.csv`: a row for each run, layer and step.
+    """Write `activation.csv`: a row for each run, layer and step, of each run's first seed.
 
     Of a U-Net, the last convolution of each block; of a DiT, what each block adds; of an FPDM or a GET, what each
     iteration changes.
@@ -128,89 +125,116 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the weights of a run are missing or damaged.
     Source: GDD (Zheng 2024), section 4.1, for U-Nets.
     """
-    plan(config, job, job.read)
-    device = device_of(job)
-    found = {
-        name: load(results(name) / "weights.safetensors", device, trained_config(name, job.read))
-        for name in config.runs
-    }
-    unets = {name: one for name, one in found.items() if one.kind in ("unet", "student")}
-    activities = {name: Activity() for name in found}
-    indices = list(batches(config.samples, config.batch))
-    with (
-        bar("activation", config.samples * (len(found) - max(len(unets) - 1, 0))) as progress,
-        torch.inference_mode(),
-    ):
-        for chosen in indices:
-            if unets:
-                _along_sigmas(config, job, unets, activities, chosen)
-                progress.update(len(chosen))
-            for name in (name for name in found if name not in unets):
-                along = _along_chain if isinstance(found[name], Denoiser) else _along_iterations
-                along(config, job, found[name], activities[name], chosen)
-                progress.update(len(chosen))
-    rows = [
-        row for name, one in found.items() for row in activities[name].rows(name.rpartition("/")[2], one.kind)
+    plan(config, job)  # refuses what cannot be
+    seeds = {of: first_seed(of, job) for of in config.runs}
+    generators = [
+        load(of, seed, config=describe(of, job).config, device=device_of(job)) for of, seed in seeds.items()
     ]
+    unets = [each for each in generators if isinstance(each.run, Teacher | Student)]
+    others = [each for each in generators if each not in unets]
+    activities = {of: Activity() for of in config.runs}
+    work = config.samples * (len(others) + bool(unets))
+    with bar("activation", work) as progress, torch.inference_mode():
+        for indices in batches(config.samples, config.batch):
+            if unets:
+                _along_noise_levels(config, job, unets, activities, indices)
+                progress.update(len(indices))
+            for generator in others:
+                along = _along_chain if isinstance(generator.run, Denoiser) else _along_iterations
+                along(config, job, generator, activities[generator.run.of], indices)
+                progress.update(len(indices))
+    rows = []
+    for generator in generators:
+        of, family = generator.run.of, generator.run.family.name
+        rows += [{"of": of, "seed": seeds[of], "family": family, **row} for row in activities[of].rows()]
     write_table(job.out / "activation.csv", rows)
 
 
-def _along_sigmas(
-    config: Config, job: Job, unets: Mapping[str, Generator], activities: Mapping[str, Activity], chosen
-) -> None:
-    """Sample along all noise levels by the teacher, and show what it sees to every U-Net."""
-    teacher = unets["teacher"]
-    noise, label, _ = inputs(job.study.seed, chosen, teacher, None)
-    networks = {name: one.net if one.kind == "unet" else one.net.net for name, one in unets.items()}
-    seen = []
+class _Recorded(nn.Module):
+    """A U-Net whose layers are looked at, at a step where the noise level is `sigma`."""
 
-    def told(name: str, x: Tensor, level: Tensor, label: Tensor | None, augment: None) -> Tensor:
-        out, outputs = networks[name](x, level, label, augment, every=True)
-        activities[name].tell(len(seen), seen[-1], outputs)
+    def __init__(self, net: nn.Module, activity: Activity, step: int, sigma: float):
+        super().__init__()
+        self.net, self.activity, self.step, self.sigma = net, activity, step, sigma
+
+    def forward(self, x: Tensor, noise_label: Tensor, label: Tensor | None, augment: None) -> Tensor:
+        """Return the output of the U-Net."""
+        out, outputs = self.net(x, noise_label, label, augment, return_activations=True)
+        self.activity.update(self.step, self.sigma, outputs)
         return out
 
-    def denoise(x: Tensor, sigma: float, label: Tensor | None, carry: None):
-        seen.append(float(sigma))
-        made = {
-            name: EDM(partial(told, name), sigma_data=teacher.config.sigma_data)(x, sigma, label)
-            for name in networks
-        }
-        return made["teacher"]
 
-    finish(euler(denoise, noise, config.levels.sigmas().double().flip(0), label))
+def _along_noise_levels(
+    config: Config,
+    job: Job,
+    unets: list[Generator],
+    activities: Mapping[str, Activity],
+    indices: np.ndarray,
+) -> None:
+    """Sample along all noise levels by the teacher, the first of the U-Nets, and show what it sees to all."""
+    teacher, steps = unets[0], count(1)
+    inputs = teacher.inputs(job.study.seed, indices, None)
+
+    def denoise(x: Tensor, sigma: float, label: Tensor | None, carry: None) -> Denoised:
+        step = next(steps)
+        denoised = []
+        for unet in unets:
+            net = _Recorded(unet.net, activities[unet.run.of], step, float(sigma))
+            denoised.append(EDM(net, sigma_data=teacher.run.config.sigma_data)(x, sigma, label))
+        return denoised[0]
+
+    sigmas = config.levels.sigmas().double().flip(0)
+    finish(euler(denoise, inputs.noise, sigmas, inputs.label))
 
 
-def _along_chain(config: Config, job: Job, generator: Denoiser, activity: Activity, chosen) -> None:
+def _along_chain(
+    config: Config, job: Job, generator: Generator, activity: Activity, indices: np.ndarray
+) -> None:
     """Sample a denoiser along its timesteps by DDIM."""
-    noise, label, _ = inputs(job.study.seed, chosen, generator, None)
-    process, steps = generator.config.diffusion, []
+    run, steps = generator.run, count(1)
+    inputs = generator.inputs(job.study.seed, indices, None)
     solver = Solver("iterate", config.iterations, 0.0, "last", record=True)
 
-    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: None):
-        steps.append(float(t[0]))
-        if generator.config.fixed_point is None:
-            out, added = generator.net(x, t, label, every=True)
-            activity.tell(len(steps), steps[-1], added)
-            return out, None
-        out, solution = generator.net(x, t, label, None, solver)
-        activity.tell(len(steps), steps[-1], _changes(solution))
-        return out, solution
+    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None):
+        if run.family.implicit:
+            out, solution = generator.net(x, t, label, None, solver)
+            activity.update(next(steps), float(t[0]), _changes(solution))
+            return out, solution
+        out, added = generator.net(x, t, label, return_activations=True)
+        activity.update(next(steps), float(t[0]), added)
+        return out, None
 
+    process = run.config.diffusion
     chain = process.chain(evenly(process.timesteps, config.timesteps))
-    pixels = generator.shape == job.image  # latents are not held in -1..1
-    walk.finish(walk.ddim(predict, noise, chain, label, eta=0.0, reuse=False, clamp=pixels))
+    pixels = run.shape == job.image  # latents are not held in -1..1
+    steps_back = discrete_samplers.ddim(
+        predict, inputs.noise, chain, inputs.label, eta=0.0, reuse=False, clamp=pixels
+    )
+    finish(steps_back)
 
 
-def _along_iterations(config: Config, job: Job, generator: Implicit, activity: Activity, chosen) -> None:
+def _along_iterations(
+    config: Config, job: Job, generator: Generator, activity: Activity, indices: np.ndarray
+) -> None:
     """Solve an implicit generator; its steps are its iterations."""
-    setting = Solve("iterate", config.iterations, 0.0, "last", None, None, "zeros")
-    noise, label, init = inputs(job.study.seed, chosen, generator, setting)
-    (solution,) = generator.make(noise, label, init, setting, every=True).solutions
-    for k, change in enumerate(_changes(solution).values()):
-        activity.tell(k + 1, float(k + 2), {"state": change})
+    setting = Solve(
+        method="iterate",
+        iterations=config.iterations,
+        tolerance=0.0,
+        pick="last",
+        memory=None,
+        mixing=None,
+        init="zeros",
+    )
+    inputs = generator.inputs(job.study.seed, indices, setting)
+    (solution,) = generator.sample(inputs, setting, return_iterates=True).solutions
+    for step, change in enumerate(_changes(solution).values(), 1):
+        activity.update(step, float(step + 1), {"state": change})
 
 
-def _changes(solution) -> dict[str, Tensor]:
+def _changes(solution: Solution) -> dict[str, Tensor]:
     """Return what each iteration but the first changes in the state."""
-    pairs = zip(solution.iterates, solution.iterates[1:])
-    return {f"iteration.{k + 2}": after - before for k, (before, after) in enumerate(pairs)}
+    changes = {}
+    for iteration, (before, after) in enumerate(pairwise(solution.iterates), 2):
+        changes[f"iteration.{iteration}"] = after - before
+    return changes

@@ -3,204 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from equilab.core.config import plain
-from equilab.core.files import write_json
-from equilab.core.job import Job, Plan, results
+from equilab.core.config import Params, plain
+from equilab.core.files import write_json, write_table
+from equilab.core.job import Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
-from equilab.data.pairs import Sampler
-from equilab.metrics.counting import matmul_peak, peak_memory, timed
-from equilab.sampling.generators import Denoiser, Explicit, Generator, Implicit, Solve, load
+from equilab.metrics.measuring import matmul_peak, peak_memory, timed
+from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load
+from equilab.sampling.runs import Denoiser, OneStep
+from equilab.sampling.settings import Count, Sampler, Solve
 from equilab.solvers import Solver
-from equilab.stages.evaluate import MAKERS, shape_of, trained_config, work_of, write_table
-from equilab.training import diffusion, distill
+from equilab.training import diffusion, distill, loop
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `cost`."""
 
-    runs: tuple[str, ...]  # folders below results/
-    batch: int  # images in a forward pass, and in a training step
-    iterations: tuple[int, ...]  # at test time, of implicit generators
+    runs: Annotated[tuple[str, ...], Field(min_length=1)]  # folders below results/
+    batch: Count  # images in a forward pass, and in a training step
+    iterations: Annotated[tuple[Count, ...], Field(min_length=1)]  # at test time, of implicit generators
     sampler: Sampler  # of a teacher
-    warmup: int  # calls before the measured ones
-    repeats: int  # measured calls; median, fastest and slowest are written
+    warmup: Annotated[int, Field(ge=0, le=10_000)]  # calls before the measured ones
+    repeats: Annotated[int, Field(ge=1, le=10_000)]  # measured calls; median, fastest and slowest are written
 
-    def __post_init__(self):
-        if (
-            min(self.batch, self.repeats, *self.iterations, len(self.iterations), len(self.runs)) < 1
-            or self.warmup < 0
-        ):
-            raise ValueError("batch, repeats, iterations and the number of runs must be >= 1, warmup >= 0")
+    @model_validator(mode="after")
+    def _differ(self):
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
+        return self
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: the FLOPs of all calls and training steps, those in which memory is measured included.
+class Measurement(NamedTuple):
+    """Something to measure of a run: what it is and costs by shape, and what makes the call that is measured."""
+
+    columns: Row
+    prepare: Callable[[Generator, Inputs], Callable[[], object]]
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config and return the estimate of its cost: all calls and training steps, those in which memory is measured
+    included.
 
     Raises: UserError if `runs` names no run of the study.
     """
-    found = {name: trained_config(name, read) for name in config.runs}
+    runs = [describe(of, job) for of in config.runs]
 
     def count() -> Plan:
-        size, work = 0, 0.0
-        for name, trained in found.items():
-            stage = name.partition("/")[0]
-            shape = shape_of(name, read, job.image)
-            about = MAKERS[stage].counted(trained, shape, job.classes)
-            fixed = getattr(trained, "equilibrium", None) or getattr(trained, "fixed_point", None)
-            settings = (
-                [(1, k) for k in config.iterations]
-                if fixed
-                else [(config.sampler.nfe if stage == "teacher" else 1, 1)]
-            )
-            work += sum(work_of(name, trained, shape, job.classes, settings)) + sum(
-                _steps(stage, trained, shape, job.classes)
-            )
-            size += about["parameters"]
-        return Plan(size, work * config.batch * (config.warmup + config.repeats + 1))
+        flops = 0.0
+        for run in runs:
+            flops += sum(float(each.columns["flops"]) for each in _measurements(config, run))
+        calls = config.batch * (config.warmup + config.repeats + 1)
+        return Plan(sum(run.counted.parameters for run in runs), flops * calls)
 
     return count
 
 
-def _steps(stage: str, trained: Any, shape: tuple[int, ...], classes: int) -> list[int | float]:
-    """Return the FLOPs of the training steps that are measured of a run, for an image."""
-    if stage == "diffusion":
-        counts = (
-            (trained.fixed_point.without, trained.fixed_point.steps) if trained.fixed_point else (0.0, 0.0)
-        )
-        return [diffusion.step_flops(trained, shape, classes, counts)]
-    return (
-        [distill.counted(way, shape, classes)["train_flops_image"] for way in _ways(trained)]
-        if stage == "distill"
-        else []
-    )
-
-
 def run(config: Config, job: Job) -> None:
-    """Write `cost.csv`: a row for each run and way of running it; `cost.json`: the device and its matmul peak.
+    """Write `cost.csv`: a row for each run (its first seed) and way of running it; `cost.json`: the device and its matmul peak.
 
     Raises: UserError if the weights of a run are missing or damaged.
     """
     device = device_of(job)
-    loaded = [
-        (name, load(results(name) / "weights.safetensors", device, trained_config(name, job.read)))
-        for name in config.runs
+    seeds = {of: first_seed(of, job) for of in config.runs}
+    generators = [
+        load(of, seed, config=describe(of, job).config, device=device) for of, seed in seeds.items()
     ]
     peak = matmul_peak(device, torch.float32)
     rows = []
-    with bar(job.name, len(loaded), unit="run") as progress:
-        for name, generator in loaded:
-            rows += [{"run": name.split("/")[-1], **row} for row in _rows(config, generator, peak)]
+    with bar(job.name, len(generators), unit="run") as progress:
+        for generator in generators:
+            of, family = generator.run.of, generator.run.family.name
+            named = {"of": of, "seed": seeds[of], "family": family}
+            inputs = _inputs(config, generator)
+            for measurement in _measurements(config, generator.run):
+                row = _measured(config, measurement.prepare(generator, inputs), device)
+                flops = measurement.columns["flops"] * config.batch
+                share = flops / row["seconds"] / peak
+                rows.append({**named, **measurement.columns, **row, "peak_share": share})
             progress.update()
     write_table(job.out / "cost.csv", rows)
     about = {"environment": environment(job), "matmul_fp32_flops_s": peak, "settings": plain(config)}
     write_json(job.out / "cost.json", about)
 
 
-def _rows(config: Config, generator: Generator, peak: float) -> list[dict[str, Any]]:
-    """Return the measurements of a run: sampling at each number of iterations, and its training step."""
-    noise = torch.randn(config.batch, *generator.shape, device=generator.device)
-    label = (
-        torch.arange(config.batch, device=generator.device) % generator.classes if generator.classes else None
-    )
-    if isinstance(generator, Denoiser):
-        return list(_denoising(config, generator, noise, label, peak))
-    rows = []
-    for setting in _settings(config, generator):
-        cost = generator.cost(setting)
-        measured = _measured(config, generator, lambda: generator.make(noise, label, None, setting))
-        rows.append(
-            {
-                "what": "sample",
-                **cost,
-                **measured,
-                "peak_share": _share(config, cost["flops"], measured, peak),
-            }
-        )
-    if isinstance(generator, Explicit | Implicit):
-        rows += _training(config, generator, (noise, torch.tanh(noise), label, None), peak)
-    return rows
+def _inputs(config: Config, generator: Generator) -> Inputs:
+    """Return a batch of noises, and classes in turn."""
+    device, classes = generator.device, generator.run.classes
+    noise = torch.randn(config.batch, *generator.run.shape, device=device)
+    return Inputs(noise, torch.arange(config.batch, device=device) % classes if classes else None)
 
 
-def _settings(config: Config, generator: Generator) -> list[Sampler | Solve | None]:
-    if generator.settings is Solve:
-        return [Solve("iterate", k, 0.0, "last", None, None, "zeros") for k in config.iterations]
-    return [config.sampler if generator.settings is Sampler else None]
-
-
-def _training(config: Config, generator: Generator, batch, peak: float) -> Iterator[dict[str, Any]]:
-    """Yield the training step, forward and backward, as trained; of an implicit generator unrolled and in O(1) memory too."""
-    ways = _ways(generator.config)
-    for way, work in zip(ways, _steps("distill", generator.config, generator.shape, generator.classes)):
-        about = {
-            "gradient": way.equilibrium.gradient if way.equilibrium else "explicit",
-            "as_trained": way is ways[0],
-        }
-        yield _step(config, generator, distill.loss_of(way), batch, about, work, peak)
-
-
-def _ways(trained: distill.Config) -> list[distill.Config]:
-    """Return the ways of training that are measured, as it was trained first."""
-    if trained.equilibrium is None:
-        return [trained]
-    others = (replace(trained.equilibrium, gradient=gradient) for gradient in ("unrolled", "o1"))
-    return [
-        trained,
-        *(replace(trained, equilibrium=other) for other in others if other != trained.equilibrium),
-    ]
-
-
-def _denoising(config: Config, generator: Generator, noise, label, peak: float) -> Iterator[dict[str, Any]]:
-    """Yield a call of a denoiser, at each number of iterations of its fixed point, and its training step at the most
-    iterations that training draws: what there must be memory for."""
-    trained, net, fixed = generator.config, generator.net, generator.config.fixed_point
-    t = torch.full((config.batch,), trained.diffusion.timesteps // 2, device=generator.device)
-    for k in config.iterations if fixed else (0,):
-        solve = [None, Solver("iterate", k, 0.0, "last", measure=False)] if k else []
-        with torch.inference_mode():
-            measured = _measured(config, generator, lambda: net(noise, t, label, *solve))
-        work = diffusion.call(trained, generator.shape, generator.classes, k)
-        cost = {
-            "nfe": 1,
-            "iterations": k or None,
-            "block_evals": net.blocks(k) if k else net.blocks(),
-            "flops": work,
-        }
-        yield {"what": "call", **cost, **measured, "peak_share": _share(config, work, measured, peak)}
-    counts, gradient = ((fixed.without, fixed.steps), fixed.gradient) if fixed else (None, "explicit")
-    (work,) = _steps("diffusion", trained, generator.shape, generator.classes)
-    batch, about = (torch.tanh(noise), noise, t, label, counts), {"gradient": gradient, "as_trained": True}
-    yield _step(config, generator, diffusion.loss_of(trained), batch, about, work, peak)
-
-
-def _step(
-    config: Config, generator: Generator, loss, batch, about: dict, work: int | float, peak: float
-) -> dict[str, Any]:
-    """Return the row of a training step, forward and backward, in the precision of the training."""
-    net = generator.net.train().requires_grad_(True)
-
-    def step():
-        with precision(generator.config.optimisation.precision, generator.device)():
-            value = loss(net, batch)
-        value.backward()
-        net.zero_grad(set_to_none=True)
-
-    measured = _measured(config, generator, step)
-    net.eval().requires_grad_(False)
-    row = {"what": "train", **about, "nfe": 1, "flops": work, **measured}
-    return {**row, "peak_share": _share(config, work, measured, peak)}
-
-
-def _measured(config: Config, generator: Generator, call) -> dict[str, int | float]:
+def _measured(config: Config, call: Callable[[], object], device: torch.device) -> Row:
     """Return seconds of a call on a batch and the largest memory that it took beyond what was there."""
-    seconds = timed(call, generator.device, warmup=config.warmup, repeats=config.repeats)
-    memory = peak_memory(call, generator.device)
+    seconds = timed(call, device, warmup=config.warmup, repeats=config.repeats)
+    memory = peak_memory(call, device)
     return {
         "batch": config.batch,
         "seconds": seconds.median,
@@ -211,5 +116,118 @@ def _measured(config: Config, generator: Generator, call) -> dict[str, int | flo
     }
 
 
-def _share(config: Config, flops: int | float, measured: dict[str, int | float], peak: float) -> float:
-    return flops * config.batch / measured["seconds"] / peak
+def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
+    """Yield what is measured of a run: sampling at each number of iterations (of a denoiser of timesteps, a call), and, of runs
+    whose step needs one network, training."""
+    if isinstance(run, Denoiser):
+        for iterations in config.iterations if run.family.implicit else (None,):
+            columns = {"what": "call", **run.counts(1, iterations)}
+            yield Measurement(columns, partial(_calling, iterations))
+        yield _denoiser_training(run)
+        return
+    for setting in _settings(config, run):
+        yield Measurement({"what": "sample", **run.cost(setting)}, partial(_sampling, setting))
+    if isinstance(run, OneStep):
+        yield from _generator_training(run)
+
+
+def _settings(config: Config, run: Run) -> list[Sampler | Solve | None]:
+    """Return the settings at which a run is sampled."""
+    if run.family.implicit:
+        fixed = {
+            "method": "iterate",
+            "tolerance": 0.0,
+            "pick": "last",
+            "memory": None,
+            "mixing": None,
+            "init": "zeros",
+        }
+        return [Solve(iterations=iterations, **fixed) for iterations in config.iterations]
+    return [config.sampler if run.listed else None]
+
+
+def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[], object]:
+    """Return the call that samples a batch."""
+    return partial(generator.sample, inputs, setting)
+
+
+def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:
+    """Return a call of a denoiser of timesteps, halfway, at so many iterations of its fixed point."""
+    t = torch.full(
+        (len(inputs.noise),), generator.run.config.diffusion.timesteps // 2, device=generator.device
+    )
+    given = [inputs.noise, t, inputs.label]
+    if iterations is not None:
+        given += [None, Solver("iterate", iterations, 0.0, "last", measure=False)]
+
+    @torch.inference_mode()
+    def call() -> None:
+        generator.net(*given)
+
+    return call
+
+
+def _denoiser_training(run: Run) -> Measurement:
+    """Return the training step of a denoiser at the most iterations that training draws: what there must be memory for."""
+    trained, iterations, gradient = run.config, None, "explicit"
+    if trained.fixed_point is not None:
+        fixed_point = trained.fixed_point
+        iterations = diffusion.Iterations(fixed_point.no_grad_iterations, fixed_point.grad_iterations)
+        gradient = fixed_point.gradient
+        most = fixed_point.model_copy(update={"gradient": "multi_step"})  # which takes both as they are
+        trained = trained.model_copy(update={"fixed_point": most})
+    flops = diffusion.cost(trained, run.shape, run.classes).train_flops_image
+
+    def prepare(generator: Generator, inputs: Inputs) -> Callable[[], object]:
+        noise, timesteps = inputs.noise, run.config.diffusion.timesteps
+        t = torch.full((len(noise),), timesteps // 2, device=generator.device)
+        batch = diffusion.Batch(torch.tanh(noise), noise, t, inputs.label, iterations)
+        return _update(generator, diffusion.loss_of(run.config), batch)
+
+    columns = {"what": "train", "gradient": gradient, "as_trained": True, "nfe": 1, "flops": int(flops)}
+    return Measurement(columns, prepare)
+
+
+def _generator_training(run: Run) -> Iterator[Measurement]:
+    """Yield the training step as the run was trained; of an implicit network unrolled and in O(1) memory too."""
+    for config in _gradient_variants(run.config):
+        loss = distill.loss_of(config)
+
+        def prepare(generator: Generator, inputs: Inputs, loss: loop.Loss = loss) -> Callable[[], object]:
+            batch = distill.Batch(inputs.noise, torch.tanh(inputs.noise), inputs.label, None)
+            return _update(generator, loss, batch)
+
+        columns = {
+            "what": "train",
+            "gradient": config.equilibrium.gradient if config.equilibrium else "explicit",
+            "as_trained": config is run.config,
+            "nfe": 1,
+            "flops": distill.cost(config, run.shape, run.classes).train_flops_image,
+        }
+        yield Measurement(columns, prepare)
+
+
+def _gradient_variants(trained: distill.Config) -> list[distill.Config]:
+    """Return the configs of a run whose training is measured, as it was trained first."""
+    variants = [trained]
+    for gradient in ("unrolled", "o1") if trained.equilibrium else ():
+        if gradient != trained.equilibrium.gradient:
+            other = trained.equilibrium.model_copy(update={"gradient": gradient})
+            variants.append(trained.model_copy(update={"equilibrium": other}))
+    return variants
+
+
+def _update(generator: Generator, loss: loop.Loss, batch: tuple[Tensor | None, ...]) -> Callable[[], object]:
+    """Return the training step of a network, forward and backward, in the precision of its training.
+
+    The network stays ready to be trained: nothing else is measured of it afterwards.
+    """
+    net = generator.net.train().requires_grad_(True)
+    context = precision(generator.run.config.optimisation.precision, generator.device)
+
+    def update() -> None:
+        with context():
+            loss(net, batch).backward()
+        net.zero_grad(set_to_none=True)
+
+    return update

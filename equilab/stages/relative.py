@@ -4,67 +4,79 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from equilab.core.config import UserError, read_json
-from equilab.core.job import Job, Plan, results
+from equilab.core.config import Params, UserError
+from equilab.core.files import write_table
+from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of
-from equilab.metrics import fidelity
-from equilab.stages.evaluate import write_table
+from equilab.metrics.fidelity import CACHE, Scorer, frechet
 from equilab.training import classify
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `relative`."""
 
-    runs: tuple[str, ...]  # of the stage evaluate; each is compared with each
+    runs: Annotated[tuple[str, ...], Field(min_length=2)]  # of the stage evaluate; each is compared with each
 
-    def __post_init__(self):
-        if len(set(self.runs)) < max(len(self.runs), 2):
-            raise ValueError(f"runs must name at least two different runs of evaluate, got {list(self.runs)}")
+    @model_validator(mode="after")
+    def _differ(self):
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
+        return self
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: features of all images, those of Inception not counted.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config and return the estimate of its cost: features of all images, those of Inception not counted.
 
-    Raises: UserError if `runs` names no run of evaluate.
+    Raises: UserError if `runs` names no run of evaluate, or they have no seed in common.
     """
-    for name in config.runs:
-        read("evaluate", name)
-    if (evaluator := read("evaluator")).network is None:
+    seeds = _common_seeds(config, job)
+    evaluator = job.read("evaluator")
+    if evaluator.network is None:
         return lambda: Plan(note="# Inception's features of the images are not counted")
 
     def count() -> Plan:
-        about = classify.counted(evaluator, job.image, job.classes)
-        return Plan(about["parameters"], float(about["flops_image"]) * evaluator.samples * len(config.runs))
+        cost = classify.cost(evaluator.network, job.image, job.classes)
+        images = evaluator.samples * len(config.runs) * len(seeds)
+        return Plan(cost.parameters, float(cost.image.flops()) * images)
 
     return count
 
 
+def _common_seeds(config: Config, job: Job) -> list[int]:
+    """Return the seeds that all runs have, in the order of the first run's."""
+    seeds = [job.seeds("evaluate", name) for name in config.runs]
+    common = [seed for seed in seeds[0] if all(seed in others for others in seeds)]
+    if not common:
+        raise UserError(
+            f"relative.runs: {', '.join(config.runs)} have no seed in common; give their runs the same seeds"
+        )
+    return common
+
+
 def run(config: Config, job: Job) -> None:
-    """Write `relative.csv`: the distance between the images of each two runs, on the evaluator's features.
+    """Write `relative.csv`: the distance between the images of each two runs of a seed, on the evaluator's features.
 
     Raises: UserError if the samples of a run are missing.
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
     """
-    plan(config, job, job.read)
-    scorer, found = (
-        fidelity.Scorer(
-            results("evaluator"), results("data"), fidelity.CACHE, device_of(job), job.read("evaluator")
-        ),
-        {},
-    )
-    for name in config.runs:
-        path = results("evaluate", name) / "samples.npy"
-        if not path.exists():
-            raise UserError(f"{path} is not there; run evaluate {name} first")
-        run = read_json(path.with_name("metrics.json"), "of")["of"].rpartition("/")[2]
-        if run in found:
-            raise UserError(f"relative.runs: two of them are of runs named {run}; leave one out")
-        found[run] = scorer.statistics(np.load(path, mmap_mode="r"))
-    pairs = itertools.permutations(found, 2)
-    rows = [{"first": a, "second": b, "distance": fidelity.frechet(found[a], found[b])} for a, b in pairs]
+    plan(config, job)  # refuses what cannot be
+    scorer = Scorer(folder_of("evaluator"), folder_of("data"), CACHE, device_of(job), job.read("evaluator"))
+    rows = []
+    for seed in _common_seeds(config, job):
+        statistics = {name: scorer.statistics(_samples(name, seed)) for name in config.runs}
+        for first, second in itertools.permutations(config.runs, 2):
+            distance = frechet(statistics[first], statistics[second])
+            rows.append({"seed": seed, "first": first, "second": second, "distance": distance})
     write_table(job.out / "relative.csv", rows)
+
+
+def _samples(name: str, seed: int) -> np.ndarray:
+    path = folder_of("evaluate", name, seed) / "samples.npy"
+    if not path.exists():
+        raise UserError(f"{path} is not there; run evaluate {name} --seed {seed} first")
+    return np.load(path, mmap_mode="r")

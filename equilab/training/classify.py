@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from equilab.core import rng
-from equilab.core.config import UserError, read_json
+from equilab.core.config import Spec, UserError, choice, read_json
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, results
+from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
-from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
 from equilab.models.checkpoint import load_network
+from equilab.models.classifier import Classifier
 from equilab.training import loop
+from equilab.training.loop import Optimisation
 
-CLASSIFIERS = {"classifier": "equilab.models.classifier:Classifier"}
+BATCH = 1000  # test images through the network at once
+
+
+def _classifiers() -> dict[str, type[nn.Module]]:
+    return {"classifier": Classifier}
+
+
+Network = choice(_classifiers)  # of a field of params
+
+
+class Batch(NamedTuple):
+    """What the loss needs."""
+
+    image: Tensor  # (B, C, H, W)
+    label: Tensor  # (B,)
 
 
 def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
@@ -30,37 +48,58 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
         raise UserError(
             f"{job.stage}.network needs labels to train on and the data have none; set network and optimisation to null"
         )
-    seed, shape = job.study.seed, data.images.shape[1:]
-    net = loop.build(config.network, seed, f"{job.stage} weights", shape, data.classes)
+    seed, shape, classes = job.study.seed, data.images.shape[1:], data.classes
+    net = loop.build(config.network, seed, f"{job.stage} weights", shape, classes)
 
-    def batch_of(positions: range):
+    def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(data.images))
-        return to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items])
+        return Batch(to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items]))
 
-    def loss(net, batch):
-        return cross_entropy(net(batch[0])[1], batch[1])
-
-    about = {"image": shape, "classes": data.classes, **counted(config, shape, data.classes)}
-    loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
-    net, _ = load_network(job.out / "weights.safetensors", CLASSIFIERS)
-    test = load(results("data"), "test")
-    with torch.inference_mode():
-        found = torch.cat(
-            [net(image)[1].argmax(1) for image in torch.from_numpy(to_float(test.images)).split(1000)]
-        )
-    accuracy = (found == torch.from_numpy(test.labels)).float().mean().item()
-    return {**read_json(job.out / "summary.json"), "network": "classifier", "accuracy_test": accuracy}
-
-
-@counted_once
-def counted(config: Any, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters, and the FLOPs for an image by shape, without building the network in memory."""
-    net = meta(config, image, classes)
-    with torch.device("meta"):
-        return {"parameters": parameters(net), "flops_image": flops(lambda: net(torch.empty(1, *image)))}
+    counted = cost(config.network, shape, classes)
+    about = {
+        "image": shape,
+        "classes": classes,
+        "parameters": counted.parameters,
+        "flops_image": counted.image.flops(),
+    }
+    inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
+    loop.train(job, config, inputs, net, batch_of, loss, about)
+    net, _ = load_network(job.out / "weights.safetensors", config)
+    summary = read_json(job.out / "summary.json")
+    test = load(folder_of("data"), "test")
+    return {**summary, "network": "classifier", "accuracy_test": _accuracy(net, test)}
 
 
-def meta(config: Any, image: tuple[int, ...], classes: int):
-    """Return the classifier without memory."""
-    with torch.device("meta"):
-        return config.network.build(image, classes)
+def loss(net: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross entropy of the classes."""
+    _, logits = net(batch.image)
+    return cross_entropy(logits, batch.label)
+
+
+@torch.inference_mode()
+def _accuracy(net: nn.Module, data: Dataset) -> float:
+    images = torch.from_numpy(to_float(data.images))
+    found = torch.cat([net(part)[1].argmax(1) for part in images.split(BATCH)])
+    return (found == torch.from_numpy(data.labels)).float().mean().item()
+
+
+def plan(network: Spec, optimisation: Optimisation, job: Job) -> Plan:
+    """Return what training the classifier costs."""
+    return loop.plan(optimisation, cost(network, job.image, job.classes))
+
+
+@functools.cache
+def cost(network: Spec, image: tuple[int, ...], classes: int) -> Cost:
+    """Return the cost of a classifier, counted on the meta device; its image is that of a call.
+
+    Raises: UserError if its sizes do not fit.
+    """
+    net = network_on_meta(network, image, classes)
+    batch = Batch(*inputs_on_meta(image, True))
+    count = parameters(net)
+    return Cost(
+        count,
+        count,
+        Work(flops(lambda: net(batch.image))),
+        flops(lambda: loss(net, batch).backward()),
+    )

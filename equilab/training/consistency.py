@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from pydantic import model_validator
+from torch import Tensor, nn
 
 from equilab.core import machine, rng
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, Plan, results
+from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.diffusion import losses
-from equilab.metrics.counting import flops
+from equilab.metrics.counting import Cost, flops, inputs_on_meta
+from equilab.models.family import Family, family
 from equilab.models.precond import EDM
 from equilab.training import loop, onestep
-from equilab.training.onestep import Levels, counted, table
+from equilab.training.onestep import Levels
 
 
-@dataclass(frozen=True)
 class Config(onestep.Config):
     """An entry of the params section `consistency`."""
 
     levels: Levels
 
-    def __post_init__(self):
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _fits(self):
         onestep.check_levels(self.student, self.levels)
+        return self
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return family("cd")
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost.
+class Batch(NamedTuple):
+    """What the loss needs."""
+
+    image: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    sigmas: tuple[Tensor, Tensor]  # (B,) each, a noise level and the one below it
+    label: Tensor | None  # (B,)
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
 
     Raises: UserError if the student is not the study's teacher.
     """
-    onestep.check(config, job, read)
-    onestep.meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    onestep.check(config, job)
+    onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
 
-    def count() -> Plan:
-        about = {
-            **counted(config, job.image, job.classes),
-            "train_flops_image": step_flops(config, job.image, job.classes),
-        }
-        return loop.plan(config.optimisation, about)._replace(note=table(config, job.image, job.classes))
+    def estimate() -> Plan:
+        counted = cost(config, job.image, job.classes)
+        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
 
-    return count
+    return estimate
 
 
 def run(config: Config, job: Job) -> None:
@@ -52,54 +67,55 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data or the teacher are missing, damaged, or not of this study.
     """
-    plan(config, job, job.read)
-    data = load(results("data"), "train", verify=True)
+    plan(config, job)
+    data = load(folder_of("data"), "train", verify=True)
     net, teacher = onestep.build(config, job, data)
     shape, seed = data.images.shape[1:], config.seed
     if machine.rank() == 0:
-        print(table(config, shape, data.classes))
+        print(onestep.table(config, shape, data.classes))
 
-    def batch_of(positions: range):
+    def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
-        label = torch.from_numpy(data.labels[items]) if config.conditional else None
-        return (
+        return Batch(
             to_float(torch.from_numpy(data.images[items])),
-            noise,
+            torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape)),
             config.levels.draw(seed, positions),
-            label,
+            torch.from_numpy(data.labels[items]) if config.conditional else None,
         )
 
-    about = {
-        "image": shape,
-        "classes": data.classes if config.conditional else 0,
-        "sigma_data": teacher.sigma_data,
-        **counted(config, shape, data.classes),
-        "train_flops_image": step_flops(config, shape, data.classes),
-    }
+    classes = data.classes if config.conditional else 0
+    about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))
     inputs = {
-        "data": sha256_of(results("data") / "meta.json"),
-        "teacher": sha256_of(results("teacher") / "weights.safetensors"),
+        "data": sha256_of(folder_of("data") / "meta.json"),
+        "teacher": sha256_of(folder_of("teacher") / "weights.safetensors"),
     }
     loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher), about)
 
 
-def loss_of(config: onestep.Config, teacher: EDM) -> loop.Loss:
-    """Return loss(net, (image, noise, sigmas, label)): the consistency loss of the student that a network is."""
+def loss_of(config: Config, teacher: EDM) -> loop.Loss:
+    """Return loss(net, batch): the consistency loss of the student that a network is."""
 
-    def loss(net, batch):
-        image, noise, sigmas, label = batch
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
         denoise = onestep.student(config, net, teacher.sigma_data).denoise
-        return losses.consistency(denoise, teacher.denoise, image, noise, sigmas, label)
+        return losses.consistency(
+            denoise, teacher.denoise, batch.image, batch.noise, batch.sigmas, batch.label
+        )
 
     return loss
 
 
-def step_flops(config: Config, image: tuple[int, ...], classes: int) -> int:
-    """Return the FLOPs by shape of a training step for an image: three calls without gradient, one with."""
-    net, noise, label = onestep.meta(config, image, classes)
-    with torch.device("meta"):
-        levels = torch.empty(1), torch.empty(1)
-    return flops(
-        lambda: loss_of(config, EDM(net, sigma_data=1.0))(net, (noise, noise, levels, label)).backward()
-    )
+def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    """Return the cost of the student, counted on the meta device; an update has three calls without gradient, one with."""
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
+
+
+@functools.cache
+def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    net = onestep.on_meta(config, image, classes)
+    noise, label = inputs_on_meta(image, config.conditional)
+    sigma = torch.empty(1, device="meta")
+    loss = loss_of(config, EDM(net, sigma_data=1.0))
+    update = flops(lambda: loss(net, Batch(noise, noise, (sigma, sigma), label)).backward())
+    return onestep.cost(config, image, classes, update)

@@ -2,90 +2,98 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Spec, UserError
+from equilab.core.config import Params, UserError
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, Plan, results
+from equilab.core.job import Job, Plan, Seed, folder_of
 from equilab.data import latents
 from equilab.data.images import load, to_float
 from equilab.diffusion import discrete_losses as losses
 from equilab.diffusion.discrete import Diffusion, noised
-from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters, work
+from equilab.models.family import Family, families, network
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
-DENOISERS = {"dit": "equilab.models.dit:DiT", "fpdm": "equilab.models.fpdm:FPDM"}
+Network = network("diffusion")
 DROPS = 1 << 20  # label dropout is drawn in so many parts
 
 
-@dataclass(frozen=True)
-class FixedPoint:
+class Iterations(NamedTuple):
+    """Applications of the fixed-point layer in an update: first some without gradient, then some with it."""
+
+    no_grad: float
+    grad: float
+
+
+class FixedPoint(Params):
     """How the fixed point of an FPDM is found and differentiated in training.
 
-    "s_jfb" draws both counts anew at every update, 0..without and 1..steps; the others take them as they are.
+    "s_jfb" draws both counts anew at every update, 0..no_grad_iterations and 1..grad_iterations; the others take them as
+    they are.
 
-    Source: FPDM (Bai and Melas-Kyriazi 2024), algorithm 1, where `without` is N and `steps` is M.
+    Source: FPDM (Bai and Melas-Kyriazi 2024), algorithm 1, where `no_grad_iterations` is N and `grad_iterations` is M.
     """
 
     gradient: Literal["jfb", "multi_step", "s_jfb"]
-    without: int  # iterations without gradient
-    steps: int  # iterations with gradient that follow
+    no_grad_iterations: int = Field(ge=0, le=10_000)
+    grad_iterations: int = Field(ge=1, le=10_000)  # those that follow
 
-    def __post_init__(self):
-        if self.without < 0 or self.steps < 1:
-            raise ValueError(f"without must be >= 0 and steps >= 1, got {self.without} and {self.steps}")
-        if self.gradient == "jfb" and self.steps != 1:
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.gradient == "jfb" and self.grad_iterations != 1:
             raise ValueError(
-                f"gradient jfb has one step, got {self.steps}; set steps to 1 or gradient to multi_step"
+                f"gradient jfb has one iteration with gradient, got {self.grad_iterations}; set grad_iterations to 1 "
+                "or gradient to multi_step"
             )
+        return self
 
-    def counts(self, seed: int, update: int) -> tuple[int, int]:
-        """Return the iterations without and with gradient of an update: a function of (seed, update)."""
+    def draw(self, seed: int, update: int) -> Iterations:
+        """Return the iterations of an update: a function of (seed, update)."""
         if self.gradient != "s_jfb":
-            return self.without, self.steps
-        drawn = [
-            rng.integers(seed, f"iterations {name} gradient", [update], high)
-            for name, high in (("without", self.without + 1), ("with", self.steps))
-        ]
-        return int(drawn[0][0]), 1 + int(drawn[1][0])
+            return Iterations(self.no_grad_iterations, self.grad_iterations)
+        no_grad = rng.integers(seed, "iterations without gradient", [update], self.no_grad_iterations + 1)
+        grad = rng.integers(seed, "iterations with gradient", [update], self.grad_iterations)
+        return Iterations(int(no_grad[0]), 1 + int(grad[0]))
 
-    @property
-    def mean(self) -> tuple[float, float]:
-        """The mean of both counts."""
-        return (
-            (self.without / 2, (1 + self.steps) / 2)
-            if self.gradient == "s_jfb"
-            else (float(self.without), float(self.steps))
-        )
+    def mean(self) -> Iterations:
+        """Return the mean of both counts over updates."""
+        if self.gradient != "s_jfb":
+            return Iterations(float(self.no_grad_iterations), float(self.grad_iterations))
+        return Iterations(self.no_grad_iterations / 2, (1 + self.grad_iterations) / 2)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """An entry of the params section `diffusion`."""
 
-    network: Annotated[Spec, tuple(DENOISERS.items())]
+    network: Network
     conditional: bool
-    label_dropout: float  # share of images whose class is hidden, for guidance
+    label_dropout: float = Field(ge=0, lt=1)  # share of images whose class is hidden, for guidance
     diffusion: Diffusion
     weight: Literal["uniform", "published"]  # of the squared error at each timestep
     fixed_point: FixedPoint | None  # null for explicit networks
-    seed: int  # of this run: its weights, the order of its images, what it draws
+    seed: Seed  # of this run: its weights, the order of its images, what it draws
     optimisation: Optimisation
 
-    def __post_init__(self):
-        if (self.network.kind == "fpdm") != (self.fixed_point is not None):
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.family.implicit != (self.fixed_point is not None):
             raise ValueError(
-                f"fixed_point must be given for fpdm and null for dit (network.kind is {self.network.kind})"
+                "fixed_point must be given for networks with a fixed point and null for others "
+                f"(network.kind is {self.network.kind})"
             )
-        if self.network.arguments["learned_variance"] != (self.diffusion.variance == "learned"):
+        learned = self.network.arguments.get("learned_variance", False)
+        if learned != (self.diffusion.variance == "learned"):
             raise ValueError(
                 "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
             )
@@ -93,27 +101,35 @@ class Config:
             raise ValueError(
                 "weight published is for v; set weight to uniform where diffusion.prediction is noise"
             )
-        if not 0 <= self.label_dropout < 1 or (self.label_dropout and not self.conditional):
-            raise ValueError(
-                f"label_dropout is {self.label_dropout}; give 0..1 (1 excluded), and 0 if conditional is false"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.label_dropout and not self.conditional:
+            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
+        return self
 
-    def positional(self, image: tuple[int, ...], classes: int) -> tuple:
-        """What the data determines of the network's constructor."""
-        return image, classes if self.conditional else 0
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return families("diffusion")[self.network.kind]
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost.
+class Batch(NamedTuple):
+    """What the loss needs."""
 
-    Raises: UserError if the data have no classes to condition on.
+    image: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,) timesteps
+    label: Tensor | None  # (B,), the null class where it is hidden
+    iterations: Iterations | None  # of the update; None for explicit networks
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
+
+    Raises: UserError if the data have no classes to condition on, or the network's sizes do not fit.
     """
-    _check(config, job, job.classes)
-    shape = latents.shape_of(read, job.image)
-    _meta(config, shape, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, counted(config, shape, job.classes))
+    _require_classes(config, job, job.classes)
+    shape = latents.shape_of(job.read, job.image)
+    _on_meta(config, shape, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, cost(config, shape, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -121,112 +137,104 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing or damaged, or have no classes to condition on.
     """
-    data = load(results("data"), "train", verify=True)
-    _check(config, job, data.classes)
-    encoded = None if job.read("latents") is None else latents.Encoded(results("latents"))
-    shape, seed = encoded.shape if encoded else data.images.shape[1:], config.seed
-    given = config.positional(shape, data.classes)
-    net = loop.build(config.network, seed, "weights", *given)
+    data = load(folder_of("data"), "train", verify=True)
+    _require_classes(config, job, data.classes)
+    inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
+    encoded, shape = None, data.images.shape[1:]
+    if job.read("latents") is not None:
+        encoded = latents.Encoded(folder_of("latents"))
+        shape = encoded.shape
+        inputs["latents"] = sha256_of(folder_of("latents") / "meta.json")
+    seed, classes = config.seed, data.classes if config.conditional else 0
+    net = loop.build(config.network, seed, "weights", shape, classes)
 
-    def batch_of(positions: range):
+    def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        image = encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items]))
-        noise = torch.from_numpy(rng.noise(seed, "noise", positions, shape))
-        t = torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps))
-        label = _labels(config, data.labels[items], positions, data.classes) if config.conditional else None
         update = positions.start // config.optimisation.batch
-        return image, noise, t, label, config.fixed_point.counts(seed, update) if config.fixed_point else None
+        return Batch(
+            encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items])),
+            torch.from_numpy(rng.noise(seed, "noise", positions, shape)),
+            torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps)),
+            _labels(config, data.labels[items], positions, data.classes) if config.conditional else None,
+            config.fixed_point.draw(seed, update) if config.fixed_point else None,
+        )
 
-    about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
-    inputs = {
-        name: sha256_of(results(name) / "meta.json") for name in ("data", *(["latents"] if encoded else []))
+    counted = cost(config, shape, data.classes)
+    mean = config.fixed_point.mean() if config.fixed_point else Iterations(0.0, 0.0)
+    about = {
+        "image": shape,
+        "classes": classes,
+        "parameters": counted.parameters,
+        "flops_image": counted.image.flops(mean.no_grad + mean.grad),
+        "train_flops_image": counted.train_flops_image,
     }
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
-def _check(config: Config, job: Job, classes: int) -> None:
+def _require_classes(config: Config, job: Job, classes: int) -> None:
     if config.conditional and not classes:
         raise UserError(
             f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false"
         )
 
 
-def _labels(config: Config, label: np.ndarray, positions: range, classes: int) -> torch.Tensor:
+def _labels(config: Config, label: np.ndarray, positions: range, classes: int) -> Tensor:
     """Return the labels of images, some of them replaced by the null class, by position."""
     hidden = rng.integers(config.seed, "label dropout", positions, DROPS) < config.label_dropout * DROPS
     return torch.from_numpy(np.where(hidden, classes, label))
 
 
 def loss_of(config: Config) -> loop.Loss:
-    """Return loss(net, (image, noise, t, label, counts)): the mean error of the prediction, and the bound that trains a
-    learned variance."""
+    """Return loss(net, batch): the mean error of the prediction, and the bound that trains a learned variance."""
     chain = config.diffusion.chain()
 
-    def loss(net, batch):
-        image, noise, t, label, counts = batch
-        level = chain.at(t)
-        x = noised(image, noise, level)
-        output = net(x, t, label) if counts is None else net(x, t, label, None, solver_of(counts))[0]
-        value = losses.error(chain, output, image, noise, level, config.weight)
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        level = chain.at(batch.t)
+        x = noised(batch.image, batch.noise, level)
+        if batch.iterations is None:
+            output = net(x, batch.t, batch.label)
+        else:
+            output, _ = net(x, batch.t, batch.label, None, solver_of(batch.iterations))
+        value = losses.error(chain, output, batch.image, batch.noise, level, config.weight)
         if config.diffusion.variance == "learned":
-            value = value + losses.bound(chain, output, image, noise, level)
+            value = value + losses.bound(chain, output, batch.image, batch.noise, level)
         return value.mean()
 
     return loss
 
 
-def solver_of(counts: tuple[int, int]) -> Callable:
+def solver_of(iterations: Iterations) -> Callable:
     """Return solve(f, init) -> Solution with these iterations without and with gradient; residuals are not measured."""
-    solver, gradient = Solver("iterate", 1, 0.0, "last", measure=False), Gradient("s_jfb")
-    return lambda f, init: equilibrium(f, init, solver, gradient, counts)
+    solver = Solver("iterate", 1, 0.0, "last", measure=False)
+    return functools.partial(equilibrium, solver=solver, gradient=Gradient("s_jfb"), counts=tuple(iterations))
 
 
-@counted_once
-def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters and, for an image, the FLOPs by shape of a call of the network (at the mean iterations of
-    training) and of a training step (likewise), without building the network in memory."""
-    mean = config.fixed_point.mean if config.fixed_point else (0.0, 0.0)
-    work = {
-        "flops_image": call(config, image, classes, sum(mean)),
-        "train_flops_image": step_flops(config, image, classes, mean),
-    }
-    return {"parameters": parameters(_meta(config, image, classes)[0]), **work}
+def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
+    iterations of training."""
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
 
 
-def step_flops(
-    config: Config, image: tuple[int, ...], classes: int, counts: tuple[int | float, int | float]
-) -> int | float:
-    """Return the FLOPs by shape of a training step for an image, at so many iterations without and with gradient."""
-    base, without, more = _steps(config, image, classes)
-    return base + (without - base) * counts[0] + (more - base) * (counts[1] - 1)
+@functools.cache
+def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    net, loss = _on_meta(config, image, classes), loss_of(config)
+    x, label = inputs_on_meta(image, config.conditional)
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    count = parameters(net)
 
+    def update(iterations: Iterations | None) -> int:
+        return flops(lambda: loss(net, Batch(x, x, t, label, iterations)).backward())
 
-@counted_once
-def _steps(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
-    """Return the FLOPs of a training step: with one iteration, one more without gradient, or one more with."""
-    net, batch = _meta(config, image, classes)
-    counts = [(0, 1), (1, 1), (0, 2)] if config.fixed_point else [None]
-    found = [flops(lambda: loss_of(config)(net, (*batch, one)).backward()) for one in counts]
-    return found if config.fixed_point else found * 3
-
-
-def call(config: Config, image: tuple[int, ...], classes: int, iterations: int | float) -> int | float:
-    """Return the FLOPs by shape of a call of the network for an image, at so many iterations of its fixed point."""
-    once, twice = _calls(config, image, classes)
-    return once + (twice - once) * (iterations - 1)
-
-
-@counted_once
-def _calls(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
-    """Return the FLOPs of a call with one iteration and with two; an explicit network makes no difference."""
-    net, (x, _, t, label) = _meta(config, image, classes)
     if config.fixed_point is None:
-        return [flops(lambda: net(x, t, label))] * 2
-    return [flops(lambda: net(x, t, label, None, solver_of((0, k)))) for k in (1, 2)]
+        return Cost(count, count, Work(flops(lambda: net(x, t, label))), float(update(None)))
+    call = work(lambda iterations: net(x, t, label, None, solver_of(Iterations(0, iterations))))
+    once = update(Iterations(0, 1))
+    no_grad, grad = update(Iterations(1, 1)) - once, update(Iterations(0, 2)) - once  # of an iteration more
+    mean = config.fixed_point.mean()
+    return Cost(count, count, call, once + no_grad * mean.no_grad + grad * (mean.grad - 1))
 
 
-def _meta(config: Config, image: tuple[int, ...], classes: int):
-    with torch.device("meta"):
-        x, t = torch.empty(1, *image), torch.zeros(1, dtype=torch.int64)
-        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        return config.network.build(*config.positional(image, classes)), (x, x, t, label)
+def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+    return network_on_meta(config.network, image, classes if config.conditional else 0)

@@ -2,82 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Spec, UserError, digest
-from equilab.core.job import Job, Plan, results
+from equilab.core.config import Params, UserError, digest
+from equilab.core.job import Job, Plan, Seed, folder_of
 from equilab.data.pairset import PairSet
 from equilab.diffusion import losses
-from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters, work
+from equilab.models.family import Family, families, network
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
-GENERATORS = {"get": "equilab.models.get:GET", "vit": "equilab.models.vit:ViT"}
+Network = network("distill")
 
 
-@dataclass(frozen=True)
-class Equilibrium:
+class Equilibrium(Params):
     """How the fixed point of an implicit generator is found and differentiated in training."""
 
-    init: Literal[
-        "zeros", "noise"
-    ]  # where the iteration starts; noise: unit normal, drawn anew for every image seen
-    iterations: int
+    init: Literal["zeros", "noise"]  # where it starts; noise: unit normal, drawn anew for every image seen
+    iterations: int = Field(ge=1, le=10_000)
     gradient: Literal["unrolled", "o1", "jfb", "implicit"]
-    correction: (
-        float | None
-    )  # gamma of the fixed-point correction over all iterates; null: loss on the last one
+    # gamma of the fixed-point correction over all iterates; null: the loss is of the last one
+    correction: float | None = Field(gt=0, le=1)
 
-    def __post_init__(self):
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be >= 1, got {self.iterations}")
-        if self.correction is not None and not 0 < self.correction <= 1:
-            raise ValueError(f"correction must lie between 0 and 1, got {self.correction}")
+    @model_validator(mode="after")
+    def _fits(self):
         if self.correction is not None and self.gradient not in ("unrolled", "o1"):
             raise ValueError(
                 "correction needs every iterate's gradient: set gradient to unrolled or o1, or correction to null"
             )
+        return self
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """An entry of the params section `distill`."""
 
-    network: Annotated[Spec, tuple(GENERATORS.items())]
+    network: Network
     conditional: bool  # on the pairs' classes
     equilibrium: Equilibrium | None  # null for explicit networks
-    pairs: int  # the first so many training pairs are used
+    pairs: int = Field(ge=1, le=10**10)  # the first so many training pairs are used
     loss: Literal["l1", "l2"]
-    seed: int  # of this run: its weights and the order of its pairs
+    seed: Seed  # of this run: its weights and the order of its pairs
     optimisation: Optimisation
 
-    def __post_init__(self):
-        if (self.network.kind == "get") != (self.equilibrium is not None):
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.family.implicit != (self.equilibrium is not None):
             raise ValueError(
-                f"equilibrium must be given for get and null for vit (network.kind is {self.network.kind})"
+                "equilibrium must be given for networks with a fixed point and null for others "
+                f"(network.kind is {self.network.kind})"
             )
-        if self.pairs < 1 or not 0 <= self.seed < 2**63:
-            raise ValueError(f"pairs must be >= 1 and seed >= 0, got {self.pairs} and {self.seed}")
+        return self
 
-    def positional(self, image: tuple[int, ...], classes: int) -> tuple:
-        """What the data determines of the network's constructor."""
-        return image, classes if self.conditional else 0
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return families("distill")[self.network.kind]
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost.
+class Batch(NamedTuple):
+    """What the loss needs."""
 
-    Raises: UserError if the study's pairs cannot train it.
+    noise: Tensor  # (B, C, H, W)
+    image: Tensor  # (B, C, H, W) that the teacher makes of it
+    label: Tensor | None  # (B,)
+    init: Tensor | None  # (B, N, D) where the fixed point's iteration starts; None: zeros
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
+
+    Raises: UserError if the study's pairs cannot train it, or the network's sizes do not fit.
     """
-    _check(config, job, read("pairs").count, job.classes)
-    _meta(config, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, counted(config, job.image, job.classes))
+    _require_pairs(config, job, job.read("pairs").count, job.classes)
+    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -85,27 +92,32 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the pairs are missing, damaged, too few or made otherwise than params say now.
     """
-    pairs = PairSet(results("pairs"))
+    pairs = PairSet(folder_of("pairs"))
     pairs.check(job)
     pairs.verify()
-    _check(config, job, pairs.count, pairs.classes)
-    given = config.positional(pairs.shape, pairs.classes)
-    net = loop.build(config.network, config.seed, "weights", *given)
-    state_shape = net.state_shape if config.equilibrium else ()
+    _require_pairs(config, job, pairs.count, pairs.classes)
+    classes = pairs.classes if config.conditional else 0
+    net = loop.build(config.network, config.seed, "weights", pairs.shape, classes)
+    noisy = config.equilibrium is not None and config.equilibrium.init == "noise"
 
-    def batch_of(positions: range):
+    def batch_of(positions: range) -> Batch:
         items = rng.batch(config.seed, "pair order", positions.start, len(positions), config.pairs)
         noise, image, label = pairs.read(items + pairs.held_out)
-        init = None
-        if config.equilibrium and config.equilibrium.init == "noise":
-            init = torch.from_numpy(rng.noise(config.seed, "init", positions, state_shape))
-        return noise, image, label if config.conditional else None, init
+        init = torch.from_numpy(rng.noise(config.seed, "init", positions, net.state_shape)) if noisy else None
+        return Batch(noise, image, label if config.conditional else None, init)
 
-    about = {"image": pairs.shape, "classes": given[1], **counted(config, pairs.shape, pairs.classes)}
+    counted = cost(config, pairs.shape, pairs.classes)
+    about = {
+        "image": pairs.shape,
+        "classes": classes,
+        "parameters": counted.parameters,
+        "flops_image": counted.image.flops(config.equilibrium.iterations if config.equilibrium else 0),
+        "train_flops_image": counted.train_flops_image,
+    }
     loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
 
 
-def _check(config: Config, job: Job, count: int, classes: int) -> None:
+def _require_pairs(config: Config, job: Job, count: int, classes: int) -> None:
     if config.pairs > count:
         raise UserError(
             f"distill.{job.run}.pairs is {config.pairs}, the set has {count}; raise pairs.count or lower it"
@@ -117,76 +129,69 @@ def _check(config: Config, job: Job, count: int, classes: int) -> None:
 
 
 def loss_of(config: Config) -> loop.Loss:
-    """Return loss(net, (noise, image, label, init)): the mean error of the last iterate, or corrected over all."""
+    """Return loss(net, batch): the mean error of the image, or of an implicit network corrected over all iterates."""
     measure = losses.l1 if config.loss == "l1" else losses.l2
-    solve = solver_of(config.equilibrium) if config.equilibrium else None
+    if config.equilibrium is None:
 
-    def loss(net, batch):
-        noise, image, label, init = batch
-        if solve is None:
-            return measure(net(noise, label).image, image)
-        gamma = config.equilibrium.correction
-        generated = net(noise, label, init, solve, gamma is not None).image
+        def explicit(net: nn.Module, batch: Batch) -> Tensor:
+            return measure(net(batch.noise, batch.label).image, batch.image)
+
+        return explicit
+
+    solve, gamma = solver_of(config.equilibrium), config.equilibrium.correction
+
+    def implicit(net: nn.Module, batch: Batch) -> Tensor:
+        generated = net(batch.noise, batch.label, batch.init, solve, gamma is not None).image
         if gamma is None:
-            return measure(generated, image)
-        return losses.fixed_point_correction(
-            torch.stack([measure(iterate, image) for iterate in generated]), gamma
-        )
+            return measure(generated, batch.image)
+        errors = torch.stack([measure(iterate, batch.image) for iterate in generated])  # (K,)
+        return losses.fixed_point_correction(errors, gamma)
 
-    return loss
+    return implicit
 
 
-def solver_of(config: Equilibrium):
+def solver_of(config: Equilibrium) -> Callable:
     """Return solve(f, init) -> Solution as training uses it: residuals are not measured."""
-    solver = Solver(
-        "iterate", config.iterations, 0.0, "last", record=config.correction is not None, measure=False
-    )
+    record = config.correction is not None
+    solver = Solver("iterate", config.iterations, 0.0, "last", record=record, measure=False)
     adjoint = Solver("iterate", config.iterations, 0.0, "last") if config.gradient == "implicit" else None
-    gradient = Gradient(config.gradient, adjoint=adjoint)
-    return lambda f, init: equilibrium(f, init, solver, gradient)
+    return functools.partial(equilibrium, solver=solver, gradient=Gradient(config.gradient, adjoint=adjoint))
 
 
-@counted_once
-def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters and, for an image, the FLOPs by shape of generating it and of a training step, without
-    building the network in memory.
+def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    """Return the cost of the generator, counted on the meta device; its image is a whole one.
 
-    A step is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
+    An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    solve, adjoint = config.equilibrium, 0
-    work, *more = generation(
-        config, image, classes, [solve.iterations, solve.iterations + 1] if solve else [1]
-    )
-    if solve and solve.gradient == "implicit":
-        adjoint = solve.iterations * (more[0] - work)
-        config = replace(config, equilibrium=replace(solve, gradient="jfb"))
-    net, noise, label = _meta(config, image, classes)
-    step = flops(lambda: loss_of(config)(net, (noise, noise, label, None)).backward())
-    return {"parameters": parameters(net), "flops_image": work, "train_flops_image": step + adjoint}
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
 
 
-def generation(
-    config: Config, image: tuple[int, ...], classes: int, iterations: Sequence[int | float]
-) -> list[int | float]:
-    """Return the FLOPs by shape of generating an image at each number of iterations; an explicit network has one."""
-    once, twice = _once_and_twice(config, image, classes)
-    return [once + (twice - once) * (k - 1) for k in iterations]
-
-
-@counted_once
-def _once_and_twice(config: Config, image: tuple[int, ...], classes: int) -> list[int]:
-    """Return the FLOPs of generating an image with one iteration and with two; an explicit network makes no difference."""
-    net, noise, label = _meta(config, image, classes)
+@functools.cache
+def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    net = _on_meta(config, image, classes)
+    noise, label = inputs_on_meta(image, config.conditional)
+    batch = Batch(noise, noise, label, None)
+    count = parameters(net)
     if config.equilibrium is None:
-        return [flops(lambda: net(noise, label))] * 2
-    return [
-        flops(lambda: net(noise, label, None, Solver("iterate", k, 0.0, "last", measure=False)))
-        for k in (1, 2)
-    ]
+        generated, adjoint = Work(flops(lambda: net(noise, label))), 0
+    else:
+
+        def generate(iterations: int) -> None:
+            net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
+
+        generated, adjoint = work(generate), 0
+        if (
+            config.equilibrium.gradient == "implicit"
+        ):  # the last application's gradient, and the adjoint's products
+            adjoint = config.equilibrium.iterations * generated.per_iteration
+            jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})
+            config = config.model_copy(update={"equilibrium": jfb})
+    update = flops(lambda: loss_of(config)(net, batch).backward())
+    return Cost(count, count, generated, update + adjoint)
 
 
-def _meta(config: Config, image: tuple[int, ...], classes: int):
-    with torch.device("meta"):
-        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        return config.network.build(*config.positional(image, classes)), torch.empty(1, *image), label
+def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+    return network_on_meta(config.network, image, classes if config.conditional else 0)

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
 
-from equilab.core.config import Spec, UserError
+from pydantic import Field, model_validator
+
+from equilab.core.config import Params, UserError
 from equilab.core.files import write, write_json
-from equilab.core.job import Job, Plan, results
+from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, rank
 from equilab.data.images import load
+from equilab.metrics.counting import network_on_meta
 from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
 from equilab.models.checkpoint import save_tensors
-from equilab.training import classify, loop
-from equilab.training.classify import CLASSIFIERS
+from equilab.training import classify
 from equilab.training.loop import Optimisation
 
-MOST = 10_000_000  # samples, within reason
 
-
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `evaluator`."""
 
-    network: Annotated[Spec, tuple(CLASSIFIERS.items())] | None  # null: torch-fidelity's Inception
-    samples: int  # generated images in every comparison
+    network: classify.Network | None  # null: torch-fidelity's Inception
+    samples: int = Field(ge=SPLITS, le=10_000_000)  # generated images in every comparison
     optimisation: Optimisation | None  # of the classifier; null with Inception
 
-    def __post_init__(self):
+    @model_validator(mode="after")
+    def _fits(self):
         if (self.network is None) != (self.optimisation is None):
             raise ValueError(
                 "network and optimisation must both be given (a classifier) or both be null (Inception)"
             )
-        if not SPLITS <= self.samples <= MOST:
-            raise ValueError(f"samples must be {SPLITS} to {MOST:,}, got {self.samples}")
+        return self
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost; Inception is not counted."""
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost; Inception is not counted.
+
+    Raises: UserError if the network's sizes do not fit.
+    """
     if config.network is None:
         return Plan
-    classify.meta(config, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, classify.counted(config, job.image, job.classes))
+    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: classify.plan(config.network, config.optimisation, job)
 
 
 def run(config: Config, job: Job) -> None:
@@ -51,9 +51,10 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing, damaged, without labels or too few.
     """
-    data = load(results("data"), "train", verify=True)
+    data = load(folder_of("data"), "train", verify=True)
     for split in ("train", "test"):
-        if (count := len(load(results("data"), split).images)) < SPLITS:
+        count = len(load(folder_of("data"), split).images)
+        if count < SPLITS:
             raise UserError(
                 f"results/data has {count} {split} images, scores need {SPLITS} or more; give more in data (test, test_path)"
             )
@@ -65,6 +66,6 @@ def run(config: Config, job: Job) -> None:
         summary = classify.train(config, job, data)
     if rank() != 0:
         return
-    scorer = Scorer(job.out, results("data"), CACHE, device_of(job))
+    scorer = Scorer(job.out, folder_of("data"), CACHE, device_of(job), config)
     floor = scorer.floor(config.samples, job.study.seed)
     write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})

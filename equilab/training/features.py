@@ -6,31 +6,31 @@ It stands for networks trained on other images where there are no weights of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
 
-from equilab.core.config import Spec
+from equilab.core.config import Params
 from equilab.core.files import write_json
-from equilab.core.job import Job, Plan, results
+from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import rank
 from equilab.data.images import load
-from equilab.training import classify, loop
-from equilab.training.classify import CLASSIFIERS
+from equilab.metrics.counting import network_on_meta
+from equilab.training import classify
 from equilab.training.loop import Optimisation
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `features`."""
 
-    network: Annotated[Spec, tuple(CLASSIFIERS.items())]
+    network: classify.Network
     optimisation: Optimisation
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost."""
-    classify.meta(config, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, classify.counted(config, job.image, job.classes))
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
+
+    Raises: UserError if the network's sizes do not fit.
+    """
+    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: classify.plan(config.network, config.optimisation, job)
 
 
 def run(config: Config, job: Job) -> None:
@@ -38,6 +38,6 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing, damaged or without labels.
     """
-    summary = classify.train(config, job, load(results("data"), "train", verify=True))
+    summary = classify.train(config, job, load(folder_of("data"), "train", verify=True))
     if rank() == 0:
         write_json(job.out / "summary.json", summary)

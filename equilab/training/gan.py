@@ -2,74 +2,65 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from equilab.core import machine, rng
-from equilab.core.config import Spec, UserError, digest
+from equilab.core.config import Params, Spec, UserError, choice
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, Plan, results
-from equilab.data.images import load, to_float
+from equilab.core.job import Job, Plan, folder_of
+from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
 from equilab.diffusion import losses
-from equilab.metrics.counting import flops
-from equilab.models import discriminators as networks
+from equilab.metrics.counting import Cost, flops, inputs_on_meta
+from equilab.models import discriminators
 from equilab.models.checkpoint import checksum, load_network, load_tensors
+from equilab.models.discriminators import FeatureNetwork
+from equilab.models.family import Family, family
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
-from equilab.training.classify import CLASSIFIERS
-from equilab.training.onestep import Levels, counted, table
+from equilab.training.adversarial import Logits
+from equilab.training.loop import Adversary, Halt, LearningRate, Logged
+from equilab.training.onestep import Levels
 
-DISCRIMINATORS = {
-    "features": "equilab.models.discriminators:FeatureDiscriminator",
-    "stylegan2": "equilab.models.discriminators:StyleGAN2",
-}
-OWN = "study"  # the name of the feature network that the stage `features` trained
+STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
 
 
-@dataclass(frozen=True)
-class R1:
+def _discriminators() -> dict[str, type[nn.Module]]:
+    return {"features": discriminators.FeatureDiscriminator, "stylegan2": discriminators.StyleGAN2}
+
+
+Discriminator = choice(_discriminators)
+
+
+class R1(Params):
     """The penalty on the gradient at real images."""
 
-    gamma: float  # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
-    interval: int  # updates from one to the next
-
-    def __post_init__(self):
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be >= 0, got {self.gamma}")
-        adversarial.r1_weight(0, self.gamma, self.interval)
+    # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
+    gamma: float = Field(ge=0, le=1e6)
+    interval: int = Field(ge=1, le=10**6)  # updates from one to the next
 
 
-@dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Params):
     """How the probability of augmentation follows the discriminator's overfitting."""
 
-    target: float  # of the mean sign of the logits of real images
-    ramp_nimg: int  # images that it takes from 0 to 1
-
-    def __post_init__(self):
-        if self.ramp_nimg < 1:
-            raise ValueError(f"ramp_nimg must be >= 1, got {self.ramp_nimg}")
+    target: float = Field(ge=-1, le=1)  # of the mean sign of the logits of real images
+    ramp_nimg: int = Field(ge=1, le=10**12)  # images that it takes from 0 to 1
 
 
-@dataclass(frozen=True)
-class Consistency:
+class Consistency(Params):
     """A consistency loss beside the GAN's."""
 
-    weight: float
+    weight: float = Field(gt=0, le=1e6)
     levels: Levels
 
-    def __post_init__(self):
-        if not self.weight > 0:
-            raise ValueError(f"weight must be > 0, got {self.weight}; set consistency to null for none")
 
-
-@dataclass(frozen=True)
 class Config(onestep.Config):
     """An entry of the params section `gan`.
 
@@ -78,21 +69,18 @@ class Config(onestep.Config):
     follows each micro-batch. So `optimisation.micro_batch` and the number of processes are part of the training.
     """
 
-    discriminator: Annotated[Spec, tuple(DISCRIMINATORS.items())]
-    features: tuple[
-        str, ...
-    ]  # feature networks: "study", or those of equilab.models.discriminators; none for stylegan2
-    discriminator_lr: float
+    discriminator: Discriminator
+    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminators
+    discriminator_lr: LearningRate
     r1: R1 | None
     augment: Literal["none", "diffaugment", "ada"]
     adaptive: Adaptive | None  # of ada
     consistency: Consistency | None
-    collapse: (
-        float | None
-    )  # the run stops when the discriminator's mean loss between two reports falls below this
+    # the run stops when the discriminator's mean loss between two reports falls below this
+    collapse: Annotated[float, Field(gt=0, le=100)] | None
 
-    def __post_init__(self):
-        super().__post_init__()
+    @model_validator(mode="after")
+    def _fits(self):
         if (self.discriminator.kind == "features") != bool(self.features):
             raise ValueError(
                 "features must name networks for a discriminator over features, and be empty for stylegan2"
@@ -105,59 +93,104 @@ class Config(onestep.Config):
             raise ValueError(
                 "optimisation.compile must be false with r1, which torch.compile cannot differentiate twice"
             )
-        if not self.discriminator_lr > 0:
-            raise ValueError(f"discriminator_lr must be > 0, got {self.discriminator_lr}")
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
+        known = [STUDY_FEATURES, *discriminators.NETWORKS]
         for name in self.features:
             if name == "evaluator":
                 raise ValueError(
                     "features names the evaluator, which scores the images: it would leak into the score; use study"
                 )
-            if name not in (OWN, *networks.NETWORKS):
-                raise ValueError(
-                    f"features: {name!r} is unknown, choose among {', '.join((OWN, *networks.NETWORKS))}"
-                )
+            if name not in known:
+                raise ValueError(f"features: {name!r} is unknown, choose among {', '.join(known)}")
+        return self
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return family("gdd")
 
 
-class Critic(nn.Module):
-    """A discriminator behind its augmentation, whose probability it keeps, as training continues from it."""
+class Batch(NamedTuple):
+    """What both losses need: real images, what images are generated from, and what else is random."""
 
-    def __init__(self, discriminator: nn.Module, config: Config):
+    real: Tensor  # (B, C, H, W)
+    label: Tensor | None  # (B,) of the real images
+    generator_noise: Tensor  # (B, C, H, W), of the images that the generator's loss is of
+    generator_label: Tensor | None  # (B,)
+    discriminator_noise: Tensor  # (B, C, H, W), of those that the discriminator's loss is of
+    discriminator_label: Tensor | None  # (B,)
+    generator_draws: (
+        Tensor | None
+    )  # (B, 10) for the augmentation of each of the three; None without augmentation
+    discriminator_draws: Tensor | None
+    real_draws: Tensor | None
+    r1_weight: float  # 0: no R1 in this update
+    consistency_noise: Tensor | None  # (B, C, H, W); None without consistency loss
+    consistency_sigmas: tuple[Tensor, Tensor] | None  # (B,) each, a noise level and the one below it
+
+
+class AugmentedDiscriminator(nn.Module):
+    """A discriminator behind an augmentation, whose probability it keeps, as training continues from it."""
+
+    def __init__(self, discriminator: nn.Module, augment: str, adaptive: Adaptive | None):
         super().__init__()
-        self.discriminator, self.kind, self.adaptive = discriminator, config.augment, config.adaptive
-        self.register_buffer("probability", torch.tensor(1.0 if config.augment == "diffaugment" else 0.0))
+        self.discriminator, self.augment, self.adaptive = discriminator, augment, adaptive
+        self.register_buffer("probability", torch.tensor(1.0 if augment == "diffaugment" else 0.0))
 
-    def forward(self, image: Tensor, label: Tensor | None, draws: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        image: Float[Tensor, "b c h w"],
+        label: Int64[Tensor, b] | None,
+        draws: Float[Tensor, "b 10"] | None,
+    ) -> Logits:
         """Return the logits of images after augmentation."""
-        if self.kind != "none":
+        if self.augment != "none":
             image = adversarial.augment(image, draws, self.probability)
         return self.discriminator(image, label)
 
-    def adapt(self, real: tuple[Tensor, ...], nimg: int) -> None:
-        """Move the probability by what the logits of `nimg` real images, those of all processes, tell."""
-        if self.adaptive is not None:
-            seen = (machine.total(adversarial.overfitting(real).detach().float()) / machine.world()).item()
-            told = {"target": self.adaptive.target, "nimg": nimg, "ramp_nimg": self.adaptive.ramp_nimg}
-            self.probability.fill_(adversarial.adapt(self.probability.item(), seen, **told))
+    def adapt(self, real: Logits, nimg: int) -> None:
+        """Move the probability by the logits of `nimg` real images, those of all processes."""
+        if self.adaptive is None:
+            return
+        overfitting = machine.total(adversarial.overfitting(real).detach().float()) / machine.world()
+        probability = adversarial.adapt(
+            self.probability.item(),
+            overfitting.item(),
+            target=self.adaptive.target,
+            nimg=nimg,
+            ramp_nimg=self.adaptive.ramp_nimg,
+        )
+        self.probability.fill_(probability)
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
 
     Raises: UserError if the student is not the study's teacher, or the discriminator cannot take the images.
     """
-    onestep.check(config, job, read)
-    players = _bare(config, job, read)  # refuses sizes that do not fit
+    onestep.check(config, job)
+    onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    features = _study_features(config, job)
+    try:  # refuses what does not fit
+        _discriminator_on_meta(config, features, job.image, job.classes)
+    except (ValueError, UserError) as error:
+        raise UserError(f"gan.{job.run}.discriminator: {error}") from None
 
-    def count() -> Plan:
-        about = {
-            **counted(config, job.image, job.classes),
-            "train_flops_image": step_flops(config, *players, job.image),
-        }
-        return loop.plan(config.optimisation, about)._replace(note=table(config, job.image, job.classes))
+    def estimate() -> Plan:
+        counted = cost(config, job.image, job.classes, features)
+        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
 
-    return count
+    return estimate
+
+
+def _study_features(config: Config, job: Job) -> Spec | None:
+    """Return what builds the feature network that the study trains, if the run's discriminator sees it."""
+    return job.read("features").network if STUDY_FEATURES in config.features else None
+
+
+def _classes(config: Config, classes: int) -> int:
+    return classes if config.conditional else 0
 
 
 def run(config: Config, job: Job) -> None:
@@ -166,200 +199,250 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the data, the teacher or the feature network are missing, damaged or not of this study; or if
     the discriminator collapses.
     """
-    onestep.check(config, job, job.read)
-    data = load(results("data"), "train", verify=True)
-    shape, seed, size = data.images.shape[1:], config.seed, config.optimisation.batch
+    plan(config, job)
+    data = load(folder_of("data"), "train", verify=True)
+    shape = data.images.shape[1:]
     net, teacher = onestep.build(config, job, data)
     inputs = {
-        "data": sha256_of(results("data") / "meta.json"),
-        "teacher": sha256_of(results("teacher") / "weights.safetensors"),
+        "data": sha256_of(folder_of("data") / "meta.json"),
+        "teacher": sha256_of(folder_of("teacher") / "weights.safetensors"),
     }
-    if OWN in config.features:
-        inputs["features"] = _refuse_leak()
-    torch.manual_seed(rng.torch_seed(seed, "discriminator weights"))
-    trained = lambda name: load_network(
-        results("features") / "weights.safetensors", CLASSIFIERS, job.read("features")
-    )[0]
-    critic = critic_of(config, job.run, shape, data.classes, trained, pretrained=True).to(
-        machine.device_of(job)
-    )
-    if set(config.features) - {OWN}:
-        inputs["networks"] = checksum(critic.discriminator.networks.state_dict())
+    if STUDY_FEATURES in config.features:
+        inputs["features"] = _require_own_features()
+    torch.manual_seed(rng.torch_seed(config.seed, "discriminator weights"))
+    networks = feature_networks(config, job)
+    discriminator = build_discriminator(config, networks, shape, data.classes).to(machine.device_of(job))
+    if set(config.features) - {STUDY_FEATURES}:
+        inputs["networks"] = checksum(discriminator.discriminator.networks.state_dict())
     if machine.rank() == 0:
-        print(table(config, shape, data.classes))
-    conditional = config.conditional
+        print(onestep.table(config, shape, data.classes))
+    counted = cost(config, shape, data.classes, _study_features(config, job))
+    about = onestep.about(teacher, shape, _classes(config, data.classes), counted)
+    adversary = Adversary(
+        "discriminator", discriminator, config.discriminator_lr, discriminator_loss_of(config, net, teacher)
+    )
+    loop.train(
+        job,
+        config,
+        inputs,
+        net,
+        functools.partial(batch_of, config, data),
+        generator_loss_of(config, discriminator, teacher),
+        about,
+        adversary,
+        functools.partial(collapsed, config),
+    )
 
-    def batch_of(positions: range):
-        items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        image = to_float(torch.from_numpy(data.images[items]))
-        label = torch.from_numpy(data.labels[items]) if conditional else None
-        made = [
-            _made(seed, player, positions, shape, data.classes if conditional else 0)
-            for player in ("generator", "critic")
-        ]
-        augmented = ("generator", "critic", "real") if config.augment != "none" else ()
-        draws = (
-            tuple(adversarial.draws(seed, f"{name} augmentation", positions) for name in augmented)
-            or (None,) * 3
+
+def _require_own_features() -> str:
+    """Return the checksum of the study's feature network; empty if it is not there.
+
+    Raises: UserError if it is the evaluator.
+    """
+    path, evaluator = (folder_of(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
+    if not path.exists():
+        return ""
+    if evaluator.exists() and checksum(load_tensors(path)[0]) == checksum(load_tensors(evaluator)[0]):
+        raise UserError(
+            f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again"
         )
-        weight = (
-            adversarial.r1_weight(positions.start // size, config.r1.gamma, config.r1.interval)
-            if config.r1
-            else 0.0
+    return sha256_of(path)
+
+
+def feature_networks(config: Config, job: Job) -> list[FeatureNetwork]:
+    """Return the trained networks that the discriminator looks through.
+
+    Raises: UserError if one is missing, damaged or of another configuration.
+    """
+    networks = []
+    for name in config.features:
+        if name == STUDY_FEATURES:
+            classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
+            networks.append(discriminators.classifier_network(classifier))
+        else:
+            try:
+                networks.append(discriminators.feature_network(name, pretrained=True))
+            except ValueError as error:
+                raise UserError(f"gan.{job.run}.features: {error}") from None
+    return networks
+
+
+def build_discriminator(
+    config: Config, networks: Sequence[FeatureNetwork], image: tuple[int, ...], classes: int
+) -> AugmentedDiscriminator:
+    """Return the discriminator over these feature networks, with its augmentation; without any, one that sees images.
+
+    Raises: UserError if it cannot take the images.
+    """
+    given = (image, _classes(config, classes))
+    discriminator = config.discriminator.build(*((networks, *given) if networks else given))
+    return AugmentedDiscriminator(discriminator, config.augment, config.adaptive)
+
+
+@functools.cache
+def _networks_on_meta(
+    features: tuple[str, ...], study: Spec | None, image: tuple[int, ...]
+) -> list[FeatureNetwork]:
+    """Return feature networks on the meta device; kept, as large ones take seconds to build.
+
+    `study` builds the one that the study trains.
+    """
+    networks = []
+    with torch.device("meta"):
+        for name in features:
+            if name == STUDY_FEATURES:  # the discriminator does not see its logits, however many they are
+                networks.append(discriminators.classifier_network(study.build(image, 2)))
+            else:
+                networks.append(discriminators.feature_network(name, pretrained=False))
+    return networks
+
+
+def _discriminator_on_meta(
+    config: Config, features: Spec | None, image: tuple[int, ...], classes: int
+) -> AugmentedDiscriminator:
+    """Return the discriminator on the meta device, where there are no numbers that its augmentation could adapt to."""
+    networks = _networks_on_meta(config.features, features, image)
+    alike = config.model_copy(update={"adaptive": None})
+    with torch.device("meta"):
+        return build_discriminator(alike, networks, image, classes)
+
+
+def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
+    """Return the batch at these positions; all that is random in it is a function of (seed, position)."""
+    seed, shape, classes = config.seed, data.images.shape[1:], _classes(config, data.classes)
+    items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
+    # "critic" is the discriminator; renaming a purpose would draw other numbers
+    generator_noise, generator_label = fake_inputs(seed, "generator", positions, shape, classes)
+    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", positions, shape, classes)
+    draws: list[Tensor | None] = [None] * 3
+    if config.augment != "none":
+        purposes = [f"{name} augmentation" for name in ("generator", "critic", "real")]
+        draws = [adversarial.draws(seed, purpose, positions) for purpose in purposes]
+    weight, noise, sigmas = 0.0, None, None
+    if config.r1:
+        update = positions.start // config.optimisation.batch
+        weight = adversarial.r1_weight(update, config.r1.gamma, config.r1.interval)
+    if config.consistency:
+        noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
+        sigmas = config.consistency.levels.draw(seed, positions)
+    return Batch(
+        real=to_float(torch.from_numpy(data.images[items])),
+        label=torch.from_numpy(data.labels[items]) if config.conditional else None,
+        generator_noise=generator_noise,
+        generator_label=generator_label,
+        discriminator_noise=discriminator_noise,
+        discriminator_label=discriminator_label,
+        generator_draws=draws[0],
+        discriminator_draws=draws[1],
+        real_draws=draws[2],
+        r1_weight=weight,
+        consistency_noise=noise,
+        consistency_sigmas=sigmas,
+    )
+
+
+def fake_inputs(
+    seed: int, purpose: str, positions: Sequence[int], shape: tuple[int, ...], classes: int
+) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, b] | None]:
+    """Return the noise and the labels that images are generated from, by position."""
+    noise = torch.from_numpy(rng.noise(seed, f"{purpose} noise", positions, shape))
+    return noise, labels(seed, positions, classes, f"{purpose} label")
+
+
+def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, teacher: EDM) -> loop.Loss:
+    """Return loss(net, batch) of the generator that `net` is: the GAN's, and a consistency loss if the run has one."""
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        student = onestep.student(config, net, teacher.sigma_data)
+        fake = student.generate(batch.generator_noise, batch.generator_label).image
+        value = adversarial.generator_loss(discriminator(fake, batch.generator_label, batch.generator_draws))
+        if config.consistency is None:
+            return value
+        consistency = losses.consistency(
+            student.denoise,
+            teacher.denoise,
+            batch.real,
+            batch.consistency_noise,
+            batch.consistency_sigmas,
+            batch.label,
         )
-        along = None
-        if config.consistency:
-            noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
-            along = (noise, config.consistency.levels.draw(seed, positions))
-        return (image, label), *made, draws, weight, along
+        return value + config.consistency.weight * consistency
 
-    generate, criticise = losses_of(config, net, critic, teacher)
-    about = {
-        "image": shape,
-        "classes": data.classes if conditional else 0,
-        "sigma_data": teacher.sigma_data,
-        **counted(config, shape, data.classes),
-        "train_flops_image": step_flops(config, *_bare(config, job, job.read), shape),
-    }
-    rival = ("discriminator", critic, config.discriminator_lr, criticise)
-    loop.train(job, config, inputs, net, batch_of, generate, about, rival, lambda row: collapsed(config, row))
+    return loss
 
 
-def _made(
-    seed: int, player: str, positions: range, shape: tuple[int, ...], classes: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the noise and the labels of the images that are generated for a player, by position."""
-    noise = torch.from_numpy(rng.noise(seed, f"{player} noise", positions, shape))
-    return noise, labels(seed, positions, classes, f"{player} label")
-
-
-def losses_of(config: Config, net: nn.Module, critic: Critic, teacher: EDM) -> tuple[loop.Loss, loop.Loss]:
-    """Return the losses of generator and discriminator: of (real, made for either, draws, weight of R1, consistency).
+def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.Loss:
+    """Return loss(discriminator, batch) against the generator that `net` is: the GAN's, which the log shows, and R1.
 
     The features of real images are computed once in an update: R1 is taken of the logits that the loss is made of.
     """
 
-    def generate(net, batch):
-        (image, label), (noise, made_label), _, draws, _, along = batch
-        student = onestep.student(config, net, teacher.sigma_data)
-        value = adversarial.generator_loss(
-            critic(student.generate(noise, made_label).image, made_label, draws[0])
-        )
-        if along is None:
-            return value
-        noise, sigmas = along
-        matched = losses.consistency(student.denoise, teacher.denoise, image, noise, sigmas, label)
-        return value + config.consistency.weight * matched
-
-    def criticise(critic, batch):
-        (image, label), _, (noise, made_label), draws, weight, _ = batch
+    def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Logged:
         with torch.no_grad():
-            made = onestep.student(config, net, teacher.sigma_data).generate(noise, made_label).image
-        real = critic(image.requires_grad_(weight > 0), label, draws[2])
-        value = adversarial.discriminator_loss(real, critic(made, made_label, draws[1]))
-        critic.adapt(real, len(image) * machine.world())
-        return (
-            value + weight * adversarial.r1(real, image) if weight else value
-        ), value  # the log shows the GAN's part
+            student = onestep.student(config, net, teacher.sigma_data)
+            fake = student.generate(batch.discriminator_noise, batch.discriminator_label).image
+        image = batch.real.requires_grad_(batch.r1_weight > 0)
+        real = discriminator(image, batch.label, batch.real_draws)
+        value = adversarial.discriminator_loss(
+            real, discriminator(fake, batch.discriminator_label, batch.discriminator_draws)
+        )
+        discriminator.adapt(real, len(image) * machine.world())
+        if not batch.r1_weight:
+            return Logged(value, value)
+        return Logged(value + batch.r1_weight * adversarial.r1(real, image), value)
 
-    return generate, criticise
+    return loss
 
 
-def collapsed(config: Config, row: dict[str, int | float]) -> tuple[str, str] | None:
-    """Return what to say, and what to do, of a discriminator whose loss has fallen below `collapse`: it tells all images
-    apart."""
-    if config.collapse is None or row["loss_discriminator"] >= config.collapse:
+def collapsed(config: Config, row: loop.Row) -> Halt | None:
+    """Return why to stop if the discriminator's loss has fallen below `collapse`: it tells all images apart."""
+    found = row["loss_discriminator"]
+    if config.collapse is None or found >= config.collapse:
         return None
-    return (
-        f"the discriminator has collapsed (its loss is {row['loss_discriminator']:.3g}, below collapse: {config.collapse:g}, and the "
-        "generator learns nothing)",
+    return Halt(
+        f"the discriminator has collapsed (its loss is {found:.3g}, below collapse: {config.collapse:g}, "
+        "and the generator learns nothing)",
         "raise r1.gamma, lower discriminator_lr, or set collapse to null",
     )
 
 
-def step_flops(config: Config, net: nn.Module, critic: Critic, image: tuple[int, ...]) -> int:
-    """Return the FLOPs by shape of an update for an image, of both players: networks without memory; R1, which comes
-    once in an interval, is left out."""
-    size, critic = 2, copy.copy(critic)  # a batch norm needs two
-    critic.adaptive = None  # no numbers here to adapt to
-    with torch.device("meta"):
-        made = torch.empty(size, *image), torch.zeros(size, dtype=torch.int64) if config.conditional else None
-        levels = (
-            (torch.empty(size, *image), (torch.empty(size), torch.empty(size)))
-            if config.consistency
-            else None
-        )
-        draws = (torch.empty(size, adversarial.DRAWS),) * 3
-    batch = (made, made, made, draws, 0.0, levels)
+def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
+    """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 
-    def update():
-        for player, loss in zip((net, critic), losses_of(config, net, critic, EDM(net, sigma_data=1.0))):
-            trained = [p for p in (*net.parameters(), *critic.parameters()) if p.requires_grad]
-            own = {id(p) for p in player.parameters()}
-            for p in trained:
-                p.requires_grad_(id(p) in own)
-            found = loss(player, batch)
-            (found[0] if isinstance(found, tuple) else found).backward()
-            for p in trained:
-                p.requires_grad_()
+    R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
+    discriminator sees that network and it is not given, updates are not counted.
+    """
+    # the same for any seed and optimisation
+    alike = config.model_copy(update={"seed": 0, "optimisation": None, "discriminator_lr": 1.0})
+    return _cost(alike, image, classes, features)
+
+
+@functools.cache
+def _cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None) -> Cost:
+    if STUDY_FEATURES in config.features and features is None:
+        return onestep.cost(config, image, classes, None)
+    return onestep.cost(config, image, classes, _update_flops(config, image, classes, features))
+
+
+def _update_flops(config: Config, image: tuple[int, ...], classes: int, features: Spec | None) -> int:
+    """Return the FLOPs of an update for an image."""
+    size = 2  # a batch norm needs two images
+    net = onestep.on_meta(config, image, classes)
+    discriminator = _discriminator_on_meta(config, features, image, classes)
+    x, label = inputs_on_meta(image, config.conditional, size)
+    draws, sigma = torch.empty(size, adversarial.DRAWS, device="meta"), torch.empty(size, device="meta")
+    batch = Batch(x, label, x, label, x, label, draws, draws, draws, 0.0, x, (sigma, sigma))
+    teacher = EDM(net, sigma_data=1.0)
+    generator_loss = generator_loss_of(config, discriminator, teacher)
+    discriminator_loss = discriminator_loss_of(config, net, teacher)
+
+    def update() -> None:
+        trained = [p for p in discriminator.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        generator_loss(net, batch).backward()
+        for parameter in trained:
+            parameter.requires_grad_()
+        discriminator_loss(discriminator, batch).loss.backward()
 
     return flops(update) // size
-
-
-def critic_of(
-    config: Config,
-    run: str,
-    image: tuple[int, ...],
-    classes: int,
-    own: Callable[[str], nn.Module],
-    pretrained: bool,
-) -> Critic:
-    """Return the discriminator with its augmentation; `own` gives the feature network that the study trained.
-
-    Raises: UserError if it cannot take the images.
-    """
-    given = (tuple(image), classes if config.conditional else 0)
-    try:
-        if config.features:
-            kinds = {OWN: lambda: networks.classifier_network(own(OWN))}
-            found = [
-                kinds.get(n, lambda n=n: networks.feature_network(n, pretrained=pretrained))()
-                for n in config.features
-            ]
-            given = (found, *given)
-        return Critic(config.discriminator.build(*given), config)
-    except ValueError as error:
-        raise UserError(f"gan.{run}.discriminator: {error}") from None
-
-
-def _bare(config: Config, job: Job, read: Callable, known: dict = {}) -> tuple[nn.Module, Critic]:  # noqa: B006
-    """Return both players without memory: the same ones for runs that have them alike, as building them takes seconds."""
-    own = read("features").network if OWN in config.features else None
-
-    def once(names: tuple[str, ...], build: Callable[[], nn.Module]) -> nn.Module:
-        key = digest({name: getattr(config, name) for name in names}, own, job.image, job.classes)
-        if key not in known:
-            with torch.device("meta"):
-                known[key] = build()
-        return known[key]
-
-    untrained = lambda name: own.build(job.image, job.classes)  # noqa: E731
-    critic = lambda: critic_of(config, job.run, job.image, job.classes, untrained, pretrained=False)  # noqa: E731
-    return (
-        once(("network", "conditional", "student"), lambda: onestep.meta(config, job.image, job.classes)[0]),
-        once(("conditional", "features", "discriminator", "augment", "adaptive"), critic),
-    )
-
-
-def _refuse_leak() -> str:
-    """Return the checksum of the study's feature network.
-
-    Raises: UserError if it is the evaluator.
-    """
-    path, evaluator = (results(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
-    weights = [load_tensors(one)[0] if one.exists() else {} for one in (path, evaluator)]
-    if weights[0] and checksum(weights[0]) == checksum(weights[1]):
-        raise UserError(
-            f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again"
-        )
-    return sha256_of(path) if path.exists() else ""

@@ -2,66 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from equilab.core import machine, rng
-from equilab.core.config import Spec, UserError
-from equilab.core.job import Job, results
+from equilab.core.config import Params, UserError
+from equilab.core.job import Job, Seed, folder_of
 from equilab.data.images import Dataset
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
+from equilab.models.family import network
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
-UNETS = {"unet": "equilab.models.unet:UNet"}
+Network = network("teacher")
+Sigma = Annotated[float, Field(ge=1e-6, lt=1e6)]
 
 
-@dataclass(frozen=True)
-class Student:
+class Student(Params):
     """How the teacher's network becomes the student."""
 
     start: Literal["teacher", "random"]  # its weights
     freeze: Literal[tuple(gdd.VARIANTS)]  # which layers are not trained: a row of GDD's table 2
-    sigma_min: float  # where the consistency function is the identity
-    sigmas: tuple[float, ...]  # noise levels that it steps through, falling; one: a one-step generator
+    sigma_min: Sigma  # where the consistency function is the identity
+    sigmas: tuple[Sigma, ...]  # noise levels that it steps through, falling; one: a one-step generator
 
-    def __post_init__(self):
+    @model_validator(mode="after")
+    def _fits(self):
         gdd.check_levels(self.sigma_min, self.sigmas)
+        return self
 
 
-@dataclass(frozen=True)
-class Levels:
+class Levels(Params):
     """The noise levels between which a consistency loss compares, `steps` apart from sigma_max to sigma_min."""
 
-    steps: int
-    sigma_min: float
-    sigma_max: float
-    rho: float
+    steps: int = Field(ge=1, le=100_000)
+    sigma_min: Sigma
+    sigma_max: Sigma
+    rho: float = Field(ge=0.01, le=1000)
 
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
-        self.sigmas()
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min ({self.sigma_min}) must be less than sigma_max ({self.sigma_max})")
+        return self
 
-    def sigmas(self) -> Tensor:
-        """Return T(0), ..., T(steps), rising, float32. Source: GDD (Zheng 2024), equation (5)."""
+    def sigmas(self) -> Float[Tensor, n]:
+        """Return T(0), ..., T(steps), rising. Source: GDD (Zheng 2024), equation (5)."""
         levels = edm_sigmas(self.steps + 1, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         return levels[:-1].flip(0).float()
 
-    def draw(self, seed: int, positions: range) -> tuple[Tensor, Tensor]:
+    def draw(self, seed: int, positions: Sequence[int]) -> tuple[Float[Tensor, b], Float[Tensor, b]]:
         """Return the level of each position and the one below it, functions of (seed, position)."""
-        sigmas, index = (
-            self.sigmas(),
-            torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps)),
-        )
+        sigmas = self.sigmas()
+        index = torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps))  # (B,)
         return sigmas[index + 1], sigmas[index]
 
 
@@ -77,43 +79,32 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """What the entries of the params sections `gan` and `consistency` share."""
 
-    network: Annotated[Spec, tuple(UNETS.items())]  # the teacher's
+    network: Network  # the teacher's
     conditional: bool  # as the teacher
     student: Student
-    seed: int  # of this run: the order of its images, what it draws
+    seed: Seed  # of this run: the order of its images, what it draws
     optimisation: Optimisation
 
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
 
-
-def check(config: Config, job: Job, read: Callable) -> None:
+def check(config: Config, job: Job) -> None:
     """Refuse a student that is not the study's teacher.
 
     Raises: UserError naming the key that differs.
     """
-    teacher, place = read("teacher"), f"{job.stage}.{job.run}"
-    for key, here, there in (
-        *(
-            (f"network.{k}", config.network.arguments[k], v)
-            for k, v in teacher.network.arguments.items()
-            if k != "dropout"
-        ),
-        ("conditional", config.conditional, teacher.conditional),
-    ):
+    teacher, section = job.read("teacher"), f"{job.stage}.{job.run}"
+    ours, theirs = config.network.arguments, teacher.network.arguments
+    pairs = {f"network.{key}": (ours[key], theirs[key]) for key in theirs if key != "dropout"}
+    pairs["conditional"] = (config.conditional, teacher.conditional)
+    for key, (here, there) in pairs.items():
         if here != there:
             raise UserError(
-                f"{place}.{key} is {here}, but the teacher's is {there}; a student has the teacher's network"
+                f"{section}.{key} is {here}, but the teacher's is {there}; a student has the teacher's network"
             )
-    if config.network.arguments["dropout"]:
-        raise UserError(
-            f"{place}.network.dropout is {config.network.arguments['dropout']}; students are trained with 0"
-        )
+    if ours["dropout"]:
+        raise UserError(f"{section}.network.dropout is {ours['dropout']}; students are trained with 0")
 
 
 def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
@@ -121,21 +112,20 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
 
     Raises: UserError if the teacher's weights are missing, damaged, of another configuration or of other images.
     """
-    path, shape = results("teacher") / "weights.safetensors", data.images.shape[1:]
-    net, about = load_network(path, UNETS, job.read("teacher"))
+    path, shape = folder_of("teacher") / "weights.safetensors", data.images.shape[1:]
+    net, about = load_network(path, job.read("teacher"))
     classes = data.classes if config.conditional else 0
     if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
         raise UserError(
             f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
             f"{tuple(shape)} in {classes}; train it again"
         )
-    sigma_data = about["config"]["sigma_data"]
     own = loop.build(config.network, config.seed, "weights", shape, classes)
     if config.student.start == "teacher":
         own.load_state_dict(net.state_dict())
     gdd.prepare(own, config.student.freeze)
     device = machine.device_of(job)
-    return own.to(device), EDM(net, sigma_data=sigma_data).to(device)
+    return own.to(device), EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
 
 
 def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
@@ -145,35 +135,42 @@ def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
     )
 
 
-def table(config: Config, image: tuple[int, ...], classes: int) -> str:
-    """Return which groups of layers are trained and which are frozen, as lines of text."""
-    net, *_ = meta(config, image, classes)
-    rows = [("group", "parameters", "share", "")]
-    rows += [
-        (s.group, f"{s.parameters:,}", f"{s.share:.1%}", "trained" if s.trained else "frozen")
-        for s in gdd.table(net)
-    ]
-    return "\n".join(
-        f"# {group:<16}{count:>12}{share:>8}  {state}".rstrip() for group, count, share, state in rows
-    )
-
-
-@counted_once
-def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters, those that are trained, and the FLOPs of generating an image by shape."""
-    net, noise, label = meta(config, image, classes)
-    work = flops(lambda: student(config, net, 1.0).generate(noise, label))
+def about(teacher: EDM, shape: tuple[int, ...], classes: int, cost: Cost) -> dict[str, object]:
+    """Return what is kept with a student's weights."""
     return {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "parameters_trained": parameters(net),
-        "flops_image": work,
+        "image": shape,
+        "classes": classes,
+        "sigma_data": teacher.sigma_data,
+        "parameters": cost.parameters,
+        "parameters_trained": cost.parameters_trained,
+        "flops_image": cost.image.flops(),
+        "train_flops_image": cost.train_flops_image,
     }
 
 
-def meta(config: Config, image: tuple[int, ...], classes: int):
-    """Return the student's network, without memory, and what it generates an image from."""
-    with torch.device("meta"):
-        net = config.network.build(image, classes if config.conditional else 0)
-        gdd.prepare(net, config.student.freeze)
-        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        return net, torch.empty(1, *image), label
+def table(config: Config, image: tuple[int, ...], classes: int) -> str:
+    """Return which groups of layers are trained and which are frozen, as lines of text."""
+    lines = [f"# {'group':<16}{'parameters':>12}{'share':>8}"]
+    for row in gdd.table(on_meta(config, image, classes)):
+        state = "trained" if row.trained else "frozen"
+        lines.append(f"# {row.group:<16}{row.parameters:>12,}{row.share:>8.1%}  {state}")
+    return "\n".join(lines)
+
+
+def cost(config: Config, image: tuple[int, ...], classes: int, train_flops_image: int | None) -> Cost:
+    """Return the cost of a student, counted on the meta device; its image is a whole one, of all its steps."""
+    net = on_meta(config, image, classes)
+    noise, label = inputs_on_meta(image, config.conditional)
+    work = flops(lambda: student(config, net, 1.0).generate(noise, label))
+    count = sum(p.numel() for p in net.parameters())
+    return Cost(count, parameters(net), Work(work), train_flops_image)
+
+
+def on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+    """Return the student's network on the meta device, its layers frozen.
+
+    Raises: UserError if its sizes do not fit.
+    """
+    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    gdd.prepare(net, config.student.freeze)
+    return net

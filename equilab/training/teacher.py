@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+from typing import NamedTuple
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Spec, UserError
+from equilab.core.config import Params, UserError
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, Plan, results
+from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.diffusion import losses
-from equilab.metrics.counting import counted_once, flops, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
+from equilab.models.family import Family, family, network
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
-UNETS = {"unet": "equilab.models.unet:UNet"}
+Network = network("teacher")
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `teacher`."""
 
-    network: Annotated[Spec, tuple(UNETS.items())]
+    network: Network
     conditional: bool  # on the data's classes
-    sigma_data: float  # standard deviation of the images in -1..1
-    sigma_mean: float  # of log sigma in training
-    sigma_std: float
+    sigma_data: float = Field(ge=1e-3, le=1e3)  # standard deviation of the images in -1..1
+    sigma_mean: float = Field(ge=-10, le=10)  # of log sigma in training
+    sigma_std: float = Field(gt=0, le=10)
     optimisation: Optimisation
 
-    def __post_init__(self):
-        if not self.sigma_data > 0 or not self.sigma_std > 0:
-            raise ValueError(
-                f"sigma_data and sigma_std must be > 0, got {self.sigma_data} and {self.sigma_std}"
-            )
-
-    def positional(self, image: tuple[int, ...], classes: int) -> tuple:
-        """What the data determines of the network's constructor."""
-        return image, classes if self.conditional else 0
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return family("edm")
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost."""
-    _meta(config, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, counted(config, job.image, job.classes))
+class Batch(NamedTuple):
+    """What the loss needs."""
+
+    image: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    normal: Tensor  # (B,) unit normals, which noise levels are made from
+    label: Tensor | None  # (B,)
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config against the study; return what estimates the cost.
+
+    Raises: UserError if the network's sizes do not fit.
+    """
+    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -56,40 +65,60 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing or damaged, or have no classes to condition on.
     """
-    data = load(results("data"), "train", verify=True)
+    data = load(folder_of("data"), "train", verify=True)
     if config.conditional and not data.classes:
         raise UserError("teacher.conditional is true, but the data have no labels; set it to false")
     shape, seed = data.images.shape[1:], job.study.seed
-    given = config.positional(shape, data.classes)
-    net = loop.build(config.network, seed, "teacher weights", *given)
+    classes = data.classes if config.conditional else 0
+    net = loop.build(config.network, seed, "teacher weights", shape, classes)
 
-    def batch_of(positions: range):
+    def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "teacher order", positions.start, len(positions), len(data.images))
         drawn = torch.from_numpy(rng.noise(seed, "teacher", positions, (1 + math.prod(shape),)))
         image = to_float(torch.from_numpy(data.images[items]))
         label = torch.from_numpy(data.labels[items]) if config.conditional else None
-        return image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label
+        return Batch(image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label)
 
-    def loss(net, batch):
-        image, noise, normal, label = batch
-        sigma = losses.edm_sigma(normal, config.sigma_mean, config.sigma_std)
-        return losses.edm(
-            EDM(net, sigma_data=config.sigma_data), image, noise, sigma, label, config.sigma_data
-        )
-
-    about = {"image": shape, "classes": given[1], **counted(config, shape, data.classes)}
-    loop.train(job, config, {"data": sha256_of(results("data") / "meta.json")}, net, batch_of, loss, about)
-
-
-@counted_once
-def counted(config: Config, image: tuple[int, ...], classes: int) -> dict[str, int]:
-    """Return the parameters, and the FLOPs of a call for an image by shape, without building the network in memory."""
-    net, given = _meta(config, image, classes)
-    return {"parameters": parameters(net), "flops_image": flops(lambda: net(*given))}
+    counted = cost(config, shape, data.classes)
+    about = {
+        "image": shape,
+        "classes": classes,
+        "parameters": counted.parameters,
+        "flops_image": counted.image.flops(),
+    }
+    inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
+    loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
-def _meta(config: Config, image: tuple[int, ...], classes: int):
-    with torch.device("meta"):
-        label = torch.zeros(1, dtype=torch.int64) if config.conditional else None
-        net = config.network.build(*config.positional(image, classes)).eval()
-        return net, (torch.empty(1, *image), torch.empty(1), label)
+def loss_of(config: Config) -> loop.Loss:
+    """Return loss(net, batch): EDM's weighted squared error of the denoised image."""
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        sigma = losses.edm_sigma(batch.normal, config.sigma_mean, config.sigma_std)
+        denoise = EDM(net, sigma_data=config.sigma_data)
+        return losses.edm(denoise, batch.image, batch.noise, sigma, batch.label, config.sigma_data)
+
+    return loss
+
+
+def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
+    return _cost(config.model_copy(update={"optimisation": None}), image, classes)  # the same for any
+
+
+@functools.cache
+def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+    net = _on_meta(config, image, classes)
+    x, label = inputs_on_meta(image, config.conditional)
+    sigma = torch.empty(1, device="meta")
+    count = parameters(net)
+    return Cost(
+        count,
+        count,
+        Work(flops(lambda: net(x, sigma, label))),
+        flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward()),
+    )
+
+
+def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+    return network_on_meta(config.network, image, classes if config.conditional else 0)

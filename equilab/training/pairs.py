@@ -2,98 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
 from equilab.core import rng
-from equilab.core.config import digest, plain
+from equilab.core.config import Params, plain
 from equilab.core.files import (
+    is_intact,
     link,
     remove_others,
     require_disk,
     scratch,
-    whole,
     write,
     write_array,
     write_json,
 )
-from equilab.core.job import Job, Plan, results
-from equilab.core.machine import barrier, device_of, environment, precision, rank, world
+from equilab.core.job import Job, Plan, folder_of
+from equilab.core.machine import barrier, device_of, environment, identity, precision, rank, world
 from equilab.core.progress import bar
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, labels, noise_checksum
-from equilab.diffusion.samplers import Step, euler, finish, heun
-from equilab.diffusion.schedules import edm_sigmas
+from equilab.diffusion.protocols import finish
+from equilab.diffusion.settings import Sampler
 from equilab.models.checkpoint import load_network
 from equilab.models.precond import EDM
-from equilab.training.teacher import UNETS, counted
+from equilab.training.teacher import cost
+
+Count = Annotated[int, Field(ge=1, le=10**10)]
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """How a denoiser is sampled, without fresh noise on the way: a pair needs a deterministic image."""
-
-    method: Literal["heun", "euler"]
-    steps: int
-    sigma_min: float
-    sigma_max: float
-    rho: float
-
-    def __post_init__(self):
-        self.sigmas()
-
-    def sigmas(self) -> Tensor:
-        """Return the noise levels, (steps + 1,) float64."""
-        return edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-
-    @property
-    def nfe(self) -> int:
-        """Calls of the denoiser for an image: 2 steps - 1 for Heun."""
-        return 2 * self.steps - 1 if self.method == "heun" else self.steps
-
-    def run(self, denoise, noise: Tensor, label: Tensor | None) -> Iterator[Step]:
-        """Return the sampler, started: it yields a Step a step."""
-        return (heun if self.method == "heun" else euler)(denoise, noise, self.sigmas(), label)
-
-
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `pairs`."""
 
-    count: int  # pairs for training
-    held_out: int  # pairs before these, never trained on
-    shard: int  # images in a file
-    batch: int  # images through the teacher at once; part of what decides the bits
+    count: Count  # pairs for training
+    held_out: Count  # pairs before these, never trained on
+    shard: Count  # images in a file
+    batch: Count  # images through the teacher at once; part of what decides the bits
     dtype: Literal["uint8", "float16", "float32"]  # of the stored images
     precision: Literal["fp32", "tf32", "bf16"]  # of the teacher's network
     sampler: Sampler
 
-    def __post_init__(self):
-        if self.batch < 1 or self.shard < 1 or self.shard % self.batch:
+    @model_validator(mode="after")
+    def _shards(self):
+        if self.shard % self.batch:
             raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
-        if self.count < 1 or self.held_out < 1:
-            raise ValueError(f"count and held_out must be >= 1, got {self.count} and {self.held_out}")
         if (self.count + self.held_out) % self.shard:
             raise ValueError(
                 f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})"
             )
+        return self
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: the teacher's calls for all pairs, those that are already there included."""
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config and return the estimate of its cost: that of all pairs, those that are already there included."""
 
     def count() -> Plan:
-        total, about = config.count + config.held_out, counted(read("teacher"), job.image, job.classes)
-        work = float(about["flops_image"]) * config.sampler.nfe * total
-        return Plan(
-            about["parameters"], work, total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
-        )
+        total, counted = config.count + config.held_out, cost(job.read("teacher"), job.image, job.classes)
+        work = float(counted.image.flops(calls=config.sampler.nfe)) * total
+        disk = total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
+        return Plan(counted.parameters, work, disk)
 
     return count
 
@@ -106,18 +78,18 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the teacher is missing, or there is too little disk.
     """
-    weights = results("teacher") / "weights.safetensors"
-    net, about = load_network(weights, UNETS, job.read("teacher"))
+    net, about = load_network(folder_of("teacher") / "weights.safetensors", job.read("teacher"))
     shape, classes = tuple(about["image"]), about["classes"]
     total = config.held_out + config.count
     size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
     recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
-    key = digest(job.study.seed, about["checksum"], recipe, {**environment(job), "processes": None})
+    parts = identity(job, recipe, about["checksum"])
+    del parts["processes"]  # any number of them writes the same bytes
     device = device_of(job)
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
-    with scratch(job.scratch(key), keep=True) as folder:
+    with scratch(job, parts, keep=True) as folder:
         shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
-        missing = [k for k, path in enumerate(shards) if not whole(path)]
+        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
         require_disk(folder, len(missing) * config.shard * size)
         with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
             for k in missing[rank() :: world()]:
@@ -137,7 +109,7 @@ def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
     noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
     label = labels(seed, indices, classes)
     with torch.inference_mode(), precision(config.precision, device)():
-        image, _ = finish(config.sampler.run(denoise, noise, label if label is None else label.to(device)))
+        image = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device))).x
     image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
     return image.cpu().numpy()
 
@@ -148,7 +120,10 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
     described = {}
     for path in shards:
         link(path, job.out)
-        described[path.name] = {"images": config.shard, "sha256": path.with_suffix(".sha256").read_text()}
+        described[path.name] = {
+            "images": config.shard,
+            "sha256": path.with_suffix(".sha256").read_text(encoding="utf-8"),
+        }
     total = config.held_out + config.count
     meta = {
         "count": config.count,

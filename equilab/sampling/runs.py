@@ -1,0 +1,333 @@
+"""Trained runs as functions from noise to images: one class for each kind, which says what it takes and what an image costs.
+
+A run is named by its folder below results/: "teacher", "distill/get-m". What it costs follows from its config alone; images need its
+weights, which `equilab.sampling.load` brings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from equilab.core import rng
+from equilab.core.job import folder_of
+from equilab.data.pairset import labels
+from equilab.diffusion import discrete_samplers
+from equilab.diffusion.discrete import evenly
+from equilab.diffusion.protocols import finish
+from equilab.metrics.counting import Cost, network_on_meta
+from equilab.models.precond import EDM
+from equilab.sampling.settings import ChainSampler, Sampler, Solve
+from equilab.solvers import Solution
+from equilab.solvers.budget import Budget
+from equilab.training import onestep
+
+# purposes of random numbers: the same noises for every run
+NOISE, LABEL = "evaluation noise", "evaluation label"
+INIT, FRESH = "evaluation init", "evaluation fresh noise"
+
+Counts = dict[str, int | float | None]
+
+
+class Inputs(NamedTuple):
+    """What images are made from."""
+
+    noise: Float[Tensor, "b c h w"]
+    label: Int64[Tensor, b] | None
+    init: Float[Tensor, "b n d"] | None = None  # where an implicit generator starts; None: at zeros
+    fresh_noise: Callable[[int], Tensor] | None = None  # of a chain: the unit noise added at each step
+
+
+class Samples(NamedTuple):
+    """Images in -1..1, float32, and what was done for them."""
+
+    image: Float[
+        Tensor, "*k b c h w"
+    ]  # with a first axis where iterates (or the predictions of all steps) were asked for
+    solutions: tuple[Solution, ...] = ()  # of each call of an implicit network
+    diverged: Bool[Tensor, b] | None = None  # of a chain
+
+
+class Run(ABC):
+    """A run by its config, without its weights.
+
+    `of` is its folder below results/, `shape` that of what it makes, an image or a latent (C, H, W), `classes` those that it knows,
+    0 for none; `counted` counts it.
+    """
+
+    listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "": it has one setting, None
+    latent: ClassVar[bool] = False  # works in latents where the study has them
+    paired: ClassVar[bool] = False  # trained on the teacher's pairs
+    can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
+
+    def __init__(
+        self, of: str, config: Any, shape: tuple[int, int, int], classes: int, count: Callable[..., Cost]
+    ):
+        self.of, self.config, self.shape, self.classes = of, config, shape, classes
+        self.family = config.family
+        self._count = count
+
+    @cached_property
+    def counted(self) -> Cost:
+        """Parameters and FLOPs, counted by shape."""
+        return self._count(self.config, self.shape, self.classes)
+
+    def folder(self, seed: int | None) -> Path:
+        """Return the results folder of a replicate; a stage without runs has one, whatever the seed."""
+        stage, _, name = self.of.partition("/")
+        return folder_of(stage, name, seed) if name else folder_of(stage)
+
+    def check(self, setting: Any) -> None:  # noqa: B027, most kinds take every setting
+        """Refuse a setting that does not fit the run.
+
+        Raises: ValueError saying what does not fit.
+        """
+
+    def model(self, net: nn.Module, metadata: dict[str, Any]) -> nn.Module:
+        """Return what `sample` calls: the trained network, or what the run makes of it by what was kept with its weights."""
+        return net
+
+    @abstractmethod
+    def sample(self, model: nn.Module, inputs: Inputs, setting: Any, return_iterates: bool) -> Samples:
+        """Return the images of `inputs.noise`; with `return_iterates`, those of all iterates or steps (K, B, C, H, W)."""
+
+    def inputs(
+        self, seed: int, indices: np.ndarray, setting: Any, device: torch.device, net: nn.Module
+    ) -> Inputs:
+        """Return what the evaluation's images at `indices` are made from: the same for every run."""
+        noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape)).to(device)
+        label = labels(seed, indices, self.classes, LABEL)
+        return Inputs(noise, label if label is None else label.to(device))
+
+    def nfe(self, setting: Any) -> int:
+        """Return the calls of the network for an image."""
+        return 1
+
+    def iterations(self, setting: Any) -> int | None:
+        """Return the applications of the fixed-point map for an image, at most; None without one."""
+        return None
+
+    def cost(self, setting: Any, iterations: float | None = None) -> Counts:
+        """Return what an image costs at a setting, as `counts` does.
+
+        `iterations` is the mean number that was applied, where samples stop by themselves.
+        """
+        return self.counts(self.nfe(setting), iterations or self.iterations(setting))
+
+    def counts(self, calls: int, iterations: float | None) -> Counts:
+        """Return what so many calls of the network, and iterations in all of them, cost by shape: nfe, iterations, block_evals,
+        flops; solver arithmetic is not counted."""
+        return {
+            "nfe": calls,
+            "iterations": iterations,
+            "block_evals": self._block_evals(calls, iterations),
+            "flops": self._flops(calls, iterations),
+        }
+
+    def _flops(self, calls: int, iterations: float | None) -> float:
+        return self.counted.image.flops(iterations or 0, calls)
+
+    def _block_evals(self, calls: int, iterations: float | None) -> float | None:
+        """Return the transformer blocks applied; None of a network that is not made of blocks."""
+        blocks = getattr(self.network, "blocks", None)
+        if blocks is None:
+            return None
+        return calls * blocks() if iterations is None else (calls - 1) * blocks(0) + blocks(iterations)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network on the meta device, without numbers."""
+        return network_on_meta(self.config.network, self.shape, self.classes)
+
+
+class Teacher(Run):
+    """A denoiser of noise levels, followed by a Sampler."""
+
+    listed = "sampler"
+
+    def model(self, net, metadata):
+        """Return the denoiser that the network is."""
+        return EDM(net, sigma_data=self.config.sigma_data)
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or the states of all steps."""
+        steps = setting.start(model, inputs.noise, inputs.label)
+        if return_iterates:
+            return Samples(torch.stack([step.x.float() for step in steps]))
+        return Samples(finish(steps).x.float())
+
+    def nfe(self, setting: Sampler) -> int:
+        """Return the calls of the denoiser for an image."""
+        return setting.nfe
+
+
+class OneStep(Run):
+    """One forward pass of an explicit network."""
+
+    paired = True
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, which are the one iterate there is."""
+        image = model(inputs.noise, inputs.label).image.float()
+        return Samples(image[None] if return_iterates else image)
+
+
+class ImplicitOneStep(OneStep):
+    """One call of a network whose state is solved for, as a Solve says."""
+
+    listed = "solver"
+    can_diverge = True
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or those of all iterates."""
+        solver = setting.solver(record=return_iterates)
+        image, solution = model(inputs.noise, inputs.label, inputs.init, solver, return_iterates)
+        return Samples(image.float(), (solution,))
+
+    def inputs(self, seed, indices, setting, device, net):
+        """Return what images are made from, with the state to start from where the setting draws it."""
+        inputs = super().inputs(seed, indices, setting, device, net)
+        if setting.init == "zeros":
+            return inputs
+        init = torch.from_numpy(rng.noise(seed, INIT, indices, net.state_shape)).to(device)
+        return inputs._replace(init=init)
+
+    def iterations(self, setting: Solve) -> int:
+        """Return the iterations for an image, at most."""
+        return setting.iterations
+
+
+class Student(Run):
+    """The teacher's network as a generator of few steps."""
+
+    def model(self, net, metadata):
+        """Return the generator that the network is."""
+        return onestep.student(self.config, net, metadata["sigma_data"])
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or those that are predicted at all steps."""
+        return Samples(model(inputs.noise, inputs.label, return_iterates).image.float())
+
+    def nfe(self, setting: None) -> int:
+        """Return the calls of the network for an image: one for each noise level that it steps through."""
+        return len(self.config.student.sigmas)
+
+    def _flops(self, calls, iterations):
+        return self.counted.image.flops()  # of all steps
+
+
+class Denoiser(Run):
+    """A denoiser of discrete timesteps, followed along a chain as a ChainSampler says."""
+
+    listed = "chain"
+    latent = True
+    can_diverge = True
+
+    def check(self, setting: ChainSampler) -> None:
+        """Refuse a setting that does not fit the network, or whose blocks are too few.
+
+        Raises: ValueError saying what does not fit.
+        """
+        if (setting.fixed_point is not None) != self.family.implicit:
+            needed = "given" if self.family.implicit else "null"
+            raise ValueError(f"fixed_point must be {needed} for a {self.family.label}")
+        evenly(self.config.diffusion.timesteps, setting.steps)
+        if setting.guidance and not self.config.label_dropout:
+            raise ValueError(
+                "guidance needs a run with conditional true and label_dropout above 0; set guidance to null"
+            )
+        if setting.fixed_point is not None and self._iterations(setting) < setting.steps:
+            explicit = self.network.blocks(0)
+            raise ValueError(
+                f"blocks is {setting.fixed_point.blocks}, but {setting.steps} steps of {explicit} explicit layers and at "
+                f"least one iteration need {setting.steps * (explicit + 1)}; raise blocks or lower steps"
+            )
+
+    def _iterations(self, setting: ChainSampler) -> int:
+        """Return the iterations of a chain without guidance, over all its steps."""
+        return setting.fixed_point.blocks - setting.steps * self.network.blocks(0)
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or those predicted at all steps."""
+        images, solutions = [], []
+        for step in self._steps(model, inputs, setting):
+            if return_iterates:
+                images.append(step.image.float())
+            solutions.extend(step.solutions)
+        image = torch.stack(images) if return_iterates else step.x.float()
+        return Samples(image, tuple(solutions), step.diverged)
+
+    def _steps(self, model, inputs: Inputs, setting: ChainSampler):
+        """Return the sampler, started: it yields a Step a step."""
+        process, fixed_point = self.config.diffusion, setting.fixed_point
+        if fixed_point is None:
+            predict, budget = discrete_samplers.explicit(model), None
+        else:
+            predict = discrete_samplers.implicit(model, fixed_point.solver())
+            budget = Budget(fixed_point.budget, self._iterations(setting))
+        if setting.guidance:
+            scale, channels = setting.guidance.scale, setting.guidance.channels
+            predict = discrete_samplers.guided(predict, scale, self.classes, channels)
+        sampler = (
+            discrete_samplers.ddpm
+            if setting.method == "ddpm"
+            else partial(discrete_samplers.ddim, eta=setting.eta)
+        )
+        return sampler(
+            predict,
+            inputs.noise,
+            process.chain(evenly(process.timesteps, setting.steps)),
+            inputs.label,
+            inputs.fresh_noise,
+            reuse=fixed_point is not None and fixed_point.reuse,
+            clamp=setting.clamp,
+            budget=budget,
+        )
+
+    def inputs(self, seed, indices, setting, device, net):
+        """Return what images are made from, with the fresh noise of each step."""
+        inputs = super().inputs(seed, indices, setting, device, net)
+        return inputs._replace(fresh_noise=discrete_samplers.fresh(seed, FRESH, indices, inputs.noise))
+
+    def nfe(self, setting: ChainSampler) -> int:
+        """Return the predictions for an image."""
+        return setting.nfe
+
+    def iterations(self, setting: ChainSampler) -> int | None:
+        """Return the iterations over all steps, with guidance those of both halves; None of an explicit network."""
+        if setting.fixed_point is None:
+            return None
+        return self._iterations(setting) * setting.nfe // setting.steps
+
+
+def solver_statistics(samples: Samples) -> Float64[Tensor, "b 3"]:
+    """Return what the solver did for each image: iterations of all calls, mean relative residual of the calls' last
+    applications, and whether any call diverged (1) or none (0)."""
+    batch = samples.image.shape[-4]
+    statistics = torch.zeros(batch, 3, dtype=torch.float64)
+    for solution in samples.solutions:
+        final = (solution.iterations - 1).clamp_min(0)[:, None]
+        residual = solution.residuals.gather(1, final)[:, 0] / len(
+            samples.solutions
+        )  # (B,), with guidance (2B,)
+        call = torch.stack([solution.iterations, residual, solution.diverged], 1).double().cpu()
+        halves = call.unflatten(0, (-1, batch))  # (1 or 2, B, 3)
+        iterations, residual, diverged = halves.unbind(2)
+        statistics += torch.stack([iterations.sum(0), residual.mean(0), diverged.amax(0)], 1)
+    if samples.diverged is not None:
+        statistics[:, 2] += samples.diverged.cpu()
+    statistics[:, 2].clamp_(max=1)
+    return statistics

@@ -1,0 +1,121 @@
+"""How a trained run is sampled: the settings that params list, each checked when it is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from equilab.core.config import Params, plain
+from equilab.diffusion.settings import Sampler
+from equilab.solvers import Solver
+
+__all__ = ["ChainSampler", "FixedPointAlongChain", "Guidance", "Sampler", "Solve"]
+
+Method = Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Tolerance = Annotated[float, Field(ge=0)]  # relative residual at which a sample stops; 0: never
+Memory = Annotated[int, Field(ge=2, le=1000)]  # of Anderson: states combined
+Mixing = Annotated[float, Field(gt=0, le=1)]  # of Anderson: weight of the residual
+
+
+class Solve(Params):
+    """How an implicit generator of one step is solved at test time."""
+
+    method: Method
+    iterations: Count  # at most
+    tolerance: Tolerance
+    pick: Literal["last", "lowest"]  # iterate that is returned: the last, or that of lowest absolute residual
+    memory: Memory | None
+    mixing: Mixing | None
+    init: Literal["zeros", "noise"]
+
+    @model_validator(mode="after")
+    def _is_a_solver(self):
+        self.solver()
+        return self
+
+    def solver(self, record: bool = False) -> Solver:
+        """Return the solver; with `record` it keeps all iterates."""
+        return Solver(
+            self.method,
+            self.iterations,
+            self.tolerance,
+            self.pick,
+            record=record,
+            memory=self.memory,
+            mixing=self.mixing,
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """Return what tells this setting from others in a table, where `iterations` are those applied."""
+        columns = plain(self)
+        columns["most_iterations"] = columns.pop("iterations")
+        return columns
+
+
+class Guidance(Params):
+    """Classifier-free guidance: away from no class, towards the label, `scale` times."""
+
+    scale: Annotated[float, Field(ge=0)]
+    channels: Literal["all", "first_three"]  # of the image; the first three as published
+
+
+class FixedPointAlongChain(Params):
+    """How the fixed points along a chain are solved, and what they may cost."""
+
+    blocks: Count  # of a chain without guidance (which takes two): over all steps, explicit layers included
+    budget: Literal[
+        "constant", "increasing", "decreasing", "adaptive"
+    ]  # how iterations are spread over steps
+    reuse: bool  # each step starts from the solution of the one before
+    method: Method
+    tolerance: Tolerance
+    memory: Memory | None
+    mixing: Mixing | None
+
+    @model_validator(mode="after")
+    def _is_a_solver(self):
+        self.solver()
+        return self
+
+    def solver(self) -> Solver:
+        """Return the solver; its iterations are those that the budget gives a step."""
+        return Solver(self.method, 1, self.tolerance, "last", memory=self.memory, mixing=self.mixing)
+
+
+class ChainSampler(Params):
+    """How a denoiser of discrete timesteps is sampled: along evenly spaced timesteps, noisiest first."""
+
+    method: Literal["ddpm", "ddim"]
+    steps: Count
+    eta: Annotated[float, Field(ge=0, le=1)] | None  # of ddim: 0 adds no fresh noise, 1 as much as ddpm
+    clamp: bool  # hold predicted images in -1..1
+    guidance: Guidance | None
+    fixed_point: FixedPointAlongChain | None  # null for explicit networks
+
+    @model_validator(mode="after")
+    def _eta_is_of_ddim(self):
+        if (self.method == "ddim") != (self.eta is not None):
+            raise ValueError(f"eta is {self.eta}; give 0..1 for ddim and null for ddpm")
+        return self
+
+    @property
+    def nfe(self) -> int:
+        """Predictions for an image: one each step, with guidance two."""
+        return self.steps * (2 if self.guidance else 1)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether images depend on those that are sampled with them: the budget looks at the residuals of a batch."""
+        return self.fixed_point is not None and self.fixed_point.budget == "adaptive"
+
+    def columns(self) -> dict[str, Any]:
+        """Return what tells this setting from others in a table: that of guidance and fixed point beside the rest."""
+        columns = plain(self)
+        guidance, fixed_point = columns.pop("guidance") or {}, columns.pop("fixed_point") or {}
+        for key, value in guidance.items():
+            columns[f"guidance_{key}"] = value
+        for key, value in fixed_point.items():
+            columns["solver" if key == "method" else key] = value
+        return columns
