@@ -18,16 +18,8 @@ import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
 from equilab.core.config import UserError, nearest, read, read_json
+from equilab.models.family import family
 
-LABELS = {  # of families in figures and prose; to be replaced by the registry of families
-    "edm": "EDM",
-    "get": "GET",
-    "vit": "ViT",
-    "fpdm": "FPDM",
-    "dit": "DiT",
-    "gdd": "GDD",
-    "cd": "CD",
-}
 COUNTED = (
     "parameters",
     "parameters_trained",
@@ -296,7 +288,8 @@ class Results:
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return a table with the labels of its families, what a row is of first."""
-        table = table.assign(label=table["family"].map(LABELS))
+        labels = {name: family(name).label for name in table["family"].unique()}
+        table = table.assign(label=table["family"].map(labels))
         return _keys_first(table, ["of", "seed", "family", "label"])
 
 
@@ -313,13 +306,13 @@ def results(folder: Path | str = "results") -> Results:
 
 def _named(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that say what a row is of."""
-    of, family = about["of"], about["family"]
+    of, name = about["of"], about["family"]
     return {
         "of": of,
         "run": of.rpartition("/")[2],
         "seed": about["seed"],
-        "family": family,
-        "label": LABELS[family],
+        "family": name,
+        "label": family(name).label,
     }
 
 
