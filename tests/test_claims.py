@@ -329,6 +329,7 @@ def test_every_declared_comparison_serves_a_claim():
         assert set(read(path)["comparisons"]) <= known, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", [".", *(f"studies/digits-{name}" for name in ("long", "fpdm", "budget", "uncond"))]
 )
