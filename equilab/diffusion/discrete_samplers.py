@@ -41,18 +41,12 @@ def ddpm_step(
     image: Float[Tensor, "b c h w"],
     x: Float[Tensor, "b c h w"],
     level: Level,
-    log_variance: Float[
-        Tensor,
-        (
-            b  # c #h #w
-        ),
-    ],
+    log_variance: Float[Tensor, "_ _ _ _"],
     noise: Float[Tensor, "b c h w"] | None,
 ) -> Float[Tensor, "b c h w"]:
-    """Return the state one step before `x`, drawn by the unit `noise` from its normal distribution if the
-    image is known.
+    """Return the state one step before `x`, drawn by unit `noise` from its normal distribution given the image.
 
-    Without noise, as in the last step of a chain, it is the mean.
+    Without noise, as in the last step of a chain, it is the mean. `log_variance` is that of `Chain.log_variance`.
 
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equations 6 and 7 and algorithm 2, line 4.
     """

@@ -120,8 +120,7 @@ class AdaLNBlock(nn.Module):
     def modulated(
         self, z: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6*d"]
     ) -> Float[Tensor, "b n d"]:
-        """Return the tokens after one block under a `modulation`: computed once for a block that is applied
-        many times."""
+        """Return the tokens after one block; of a block that is applied many times, the modulation is the same."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 2)  # (B, 1, D) each
         z = z + gate1 * self.attn(modulate(z, shift1, scale1))  # (B, N, D)
         return z + gate2 * self.mlp(modulate(z, shift2, scale2))  # (B, N, D)
