@@ -14,7 +14,8 @@ from equilab.core import config, rng
 from equilab.data import images as data
 from equilab.data import latents
 
-SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "studies/smoke/params.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def study(tmp_path, monkeypatch, vae):
     """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
     monkeypatch.chdir(tmp_path)
     sections = config.read(SMOKE)
+    sections["study"]["root"] = str(ROOT)
     for name in ("teacher", "pairs", "distill", "features", "gan", "consistency", "relative", "activation"):
         del sections[name]
     sections["latents"] = {"vae": str(vae), "shape": [2, 4, 4], "batch": 64}
@@ -152,12 +154,12 @@ def test_samples_are_decoded_to_pixels(study):
         ["claims"],
     ):
         called(*command)
-    samples = np.load("results/evaluate/fpdm/samples.npy")
+    samples = np.load("results/evaluate/fpdm/0/samples.npy")
     assert samples.shape == (100, 1, 8, 8) and samples.dtype == np.uint8
-    with np.load("results/evaluate/fpdm/iterates.npz") as kept:
+    with np.load("results/evaluate/fpdm/0/iterates.npz") as kept:
         assert kept["images"].shape == (4, 16, 1, 8, 8) and kept["image_0"].shape == (16, 1, 8, 8)
         assert np.array_equal(kept["images"][-1], samples[:16])  # the last prediction is the image
-    summary = json.loads(Path("results/diffusion/fpdm/summary.json").read_text())
+    summary = json.loads(Path("results/diffusion/fpdm/0/summary.json").read_text())
     assert summary["image"] == [2, 4, 4] and set(summary["inputs"]) == {"data", "latents"}
     assert (
         "FPDM-1" in Path("results/claims.md").read_text()

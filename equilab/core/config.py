@@ -216,7 +216,7 @@ def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
     """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
     arguments those that a class takes by keyword alone."""
 
-    def read(value: Any, info: Any) -> Spec:  # info: a ValidationInfo
+    def read(value: Any, info: Any) -> Spec:
         if isinstance(value, Spec):
             return value
         try:
