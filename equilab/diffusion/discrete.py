@@ -8,17 +8,18 @@ the equations below take. They compute in float64 and return the dtype of their 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, repeat
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from equilab.core.config import Params
 
-@dataclass(frozen=True)
-class Diffusion:
+
+class Diffusion(Params):
     """A diffusion of `timesteps` steps, and what a network tells of it.
 
     "learned" variance: the network returns twice the channels, the prediction and then a value in about -1..1 that
@@ -30,20 +31,15 @@ class Diffusion:
     Source: DiT, section 3.1, for betas and variance; FPDM, section 4.1, for v and zero terminal SNR.
     """
 
-    timesteps: int  # 1000 published
+    timesteps: int = Field(ge=2, le=1_000_000)  # 1000 published
     beta_start: float  # relative variance added by the first timestep; 0.0001 published
     beta_end: float  # and by the last; 0.02 published
     zero_terminal_snr: bool  # shift and scale sqrt(alpha_bar) so that the last timestep is noise alone
-    prediction: str  # "noise" or "v"
-    variance: str  # "learned", "small" or "large"
+    prediction: Literal["noise", "v"]
+    variance: Literal["learned", "small", "large"]
 
-    def __post_init__(self):
-        if self.prediction not in ("noise", "v"):
-            raise ValueError(f"prediction is {self.prediction!r}; choose 'noise' or 'v'")
-        if self.variance not in ("learned", "small", "large"):
-            raise ValueError(f"variance is {self.variance!r}; choose 'learned', 'small' or 'large'")
-        if not 2 <= self.timesteps <= 1_000_000:
-            raise ValueError(f"timesteps is {self.timesteps}; give 2 to 1,000,000")
+    @model_validator(mode="after")
+    def _checked(self) -> Diffusion:
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start is {self.beta_start}, beta_end {self.beta_end}; give 0 < beta_start <= beta_end < 1"
@@ -58,6 +54,7 @@ class Diffusion:
                 f"the SNR reaches 0 before the last of {self.timesteps} timesteps; "
                 f"lower beta_end={self.beta_end} or timesteps"
             )
+        return self
 
     def alpha_bar(self) -> Float64[Tensor, t]:
         """Return the share of the image in the variance of x at every timestep, the products of 1 - beta.
@@ -68,7 +65,7 @@ class Diffusion:
         alpha_bar = (1 - betas).cumprod(0)  # (T,)
         if not self.zero_terminal_snr:
             return alpha_bar
-        root = alpha_bar.sqrt()
+        root = alpha_bar.sqrt()  # (T,)
         return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
     def chain(self, t: Sequence[int] | None = None) -> Chain:
@@ -96,9 +93,7 @@ def evenly(timesteps: int, steps: int) -> list[int]:
     Differs: there a single step is timestep 0, where no noise has been added yet.
     """
     if not 1 <= steps <= timesteps:
-        raise ValueError(
-            f"steps is {steps}, but a diffusion of {timesteps} timesteps has room for 1..{timesteps}"
-        )
+        raise ValueError(f"steps is {steps}, but {timesteps} timesteps have room for 1..{timesteps}")
     if steps == 1:
         return [timesteps - 1]
     stride = (timesteps - 1) / (steps - 1)
@@ -106,14 +101,17 @@ def evenly(timesteps: int, steps: int) -> list[int]:
 
 
 class Level(NamedTuple):
-    """Where samples stand in a chain: numbers of each, (B, 1, 1, 1) float64."""
+    """Where samples stand in a chain: numbers of each, (B, 1, 1, 1) float64.
+
+    `before` is alpha_bar of the next cleaner timestep of the chain, 1 at the cleanest. `log_small` is the log variance
+    of x one step before, if the image is known (0 at the cleanest, so there it is that of the second), `log_large` that
+    of the step itself: log beta.
+    """
 
     alpha_bar: Tensor
-    before: Tensor  # alpha_bar of the next cleaner timestep of the chain; 1 at the cleanest
-    log_small: (
-        Tensor  # log variance of x one step before, the image known; at the cleanest that of the second
-    )
-    log_large: Tensor  # log beta
+    before: Tensor
+    log_small: Tensor
+    log_large: Tensor
 
 
 class Chain(NamedTuple):
@@ -144,7 +142,9 @@ class Chain(NamedTuple):
         self, x: Float[Tensor, "b c h w"], prediction: Float[Tensor, "b c h w"], level: Level
     ) -> Tensor:
         """Return the image that a prediction for `x` implies."""
-        return (image_of_noise if self.diffusion.prediction == "noise" else image_of_v)(x, prediction, level)
+        if self.diffusion.prediction == "noise":
+            return image_of_noise(x, prediction, level)
+        return image_of_v(x, prediction, level)
 
     def log_variance(self, value: Float[Tensor, "b c h w"] | None, level: Level) -> Tensor:
         """Return the log variance of a step back: (B, C, H, W) if learned, else (B, 1, 1, 1).
@@ -205,7 +205,6 @@ def posterior_mean(
 
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equation 7.
     """
-    alpha, rest = level.alpha_bar / level.before, 1 - level.alpha_bar
-    return ((level.before.sqrt() * (1 - alpha) * image + alpha.sqrt() * (1 - level.before) * x) / rest).to(
-        image.dtype
-    )
+    alpha = level.alpha_bar / level.before
+    mean = level.before.sqrt() * (1 - alpha) * image + alpha.sqrt() * (1 - level.before) * x
+    return (mean / (1 - level.alpha_bar)).to(image.dtype)

@@ -91,7 +91,8 @@ def log_likelihood(
         and a probability below 1e-12 counts as 1e-12.
     """
     scale = (-log_variance / 2).exp()
-    below, above = (_normal_cdf(scale * (image - mean + half)) for half in (-1 / 255, 1 / 255))
+    below = _normal_cdf(scale * (image - mean - 1 / 255))
+    above = _normal_cdf(scale * (image - mean + 1 / 255))
     above = torch.where(image > 0.999, torch.ones_like(above), above)
     below = torch.where(image < -0.999, torch.zeros_like(below), below)
     return (above - below).clamp(min=1e-12).log()

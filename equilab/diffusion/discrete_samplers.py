@@ -3,39 +3,80 @@
 They call `predict(x, t, label, carry, iterations) -> (output, solution)`: t (B,) int64, the state `carry` to start a
 fixed point from or None, the `iterations` for it or None; the Solution of an explicit network is None. A network
 becomes one by `explicit` or `implicit`, then perhaps `guided`. The samplers draw nothing: `noises(step)` gives the
-fresh unit noise of a step, steps counted from 0, the noisiest. No gradients flow through them.
+fresh unit noise of a step, steps counted from 0, the noisiest. No gradients flow through them, though they do through
+a single `ddpm_step` or `ddim_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from equilab.core import rng
 from equilab.diffusion.discrete import Chain, Level, noise_of_image, posterior_mean
+from equilab.diffusion.protocols import Step, finish, unsound
 from equilab.solvers import Solution, Solver
 from equilab.solvers.budget import Budget, trace
 
+__all__ = [
+    "Step",
+    "ddim",
+    "ddim_step",
+    "ddpm",
+    "ddpm_step",
+    "explicit",
+    "finish",
+    "fresh",
+    "guided",
+    "implicit",
+]
 
-class Step(NamedTuple):
-    """What a sampler yields after a step.
 
-    A sample diverges where its solver does or its prediction is not finite. From then on it stands still: it keeps the
-    last state that was sound.
+def ddpm_step(
+    image: Float[Tensor, "b c h w"],
+    x: Float[Tensor, "b c h w"],
+    level: Level,
+    log_variance: Float[
+        Tensor,
+        (
+            b  # c #h #w
+        ),
+    ],
+    noise: Float[Tensor, "b c h w"] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the state one step before `x`, drawn by the unit `noise` from its normal distribution if the image is known.
+
+    Without noise, as in the last step of a chain, it is the mean.
+
+    Source: "Denoising diffusion probabilistic models" (Ho 2020), equations 6 and 7 and algorithm 2, line 4.
     """
+    mean = posterior_mean(image, x, level)
+    return mean if noise is None else mean + (log_variance / 2).exp() * noise
 
-    x: Float64[Tensor, "b c h w"]  # the state that the step leads to; after the last step, the image
-    t: int  # the timestep that it left
-    image: Float64[Tensor, "b c h w"]  # the image predicted there; of a diverged sample, its state
-    solution: Solution | None  # of an implicit network; with guidance, of twice the samples (see `guided`)
-    diverged: Bool[Tensor, b]  # in this step or before
-    nfe: int  # calls of predict since the start; with guidance, each is of twice the samples
+
+def ddim_step(
+    image: Float[Tensor, "b c h w"],
+    x: Float[Tensor, "b c h w"],
+    level: Level,
+    eta: float,
+    noise: Float[Tensor, "b c h w"] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the state one step before `x`, along the predicted image and the noise that it leaves in `x`.
+
+    `eta` 0 is deterministic, 1 makes room for as much fresh unit `noise` as DDPM of "small" variance adds; without
+    noise, as in the last step of a chain, none is added.
+
+    Source: "Denoising diffusion implicit models" (Song 2021), equations 12 and 16.
+    """
+    predicted = noise_of_image(x, image, level)
+    variance = eta**2 * (1 - level.before) / (1 - level.alpha_bar) * (1 - level.alpha_bar / level.before)
+    mean = level.before.sqrt() * image + (1 - level.before - variance).clamp(min=0).sqrt() * predicted
+    return mean if noise is None else mean + variance.sqrt() * noise
 
 
 def ddpm(
@@ -53,16 +94,18 @@ def ddpm(
 
     With `reuse`, each step starts its fixed point from the last one's solution; with `clamp`, predicted images are
     held in -1..1; `budget` says how many iterations each step gets (None: what the solver of `predict` has).
+    A sample diverges where its solver does or its prediction is not finite. From then on it stands still: it keeps the
+    last state that was sound, which then stands for its image.
 
-    Raises: ValueError if the budget does not fit the chain; on the way, if `predict` returns no solution to reuse or
-        measure, or one of other samples.
+    Raises: on the way, ValueError if the budget does not fit the chain, or if `predict` returns no solution to reuse
+        or measure, or one of other samples.
     Source: "Denoising diffusion probabilistic models" (Ho 2020), algorithm 2; FPDM, section 3.3, for reuse and budget.
     """
 
-    def move(x: Tensor, image: Tensor, value: Tensor | None, level: Level) -> tuple[Tensor, Tensor]:
-        return posterior_mean(image, x, level), (chain.log_variance(value, level) / 2).exp()
+    def move(image, x, level, value, fresh_noise):
+        return ddpm_step(image, x, level, chain.log_variance(value, level), fresh_noise)
 
-    return _walk(predict, noise, chain, label, move, noises, reuse, clamp, budget)
+    return _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget)
 
 
 def ddim(
@@ -87,31 +130,21 @@ def ddim(
     if not 0 <= eta <= 1 or (eta > 0 and noises is None):
         raise ValueError(f"eta is {eta}; give 0..1 and, above 0, noises, a function of the step")
 
-    def move(x: Tensor, image: Tensor, value: Tensor | None, level: Level) -> tuple[Tensor, Tensor]:
-        variance = eta**2 * (1 - level.before) / (1 - level.alpha_bar) * (1 - level.alpha_bar / level.before)
-        noise = noise_of_image(x, image, level)
-        mean = level.before.sqrt() * image + (1 - level.before - variance).clamp(min=0).sqrt() * noise
-        return mean, variance.sqrt()
+    def move(image, x, level, value, fresh_noise):
+        return ddim_step(image, x, level, eta, fresh_noise)
 
-    return _walk(predict, noise, chain, label, move, noises if eta > 0 else None, reuse, clamp, budget)
-
-
-def finish(steps: Iterable[Step]) -> Step:
-    """Run a sampler to its end; returns its last step, whose x is the image."""
-    for step in steps:
-        last = step
-    return last
+    return _steps(move, predict, noise, chain, label, noises if eta > 0 else None, reuse, clamp, budget)
 
 
 def fresh(
     seed: int, purpose: str, indices: Sequence[int] | np.ndarray, noise: Tensor
 ) -> Callable[[int], Tensor]:
     """Return `noises` for a sampler: unit noise like `noise`, row i a function of (seed, purpose, step, indices[i])."""
+    shape = tuple(noise.shape[1:])
 
     def noises(step: int) -> Tensor:
-        return torch.from_numpy(
-            rng.noise(seed, f"{purpose}, step {step}", indices, tuple(noise.shape[1:]))
-        ).to(noise)
+        values = rng.noise(seed, f"{purpose}, step {step}", indices, shape)
+        return torch.from_numpy(values).to(noise)
 
     return noises
 
@@ -119,13 +152,19 @@ def fresh(
 def explicit(net: Callable) -> Callable:
     """Return the `predict` of a network `net(x, t, label) -> output`."""
 
-    return lambda x, t, label, carry, iterations: (net(x, t, label), None)
+    def predict(
+        x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None
+    ) -> tuple[Tensor, None]:
+        return net(x, t, label), None
+
+    return predict
 
 
 def implicit(net: Callable, solver: Solver) -> Callable:
     """Return the `predict` of `net(x, t, label, carry, solve) -> (output, Solution)`, solved by `solver`.
 
-    It raises ValueError for a carry of other samples, or one that samples at different timesteps would start from.
+    Raises: when called, ValueError for a carry of other samples, or one that samples at different timesteps would
+        start from.
     """
 
     def predict(
@@ -137,9 +176,8 @@ def implicit(net: Callable, solver: Solver) -> Callable:
             raise ValueError(
                 "t mixes timesteps, but a carry is of one; call with one timestep, or carry None"
             )
-        return net(
-            x, t, label, carry, solver if iterations is None else replace(solver, iterations=iterations)
-        )
+        solve = solver if iterations is None else replace(solver, iterations=iterations)
+        return net(x, t, label, carry, solve)
 
     return predict
 
@@ -165,58 +203,55 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
             raise ValueError("there is no label to guide towards; give one, or sample without guidance")
         labels = torch.cat([label, torch.full_like(label, null)])  # (2B,)
         output, solution = predict(torch.cat([x, x]), torch.cat([t, t]), labels, carry, iterations)
-        towards, away = output.chunk(2)
+        towards, away = output.chunk(2)  # (B, O, H, W) each
         count = x.shape[1] if channels == "all" else min(3, x.shape[1])
-        pull = away[:, :count] + scale * (towards[:, :count] - away[:, :count])
+        pull = away[:, :count] + scale * (towards[:, :count] - away[:, :count])  # (B, count, H, W)
         return torch.cat([pull, towards[:, count:]], 1), solution
 
     return both
 
 
-def _walk(predict, noise, chain, label, move, noises, reuse: bool, clamp: bool, budget) -> Iterator[Step]:
-    """Check the budget, then step; `move` returns mean and deviation of the next state, `noises` None adds nothing."""
-    if budget is not None:
-        budget((), len(chain.t))
-    return _steps(predict, noise, chain, label, move, noises, reuse, clamp, budget)
-
-
-def _steps(predict, noise, chain, label, move, noises, reuse, clamp, budget) -> Iterator[Step]:
-    x, steps, carry, traces = noise.detach().double(), len(chain.t), None, []
+@torch.no_grad()
+def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> Iterator[Step]:
+    """Yield the steps by `move`; `noises` None adds nothing."""
+    x = noise.detach().double()
+    steps, carry, traces = len(chain.t), None, []
     diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for step, t in enumerate(chain.t.tolist()[::-1]):
+    for step, position in enumerate(reversed(range(steps))):
         iterations = None if budget is None else budget(traces, steps)
-        with torch.no_grad():
-            ts = torch.full((len(x),), t, device=x.device)
-            output, solution = predict(x.to(noise.dtype), ts, label, carry, iterations)
-            broken = _broken(solution, x, needed=reuse or budget is not None)
-            level = chain.at(torch.full((1,), steps - 1 - step, device=x.device))
-            prediction, value = chain.split(output.double(), x.shape[1])
-            image = chain.image(x, prediction, level)
-            image = image.clamp(-1, 1) if clamp else image
-            following, deviation = move(x, image, value, level)
-            if noises is not None and step < steps - 1:
-                following = following + deviation * noises(step).to(x)
-            unsound = ~(prediction.isfinite() & following.isfinite()).flatten(1).all(1)  # (B,)
-            diverged = diverged | broken | unsound
-            stopped = diverged[:, None, None, None]
-            x, image = torch.where(stopped, x, following), torch.where(stopped, x, image)
+        t = int(chain.t[position])
+        ts = torch.full((len(x),), t, device=x.device)
+        output, solution = predict(x.to(noise.dtype), ts, label, carry, iterations)
+        _check(solution, x, needed=reuse or budget is not None)
+
+        level = chain.at(torch.full((1,), position, device=x.device))
+        prediction, value = chain.split(output.double(), x.shape[1])
+        image = chain.image(x, prediction, level)
+        if clamp:
+            image = image.clamp(-1, 1)
+        fresh_noise = None if noises is None or position == 0 else noises(step).to(x)
+        following = move(image, x, level, value, fresh_noise)
+
+        diverged = diverged | unsound(prediction) | unsound(following)
+        if solution is not None:
+            diverged = diverged | solution.diverged.reshape(-1, len(x)).any(0)  # guided, of both halves
+        stopped = diverged[:, None, None, None]
+        image = torch.where(stopped, x, image)
+        x = torch.where(stopped, x, following)
         if reuse:
             carry = solution.z
         if budget is not None:
             traces.append(trace(solution))
-        yield Step(x, t, image, solution, diverged, step + 1)
+        yield Step(x, t, image, () if solution is None else (solution,), diverged, step + 1)
 
 
-def _broken(solution: Solution | None, x: Tensor, needed: bool) -> Tensor:
-    """Return the samples (B,) of which a part of the solution diverged."""
-    if solution is None:
-        if needed:
-            raise ValueError(
-                "predict returns no solution, as of an explicit network; sample without reuse and budget"
-            )
-        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    if len(solution.z) % len(x):
+def _check(solution: Solution | None, x: Tensor, needed: bool) -> None:
+    """Raise unless there is a solution of these samples, or none and none is needed."""
+    if solution is None and needed:
+        raise ValueError(
+            "predict returns no solution, as of an explicit network; sample without reuse and budget"
+        )
+    if solution is not None and len(solution.z) % len(x):
         raise ValueError(
             f"predict returns {len(solution.z)} states for {len(x)} samples; give each sample its own"
         )
-    return solution.diverged.reshape(-1, len(x)).any(0)

@@ -1,23 +1,51 @@
-"""What the two protocols return that models are called by: of a denoiser, and of a generator."""
+"""What denoisers, generators and samplers return: the words in which models and samplers talk to each other."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from equilab.solvers import Solution
 
 
 class Generated(NamedTuple):
-    """What `generate(noise, label)` returns: the image (B, C, H, W) in -1..1, and the Solution of an implicit model or None."""
+    """What `generate(noise, label)` returns."""
 
-    image: Any
-    solution: Any
+    image: Float[Tensor, "*k b c h w"]  # in -1..1; of iterates, if these are asked for, one more dimension
+    solution: Solution | None  # of an implicit model
 
 
 class Denoised(NamedTuple):
-    """What `denoise(x, sigma, label, carry=None)` returns: D(x; sigma) (B, C, H, W), the carry for the next call, the Solution.
+    """What `denoise(x, sigma, label, carry=None)` returns."""
 
-    `carry` and `solution` are None for explicit models.
-    """
+    image: Float[Tensor, "b c h w"]  # D(x; sigma)
+    carry: Float[Tensor, "b n d"] | None  # where the next call starts its fixed point
+    solution: Solution | None  # of an implicit model
 
-    image: Any
-    carry: Any
-    solution: Any
+
+class Step(NamedTuple):
+    """What a sampler yields after a step."""
+
+    x: Float64[
+        Tensor, "b c h w"
+    ]  # the state that the step leads to; after the last step, the image, not clamped
+    noise_level: float  # of the state that it left: sigma, or the timestep t
+    image: Float[Tensor, "b c h w"]  # the image predicted there
+    solutions: tuple[Solution, ...]  # of each call of an implicit network, in order
+    diverged: Bool[Tensor, b]  # the state or a solution broke, in this step or before
+    nfe: int  # calls of the network since the start
+
+
+def finish(steps: Iterable[Step]) -> Step:
+    """Run a sampler to its end; returns its last step, whose x is the image."""
+    for step in steps:
+        last = step
+    return last
+
+
+def unsound(x: Float[Tensor, "b c h w"]) -> Bool[Tensor, b]:
+    """Return which samples hold a number that is not finite."""
+    return ~x.isfinite().flatten(1).all(1)  # (B,)

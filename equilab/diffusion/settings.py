@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from equilab.core.config import Params, plain
-from equilab.diffusion.samplers import Step, euler, heun
+from equilab.diffusion.protocols import Step
+from equilab.diffusion.samplers import euler, heun
 from equilab.diffusion.schedules import edm_sigmas
 
 Level = Annotated[float, Field(ge=1e-6, le=1e6)]  # a noise level
@@ -49,5 +50,3 @@ class Sampler(Params):
     def columns(self) -> dict[str, Any]:
         """Return what tells this setting from others in a table."""
         return plain(self)
-
-

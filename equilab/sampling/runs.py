@@ -22,7 +22,7 @@ from equilab.core.job import folder_of
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
-from equilab.diffusion.samplers import finish
+from equilab.diffusion.protocols import finish
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.precond import EDM
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
@@ -163,8 +163,7 @@ class Teacher(Run):
         steps = setting.start(model, inputs.noise, inputs.label)
         if return_iterates:
             return Samples(torch.stack([step.x.float() for step in steps]))
-        image, _ = finish(steps)
-        return Samples(image.float())
+        return Samples(finish(steps).x.float())
 
     def nfe(self, setting: Sampler) -> int:
         """Return the calls of the denoiser for an image."""
@@ -267,8 +266,7 @@ class Denoiser(Run):
         for step in self._steps(model, inputs, setting):
             if return_iterates:
                 images.append(step.image.float())
-            if step.solution is not None:
-                solutions.append(step.solution)
+            solutions.extend(step.solutions)
         image = torch.stack(images) if return_iterates else step.x.float()
         return Samples(image, tuple(solutions), step.diverged)
 

@@ -20,8 +20,8 @@ from equilab.core.machine import device_of
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
-from equilab.diffusion.protocols import Denoised
-from equilab.diffusion.samplers import euler, finish
+from equilab.diffusion.protocols import Denoised, finish
+from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
 from equilab.sampling import Generator, Run, batches, describe, first_seed, load
 from equilab.sampling.runs import Denoiser, ImplicitOneStep, Student, Teacher
@@ -210,7 +210,7 @@ def _along_chain(
     steps_back = discrete_samplers.ddim(
         predict, inputs.noise, chain, inputs.label, eta=0.0, reuse=False, clamp=pixels
     )
-    discrete_samplers.finish(steps_back)
+    finish(steps_back)
 
 
 def _along_iterations(

@@ -53,9 +53,7 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
 
     def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(data.images))
-        return Batch(
-            to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items])
-        )
+        return Batch(to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items]))
 
     counted = cost(config.network, shape, classes)
     about = {

@@ -106,7 +106,9 @@ def loss_of(config: Config, teacher: EDM) -> loop.Loss:
 
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the student, counted on the meta device; an update has three calls without gradient, one with."""
-    return _cost(config.model_copy(update={"seed": 0, "optimisation": None}), image, classes)  # the same for any
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
 
 
 @functools.cache

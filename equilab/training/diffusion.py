@@ -62,9 +62,7 @@ class FixedPoint(Params):
         """Return the iterations of an update: a function of (seed, update)."""
         if self.gradient != "s_jfb":
             return Iterations(self.no_grad_iterations, self.grad_iterations)
-        no_grad = rng.integers(
-            seed, "iterations without gradient", [update], self.no_grad_iterations + 1
-        )
+        no_grad = rng.integers(seed, "iterations without gradient", [update], self.no_grad_iterations + 1)
         grad = rng.integers(seed, "iterations with gradient", [update], self.grad_iterations)
         return Iterations(int(no_grad[0]), 1 + int(grad[0]))
 
@@ -104,9 +102,7 @@ class Config(Params):
                 "weight published is for v; set weight to uniform where diffusion.prediction is noise"
             )
         if self.label_dropout and not self.conditional:
-            raise ValueError(
-                f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0"
-            )
+            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
         return self
 
     @property
@@ -216,7 +212,9 @@ def solver_of(iterations: Iterations) -> Callable:
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    return _cost(config.model_copy(update={"seed": 0, "optimisation": None}), image, classes)  # the same for any
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
 
 
 @functools.cache

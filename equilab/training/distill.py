@@ -164,7 +164,9 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    return _cost(config.model_copy(update={"seed": 0, "optimisation": None}), image, classes)  # the same for any
+    return _cost(
+        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
+    )  # the same for any
 
 
 @functools.cache
@@ -181,7 +183,9 @@ def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
             net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
 
         generated, adjoint = work(generate), 0
-        if config.equilibrium.gradient == "implicit":  # the last application's gradient, and the adjoint's products
+        if (
+            config.equilibrium.gradient == "implicit"
+        ):  # the last application's gradient, and the adjoint's products
             adjoint = config.equilibrium.iterations * generated.per_iteration
             jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})
             config = config.model_copy(update={"equilibrium": jfb})

@@ -18,7 +18,7 @@ from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
 from equilab.diffusion import losses
-from equilab.metrics.counting import Cost, flops, inputs_on_meta, network_on_meta
+from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models import discriminators
 from equilab.models.checkpoint import checksum, load_network, load_tensors
 from equilab.models.discriminators import FeatureNetwork
@@ -120,7 +120,9 @@ class Batch(NamedTuple):
     generator_label: Tensor | None  # (B,)
     discriminator_noise: Tensor  # (B, C, H, W), of those that the discriminator's loss is of
     discriminator_label: Tensor | None  # (B,)
-    generator_draws: Tensor | None  # (B, 10) for the augmentation of each of the three; None without augmentation
+    generator_draws: (
+        Tensor | None
+    )  # (B, 10) for the augmentation of each of the three; None without augmentation
     discriminator_draws: Tensor | None
     real_draws: Tensor | None
     r1_weight: float  # 0: no R1 in this update
@@ -255,9 +257,7 @@ def feature_networks(config: Config, job: Job) -> list[FeatureNetwork]:
     networks = []
     for name in config.features:
         if name == STUDY_FEATURES:
-            classifier, _ = load_network(
-                folder_of("features") / "weights.safetensors", job.read("features")
-            )
+            classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
             networks.append(discriminators.classifier_network(classifier))
         else:
             try:
@@ -355,9 +355,7 @@ def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, tea
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         student = onestep.student(config, net, teacher.sigma_data)
         fake = student.generate(batch.generator_noise, batch.generator_label).image
-        value = adversarial.generator_loss(
-            discriminator(fake, batch.generator_label, batch.generator_draws)
-        )
+        value = adversarial.generator_loss(discriminator(fake, batch.generator_label, batch.generator_draws))
         if config.consistency is None:
             return value
         consistency = losses.consistency(

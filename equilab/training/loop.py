@@ -53,7 +53,9 @@ class Halt(NamedTuple):
 
 
 Row = dict[str, int | float]  # of the log
-BatchOf = Callable[[range], Any]  # positions in the endless stream of images -> what the loss needs, on the CPU
+BatchOf = Callable[
+    [range], Any
+]  # positions in the endless stream of images -> what the loss needs, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor | Logged]  # (network, batch) -> mean over the images of the batch
 Watch = Callable[[Row], Halt | None]
 
@@ -72,7 +74,9 @@ class Optimisation(Params):
     decay: Literal["none", "linear", "cosine"]  # to 0 at nimg
     decay_start_nimg: int = Field(ge=0, le=10**12)  # where the decay starts
     ema_half_life_nimg: float = Field(gt=0, le=1e12)  # half-life of the averaged weights
-    ema_warmup: float = Field(ge=0, le=1)  # the half-life is at most this share of the images seen; 0: no limit
+    ema_warmup: float = Field(
+        ge=0, le=1
+    )  # the half-life is at most this share of the images seen; 0: no limit
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
     report_nimg: Images  # between two reports; at each the loss is checked and the state saved
@@ -164,7 +168,10 @@ class Trainable:
             if step is None:
                 continue  # it has had no gradient yet
             kept = {"step": step.to(parameter.device)}
-            for name in ("exp_avg", "exp_avg_sq"):  # in the memory format of the parameter, as the kernel needs
+            for name in (
+                "exp_avg",
+                "exp_avg_sq",
+            ):  # in the memory format of the parameter, as the kernel needs
                 kept[name] = torch.empty_like(parameter).copy_(ours[f"optimizer.{name}.{key}"]).detach()
             self.optimizer.state[parameter] = kept
 

@@ -27,7 +27,7 @@ from equilab.core.machine import barrier, device_of, environment, identity, prec
 from equilab.core.progress import bar
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, labels, noise_checksum
-from equilab.diffusion.samplers import finish
+from equilab.diffusion.protocols import finish
 from equilab.diffusion.settings import Sampler
 from equilab.models.checkpoint import load_network
 from equilab.models.precond import EDM
@@ -109,7 +109,7 @@ def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
     noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
     label = labels(seed, indices, classes)
     with torch.inference_mode(), precision(config.precision, device)():
-        image, _ = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device)))
+        image = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device))).x
     image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
     return image.cpu().numpy()
 
