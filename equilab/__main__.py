@@ -1,182 +1,202 @@
-"""`python -m equilab STAGE [RUN] [--params FILE] [--dry-run]`: one stage, one command."""
+"""`python -m equilab STAGE [RUN] [--seed K] [--params FILE] [--dry-run]`: one stage, one command."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib
-import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
+if TYPE_CHECKING:
+    from equilab.core.job import Job
+    from equilab.graph import Sections
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "10000"
-)  # idle threads sleep soon: a busy neighbour costs less; before torch
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that measures memory need not speak
-if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
-    # a freed tensor's memory stays with the process: to take it anew, page by page, was a tenth of a small network's step
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+# The rest of the package is imported within functions: interrupted while it is, a command answers as it does later.
 
-from equilab import graph
-from equilab.core import config
-from equilab.core.config import UserError
-from equilab.core.job import (
-    Job,
-    Plan,
-    Study,
-)
-
-COMMANDS = ("check", "graph", "code")
 USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit status; what a user can mend is one sentence on stderr and status 2."""
-    parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument(
-        "stage",
-        metavar="STAGE",
-        help=f"{', '.join(graph.STAGES)}; or check: validate params.yaml; "
-        "or graph: write dvc.yaml anew; or code: list the "
-        "modules of every stage and the params, for DVC",
-    )
-    parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="the run, where the stage's section is a dictionary of runs"
-    )
-    parser.add_argument(
-        "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
-    given = parser.parse_args(arguments)
+    """Run a command and return the exit status; what a user can mend is said in sentences on stderr, with status 2."""
     try:
-        return _command(given.stage, given.run, given.params, given.dry_run)
-    except UserError as error:
-        print(f"equilab: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # what no stage foresaw: a file in the way, a full disk
-        print(
-            f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk space, "
-            "or run the stage that writes it again",
-            file=sys.stderr,
-        )
-        return 2
+        return _answered(arguments)
     except KeyboardInterrupt:
         print("equilab: stopped; the same command continues where it was", file=sys.stderr)
         return 130
 
 
-def _command(stage: str, run: str | None, params: Path, dry_run: bool) -> int:
-    if stage in COMMANDS and (run is not None or dry_run):
-        raise UserError(f"{stage} takes neither a run nor --dry-run; call it alone")
-    if stage == "graph":
-        print(*graph.write(graph.PACKAGE.parent), sep="\n")
-        return 0
-    sections = config.read(params)
-    os.chdir(params.resolve().parent)
-    if stage == "code":
-        from equilab.core.files import remove_others, write
+def _answered(arguments: list[str] | None) -> int:
+    from equilab.core.config import UserError
+    from equilab.core.process import prepare_process
 
-        for name, one in graph.STAGES.items():
-            write(Path(f"results/code/{name}.txt"), graph.listed(one.module))
-        write(Path("results/code/params.json"), json.dumps(sections, default=str))
-        remove_others(Path("results/code"), [f"{name}.txt" for name in graph.STAGES], "*.txt")
-        return 0
-    known = ["study", *graph.STAGES]
-    for name in sections:
-        if name not in known:
-            raise UserError(f"{params}: unknown section {name!r}{config.nearest(name, known)}")
-    needed = ["study", *(name for name, one in graph.STAGES.items() if not one.optional)]
-    for name in needed if stage == "check" else ["study", "data", *([stage] if stage in known else [])]:
-        _section(sections, name, params)
-    study = config.parse(Study, sections["study"], f"{params}: study")
-    data = _config(sections, "data", None, params)[0]
-    read = lambda stage, run=None: (
-        _config(sections, stage, run, params)[0] if stage != "latents" or sections.get(stage) else None
+    prepare_process()
+    given = _arguments(arguments)
+    try:
+        return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"equilab: {line}", file=sys.stderr)
+    except OSError as error:  # what no stage foresaw: a file in the way, a full disk
+        print(
+            f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk "
+            "space, or run the stage that writes it again",
+            file=sys.stderr,
+        )
+    return 2
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    from equilab.graph import STAGES
+
+    others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
+    parser.add_argument(
+        "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
     )
-    if stage == "check":
-        from equilab.core.machine import device_of
+    parser.add_argument(
+        "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
+    return parser.parse_args(arguments)
 
-        for name in (name for name in graph.STAGES if sections.get(name)):
-            for one in (
-                config.mapping(sections[name], f"{params}: {name}") if graph.STAGES[name].each else [None]
-            ):
-                settings, module = _config(sections, name, one, params)
-                job = Job(study, name, one, data.image, data.classes, "", read)
-                device_of(job)
-                module.plan(settings, job, read)
-        print(f"{params}: every key is known and every value possible")
-        return 0
-    if stage not in graph.STAGES:
-        raise UserError(f"unknown stage {stage!r}{config.nearest(stage, [*graph.STAGES, *COMMANDS])}")
-    settings, module = _config(sections, stage, run, params)
-    job = Job(study, stage, run, data.image, data.classes, graph.code(module.__name__), read)
-    _processes(study, study.run_threads if graph.STAGES[stage].each else study.threads)
-    if dry_run:
-        print(yaml.safe_dump({job.name: config.plain(settings)}, sort_keys=False), end="")
-        _print(module.plan(settings, job, read)(), job)
-        return 0
-    from equilab.core.files import locked
 
-    with locked(job.name):
-        module.run(settings, job)
+def check(given: argparse.Namespace) -> int:
+    """Say all that is wrong with params.yaml."""
+    _entered(given)
+    print(f"{given.params}: every key is known and every value possible")
     return 0
 
 
-def _print(plan: Plan, job: Job) -> None:
-    """Print what a stage will cost; the time rests on a matrix product measured now."""
-    import torch
+def graph(given: argparse.Namespace) -> int:
+    """Write dvc.yaml anew, of this study or of all that the repository has."""
+    from equilab.core.code import PACKAGE
+    from equilab.graph import write
 
+    root = PACKAGE.parent
+    repository = [root / "params.yaml", *sorted(root.glob("studies/*/params.yaml"))]
+    studies = {params.absolute(): None for params in (*repository, given.params) if params.exists()}
+    for params in studies:
+        print(write(params.parent))
+    return 0
+
+
+def code(given: argparse.Namespace) -> int:
+    """Check params.yaml; write what the stages depend on beside results: their modules, and the params of every job."""
+    from equilab.core.files import write
+    from equilab.graph import CODE, code_files
+
+    found = code_files(_entered(given))
+    for path, text in found.items():
+        write(Path(path), text)
+    for path in Path(CODE).rglob("*"):  # of stages and runs that there were before
+        if path.is_file() and path.as_posix() not in found:
+            path.unlink()
+    return 0
+
+
+def stages(given: argparse.Namespace) -> int:
+    """Print the stages that runs need, in their order; then runs, a line of those that may be made at once."""
+    from equilab.graph import waves
+    from equilab.study import open_study
+
+    for names in waves(open_study(given.params)):
+        print(*names)
+    return 0
+
+
+COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
+
+
+def stage(given: argparse.Namespace) -> int:
+    """Run the jobs of a stage that are asked for, one after another, or say what they would cost."""
+    from equilab.study import job_of, jobs_of, open_study, require_recorded
+
+    sections = open_study(given.params)
+    os.chdir(given.params.absolute().parent)
+    asked = jobs_of(sections, given.stage, given.run, given.seed)
+    require_recorded(sections, given.stage, asked)
+    jobs = [job_of(sections, given.stage, each) for each in asked]
+    for job in jobs:
+        job.read(job.stage, job.run, job.seed)  # refuses mistakes of a later one before the first begins
+    _join_processes(jobs[0])
+    for job in jobs:
+        if given.dry_run:
+            _print_plan(job)
+        else:
+            _run(job)
+    return 0
+
+
+def _entered(given: argparse.Namespace) -> Sections:
+    """Return the params of a study without mistakes, from its folder.
+
+    Raises: UserError with a sentence for each mistake.
+    """
+    from equilab.core.config import UserError
+    from equilab.graph import read
+    from equilab.study import mistakes
+
+    sections = read(given.params)
+    os.chdir(given.params.absolute().parent)
+    if found := mistakes(sections):
+        raise UserError("\n".join(found))
+    return sections
+
+
+def _run(job: Job) -> None:
+    from equilab.core.files import locked
+    from equilab.study import module_of
+
+    with locked(job.name):
+        module_of(job.stage).run(job.read(job.stage, job.run, job.seed), job)
+
+
+def _print_plan(job: Job) -> None:
+    """Print a job's config and what it will cost; the time rests on a matrix product measured now."""
+    import torch
+    import yaml
+
+    from equilab.core.config import plain
     from equilab.core.machine import device_of
     from equilab.metrics.measuring import matmul_peak
+    from equilab.study import module_of
 
+    config = job.read(job.stage, job.run, job.seed)
+    print(yaml.safe_dump({job.name: plain(config)}, sort_keys=False), end="")
+    plan = module_of(job.stage).plan(config, job)()
     peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
-    seconds = plan.flops / (USUAL_SHARE * peak)
+    minutes = plan.flops / (USUAL_SHARE * peak) / 60
     disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
     if plan.note:
         print(plan.note)
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
     print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
     print(f"# results on disk: {disk}")
-    print(
-        f"# time: about {seconds / 60:,.1f} min and 5 s of start, at {USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s"
-    )
+    machine = f"{USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s"
+    print(f"# time: about {minutes:,.1f} min and 5 s of start, at {machine}")
 
 
-def _section(sections: dict, name: str, params: Path):
-    """Return a section of the params.
+def _join_processes(job: Job) -> None:
+    """Fix the number of threads; join the other processes where torchrun started several.
 
-    Raises: UserError if it is missing.
+    Raises: UserError if only some of what torchrun sets is set.
     """
-    if sections.get(name) is None:
-        raise UserError(f"{params}: missing section {name!r}; give it")
-    return sections[name]
+    from equilab.core.config import UserError
+    from equilab.graph import STAGES
 
-
-def _config(sections: dict, stage: str, run: str | None, params: Path):
-    """Return the stage's config and its module."""
-    section, path = _section(sections, stage, params), f"{params}: {stage}"
-    if graph.STAGES[stage].each:
-        config.mapping(section, path)
-        if run is None:
-            raise UserError(f"{stage} needs the name of a run: {', '.join(section) or 'this study has none'}")
-        if run not in section:
-            raise UserError(f"{path}: no run {run!r}{config.nearest(run, section)}")
-        section, path = section[run], f"{path}.{run}"
-    elif run is not None:
-        raise UserError(f"{stage} has no runs; call it without {run!r}")
-    module = importlib.import_module(graph.STAGES[stage].module)
-    return config.parse(module.Config, section, path), module
-
-
-def _processes(study: Study, threads: int) -> None:
-    """Fix the number of threads; join the other processes where torchrun started several."""
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(
+            f"RANK is set, but {', '.join(missing)} not, which torchrun sets: start with `torchrun -m equilab`, or unset RANK"
+        )
     if (torch := sys.modules.get("torch")) is None:
         return  # a stage without networks
-    torch.set_num_threads(threads)
+    study = job.study
+    torch.set_num_threads(study.threads if STAGES[job.stage].jobs == "one" else study.run_threads)
     if "RANK" in os.environ:
         cuda = study.device != "cpu" and torch.cuda.is_available()
         if cuda:

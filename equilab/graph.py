@@ -192,6 +192,7 @@ class Sections:
 
     values: Mapping[str, Any]
     where: str  # the file, for messages
+    folder: Path  # the study's, absolute
 
     @cached_property
     def study(self) -> Study:
@@ -303,6 +304,14 @@ class Sections:
         return list(dict.fromkeys(name for names in found for name in names))
 
 
+def read(params: Path) -> Sections:
+    """Return the sections of a params file.
+
+    Raises: UserError if it is missing, or no YAML of sections.
+    """
+    return Sections(config.read(params), str(params), params.absolute().parent)
+
+
 def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str, str]:
     """Return the files that say which code a job runs, by their paths from the study's folder: that of its stage, or of its
     notebook, and those of its families."""
@@ -316,8 +325,8 @@ def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str
 
 
 def notebook_file(sections: Sections, name: str) -> Path:
-    """Return the path of a notebook of the repository, from the study's folder."""
-    return Path(sections.study.root) / "notebooks" / f"{name}.ipynb"
+    """Return the path of a notebook of the repository."""
+    return sections.folder / sections.study.root / "notebooks" / f"{name}.ipynb"
 
 
 def cells(notebook: Path) -> str:
@@ -335,14 +344,36 @@ def cells(notebook: Path) -> str:
 def code_files(sections: Sections) -> dict[str, str]:
     """Return the content of the folder that the stage `code` writes, by paths from the study's folder: which code each job
     runs, and what params say of it."""
-    found, params = {}, dict(sections.values)
+    found = {f"{CODE}/params.json": json.dumps(frozen_params(sections), indent=1) + "\n"}
     for stage in filter(sections.has, STAGES):
-        for job in sections.jobs(stage):
-            found |= listings(sections, stage, job.run)
+        for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
+            found |= listings(sections, stage, run)
+    return found
+
+
+def frozen_params(sections: Sections) -> dict[str, Any]:
+    """Return the params of a study, as JSON has them, with an entry for each job of a stage that has runs."""
+    params = dict(sections.values)
+    for stage in filter(sections.has, STAGES):
         if STAGES[stage].jobs != "one":
             params[stage] = {job.item: sections.frozen(stage, job)[0] for job in sections.jobs(stage)}
-    found[f"{CODE}/params.json"] = json.dumps(params, indent=1, default=str) + "\n"
+    return json.loads(json.dumps(params, default=str))
+
+
+def waves(sections: Sections) -> list[list[str]]:
+    """Return the names that DVC has for what a study makes, in three lists, each of which needs only what those before it
+    make: the stages without runs on which runs depend, in their order; runs that are trained; runs that are evaluated."""
+    present = [name for name in STAGES if sections.has(name)]
+    first = [name for name in present if STAGES[name].jobs == "one" and not _reads_runs(name)]
+    found = [first]
+    for jobs in ("seeds", "of"):
+        names = [name for name in present if STAGES[name].jobs == jobs]
+        found.append([f"{name}@{job.item}" for name in names for job in sections.jobs(name)])
     return found
+
+
+def _reads_runs(stage: str) -> bool:
+    return any(STAGES[read.of].jobs != "one" for read in STAGES[stage].reads if read.of)
 
 
 def dvc(sections: Sections) -> dict[str, Any]:
@@ -411,12 +442,11 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
 
 
 def _code(sections: Sections, stage: str) -> list[str]:
-    """Return the files on which a stage depends as on its code."""
-    if STAGES[stage].jobs == "one":
-        return list(listings(sections, stage))
+    """Return the files on which a stage depends as on its code: `listings` of all its jobs."""
     if STAGES[stage].jobs == "entries":
         return [f"{CODE}/{stage}/${{item.run}}.txt"]
-    return [f"{CODE}/{stage}.txt", f"{CODE}/families/${{item.family}}.txt"]
+    families = sections.families(stage) if STAGES[stage].jobs == "one" else ["${item.family}"]
+    return [f"{CODE}/{stage}.txt", *(f"{CODE}/families/{name}.txt" for name in families)]
 
 
 def _kept(path: str, **options: Any) -> dict[str, Any]:
@@ -436,6 +466,5 @@ def write(study: Path) -> Path:
     root = code.PACKAGE.parent
     for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
         files.write(study / name, (root / name).read_text(encoding="utf-8"))
-    params = study / "params.yaml"
-    files.write(study / "dvc.yaml", text(Sections(config.read(params), str(params))))
+    files.write(study / "dvc.yaml", text(read(study / "params.yaml")))
     return study / "dvc.yaml"

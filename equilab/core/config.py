@@ -32,10 +32,10 @@ class Params(BaseModel):
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-MOST_NODES = 1_000_000  # of a params file, aliases followed
+MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML 1.2 numbers (1e-3 is one), and a key given twice is an error."""
 
     def construct_mapping(self, node, deep=False):
@@ -66,27 +66,25 @@ def read(path: Path) -> dict[str, Any]:
         sections = _load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid YAML: nested too deeply") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # a month 13, !!bool x
+    except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13, !!bool x
+        raise UserError(f"{path} is not valid YAML: a value does not fit its type ({error})") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")
     return sections
 
 
 def _load(text: str) -> Any:
-    """Return the content of YAML whose aliases do not make it grow beyond reason."""
+    """Return the content of YAML that is nested no deeper, and does not grow by aliases larger, than any params are."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_LEVELS:
+            raise yaml.YAMLError(f"it is nested too deeply, line {event.start_mark.line + 1}")
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
+        if (node := loader.get_single_node()) is None:
             return None
         _size(node, {})
         return loader.construct_document(node)

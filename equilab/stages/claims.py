@@ -1,63 +1,119 @@
-"""Stage `claims`: the claims of the papers as checks on this study's results, with verdicts."""
+"""Stage `claims`: the claims of the papers, judged by this study's results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
+from pydantic import Field
 
-from equilab.analysis import chains, fpdm_claims, gdd_claims, get_claims, students
-from equilab.analysis.tables import evaluated, markdown, read
-from equilab.analysis.verdicts import COLUMNS, Config, rows
-from equilab.core.config import UserError, read_json
+from equilab.claims.claim import Claim, judge, read_claims
+from equilab.claims.tests import FAILS, HOLDS, SEEDS, Outcome
+from equilab.core.config import Params
 from equilab.core.files import write
 from equilab.core.job import Job, Plan
+from equilab.tables import Results, results
+
+HEAD = """\
+The effect is a ratio, above 1 where the results speak for the claim, with its {confidence:.0%} interval. Intervals are over seeds, of
+logarithms (means are geometric): Welch's, or of the differences seed by seed where both sides are settings of one trained network. Of
+several pairs all have to hold; their intervals are right all at once, and the pair that decides is shown. A side with fewer than {seeds} seeds
+gives no verdict (–), unless the quantity is counted. A claim about images is judged against training images and against held-out images;
+where it holds against one and fails against the other it *depends on the reference*. What this study does not compare is not listed.
+Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
+SECONDS = "Seconds are medians over several calls; their intervals span all calls. Memory is measured once."
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
+class Config(Params):
+    """The params section `claims`."""
+
+    confidence: Annotated[float, Field(gt=0, lt=1)]  # of the intervals of a claim, together
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """Return what counts the stage's cost: nothing to speak of."""
     return Plan
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `results/claims.*`, and `results/measured.*` for what rests on seconds and memory: CSV and Markdown.
+    """Write `results/claims.csv` and `claims.md`, and `measured.csv` and `measured.md` for what rests on seconds or memory.
 
-    Raises: UserError if the study has evaluated no run but the teacher.
+    Raises: UserError if a run that the study compares has no results, or they lack what a claim is about.
     """
-    folder, rule, head, counted, timed = Path("results"), config.rule, "", [], []
-    measured = (folder / "cost" / "cost.csv").exists()
-    if evaluated(folder, "distill"):
-        study = get_claims.Study(config, read(folder), read_json(folder / "pairs" / "meta.json"))
-        head, score = (
-            f"GETs and ViTs are compared at {study.regime}, unless a row says otherwise. ",
-            study.tables.score,
-        )
-        counted.append(rows(study, get_claims.COUNTED))
-        timed.append(rows(study, get_claims.MEASURED if measured else {}))
-    if evaluated(folder, "diffusion"):
-        denoisers = fpdm_claims.Study(config, chains.read(folder))
-        score = denoisers.score
-        counted.append(rows(denoisers, fpdm_claims.COUNTED))
-        timed.append(rows(denoisers, fpdm_claims.MEASURED if measured else {}))
-    if evaluated(folder, "gan") + evaluated(folder, "consistency"):
-        made = gdd_claims.Study(config, students.read(folder))
-        score = made.score
-        counted.append(rows(made, gdd_claims.COUNTED))
-    if not counted:
-        raise UserError("results/evaluate holds no run that makes images but the teacher; evaluate one first")
-    head += (
-        f"Intervals are {rule.confidence:.0%} t-intervals over seeds, their spread pooled over all models; of the best of several, "
-        f"intervals that hold for all of them at once. Where no run has a second seed a difference counts from {rule.margin_distance:.0%} of "
-        f"{score} and {rule.margin_l1:.0%} of L1, and the interval is that margin. A {score} of GET or ViT above "
-        f"{rule.ranked:g} is not compared. Published numbers: FID, of GET on CIFAR-10, of FPDM on ImageNet 256, of GDD on CIFAR-10 where nothing else is said. Reasons are "
-        "likely ones: what was not compared is not tested. Claims on seconds and memory are in measured.md."
+    folder = Path("results")
+    judged = judged_claims(results(folder), config.confidence)
+    counted = [(claim, outcome) for claim, outcome in judged if not claim.measured]
+    measured = [(claim, outcome) for claim, outcome in judged if claim.measured]
+    head = HEAD.format(confidence=config.confidence, seeds=SEEDS)
+    _write(folder / "claims", f"Claims: {job.study.name}", head, counted)
+    _write(
+        folder / "measured", f"Claims on seconds and memory: {job.study.name}", f"{head} {SECONDS}", measured
     )
-    timed = timed or [pd.DataFrame(columns=COLUMNS)]
-    for name, title, parts in (
-        ("claims", "Claims", counted),
-        ("measured", "Claims on seconds and memory", timed),
-    ):
-        table = pd.concat(parts)
-        write(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        write(folder / f"{name}.md", f"# {title}: {job.study.name}\n\n{head}\n\n{markdown(table)}")
+
+
+def judged_claims(found: Results, confidence: float) -> list[tuple[Claim, Outcome]]:
+    """Return the claims that a study can judge, each with what came of it."""
+    outcomes = [(claim, judge(claim, found, confidence)) for claim in read_claims()]
+    return [(claim, outcome) for claim, outcome in outcomes if outcome is not None]
+
+
+def table(judged: list[tuple[Claim, Outcome]]) -> pd.DataFrame:
+    """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, and what was published where."""
+    rows = [
+        {
+            "id": claim.id,
+            "part": claim.part,
+            "claim": claim.claim,
+            "verdict": outcome.verdict,
+            "effect": outcome.effect,
+            "seeds": _seeds(claim, outcome),
+            "published": claim.published,
+            "where": claim.where,
+        }
+        for claim, outcome in judged
+    ]
+    columns = ["id", "part", "claim", "verdict", "effect", "seeds", "published", "where"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _seeds(claim: Claim, outcome: Outcome) -> str:
+    """Return over how many seeds a claim was judged, or why it needs none."""
+    if outcome.seeds is None:
+        return "measured" if claim.measured else "counted"
+    return str(outcome.seeds)
+
+
+def hypotheses(judged: list[tuple[Claim, Outcome]]) -> str:
+    """Return in Markdown why claims with a verdict might hold or fail."""
+    lines = [
+        f"- {claim.name} ({outcome.verdict}): {getattr(claim.hypotheses, outcome.verdict)}"
+        for claim, outcome in judged
+        if outcome.verdict in (HOLDS, FAILS)
+    ]
+    return (
+        "\n".join(["## Hypotheses", "", "Why this might be so; nothing here tests it.", "", *lines])
+        if lines
+        else ""
+    )
+
+
+def _write(path: Path, title: str, head: str, judged: list[tuple[Claim, Outcome]]) -> None:
+    found = table(judged)
+    write(path.with_suffix(".csv"), found.to_csv(index=False, lineterminator="\n"))
+    parts = [f"# {title}", head, markdown(found), hypotheses(judged)]
+    write(path.with_suffix(".md"), "\n\n".join(part for part in parts if part) + "\n")
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """Return the table in six columns, for a page."""
+    if found.empty:
+        return "This study compares nothing that such a claim is about."
+    named = found["id"] + found["part"].map(lambda part: f", {part}" if part else "")
+    shown = found.assign(
+        id=named,
+        verdict=found["verdict"].replace("", "–"),
+        published=found["published"] + " (" + found["where"] + ")",
+    )
+    return shown[["id", "claim", "verdict", "effect", "seeds", "published"]].to_markdown(index=False)

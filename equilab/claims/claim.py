@@ -1,0 +1,138 @@
+"""A claim: an entry of the YAML files beside this one, and its judgement on a study's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pandas as pd
+from pydantic import Field, model_validator
+
+from equilab.claims import HERE
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, Outcome, better, cheaper, no_worse, ordered
+from equilab.core.config import Params, UserError, parse, read
+
+if TYPE_CHECKING:
+    from equilab.tables import Results
+
+DEPENDS = "depends on the reference"
+MEASURED = ("seconds", "memory")  # words in the columns of what is measured, not counted
+
+
+class Hypotheses(Params):
+    """Why a claim might hold or fail: conjectures that no comparison here tests."""
+
+    holds: str
+    fails: str
+
+
+class Claim(Params):
+    """What a paper claims, where, with which numbers, and how a study tests it."""
+
+    id: str
+    part: str = ""  # which of several tests of the claim this is
+    claim: str
+    where: str  # table, figure or section of the paper
+    published: str
+    comparison: str  # of the params section `comparisons`; a study without it does not list the claim
+    test: Literal["better", "cheaper", "no worse", "ordered"]
+    measure: str | None = (
+        "fd"  # a column; fd and rise: against training and against held-out images; null: cost alone
+    )
+    cost: str | None = None  # of cheaper: a column
+    times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
+    margin: Annotated[float, Field(ge=0)] = (
+        0.0  # of cheaper and no worse: how much worse, relatively, is still as good
+    )
+    hypotheses: Hypotheses
+
+    @model_validator(mode="after")
+    def _fits(self) -> Claim:
+        if (self.cost is not None) != (self.test == "cheaper"):
+            raise ValueError("cost belongs to the test cheaper, and to no other")
+        if self.measure is None and self.test != "cheaper":
+            raise ValueError("only the test cheaper can do without a measure")
+        if self.margin and self.test in ("better", "ordered"):
+            raise ValueError(f"the test {self.test} has no margin")
+        if self.times != 1 and self.test in ("no worse", "ordered"):
+            raise ValueError(f"the test {self.test} has no times")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Its id, with its part."""
+        return f"{self.id}, {self.part}" if self.part else self.id
+
+    @property
+    def measured(self) -> bool:
+        """Whether it rests on seconds or memory."""
+        return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)
+
+
+def read_claims(folder: Path = HERE) -> list[Claim]:
+    """Return the claims of all YAML files of a folder.
+
+    Raises: UserError naming the file and the key of a mistake, or two claims of the same id and part.
+    """
+    claims = []
+    for path in sorted(folder.glob("*.yaml")):
+        entries = read(path)["claims"]
+        claims += [parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(entries)]
+    names = [claim.name for claim in claims]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
+    return claims
+
+
+def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
+    """Return what comes of a claim in a study; None where the study declares no such comparison, or has not measured the cost.
+
+    Raises: UserError if a run has no results, or they lack the claim's measure.
+    """
+    if claim.comparison not in results.comparisons:
+        return None
+    rows = results.compare(claim.comparison)
+    if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
+        return None
+    return agreed([test(claim, rows, column, confidence) for column in columns(claim, rows)])
+
+
+def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
+    """Return the columns of a claim's measure: one for each reference that images are compared with.
+
+    Raises: UserError if the rows lack it.
+    """
+    if claim.measure is None:
+        return [None]
+    first = "fid" if claim.measure == "fd" and "fid_train" in rows else claim.measure
+    found = [f"{first}_train", f"{first}_test"] if claim.measure in ("fd", "rise") else [first]
+    for column in found:
+        if column not in rows or rows[column].isna().any():
+            raise UserError(
+                f"claim {claim.name}: some runs of {claim.comparison!r} have no {column}; give another measure"
+            )
+    return found
+
+
+def test(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: float) -> Outcome:
+    """Return what comes of the claim's test in one column."""
+    match claim.test:
+        case "better":
+            return better(rows, column, confidence, claim.times)
+        case "no worse":
+            return no_worse(rows, column, confidence, claim.margin)
+        case "cheaper":
+            return cheaper(rows, column, confidence, claim.cost, claim.times, claim.margin)
+        case _:
+            return ordered(rows, column, confidence)
+
+
+def agreed(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return what the references come to together: their verdict if they agree; if one holds and one fails, that it depends on them."""
+    verdicts = {outcome.verdict for outcome in outcomes}
+    together = DEPENDS if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
+    verdict = verdicts.pop() if len(verdicts) == 1 else together
+    effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
+    low, high = min(outcome.low for outcome in outcomes), min(outcome.high for outcome in outcomes)
+    return Outcome(verdict, low, high, effects, outcomes[0].seeds)

@@ -1,0 +1,174 @@
+"""What a study compares: the params section `comparisons`, read and checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from equilab.core.config import Params, UserError, mapping, nearest, parse
+
+RUNS = ("distill", "diffusion", "gan", "consistency")  # sections whose entries are trained runs
+COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
+Scalar = bool | int | float | str | None
+
+
+class Point(Params):
+    """One side of a pair: a trained run at its headline setting, or `at` another of its rows in the table."""
+
+    run: str  # as `of` in the tables: teacher, or STAGE/RUN
+    at: dict[str, Scalar] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The run's name, and what singles out the row: fpdm (ddim, steps 4, no reuse)."""
+        words = [_word(key.replace("_", " "), value) for key, value in self.at.items()]
+        name = self.run.rpartition("/")[2]
+        return f"{name} ({', '.join(words)})" if words else name
+
+
+def _word(key: str, value: Scalar) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return value if isinstance(value, str) else f"{key} {value}"
+
+
+def _point(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) else value
+
+
+Points = tuple[Annotated[Point, BeforeValidator(_point)], ...]
+
+
+class Comparison(Params):
+    """An entry of the section: `runs` against `baseline`, pair by pair; without a baseline, `runs` stand in a claimed order."""
+
+    runs: Annotated[Points, Field(min_length=1)]
+    baseline: Points = ()  # as many as runs, or one for all of them
+    table: Literal["settings", "snapshots", "costs"] = "settings"  # whose rows are compared
+
+    @model_validator(mode="after")
+    def _paired(self) -> Comparison:
+        if len(self.baseline) not in (0, 1, len(self.runs)):
+            raise ValueError(
+                f"baseline must name one point, or {len(self.runs)} as runs does, not {len(self.baseline)}"
+            )
+        if not self.baseline and len(self.runs) < 2:
+            raise ValueError("give a baseline, or two runs or more in their order")
+        return self
+
+    @property
+    def pairs(self) -> list[dict[str, Point]]:
+        """The two sides of each pair, "runs" and "baseline"; of an order only "runs"."""
+        if not self.baseline:
+            return [{"runs": point} for point in self.runs]
+        baseline = self.baseline if len(self.baseline) > 1 else self.baseline * len(self.runs)
+        return [{"runs": one, "baseline": other} for one, other in zip(self.runs, baseline)]
+
+    @property
+    def points(self) -> Iterator[tuple[str, Point]]:
+        """Every point with its place within the entry."""
+        for side in ("runs", "baseline"):
+            for k, point in enumerate(getattr(self, side)):
+                yield f"{side}[{k}]", point
+
+
+def check_comparisons(sections: Mapping[str, Any]) -> dict[str, Comparison]:
+    """Return the comparisons that the sections of a params file declare: each names rows that the study will have.
+
+    Raises: UserError naming the key of the first mistake: a run that is not trained or not evaluated, a column or a setting
+        that it does not have, or one that singles out none of its settings, or several.
+    """
+    declared = {}
+    for name, value in mapping(sections.get("comparisons", {}), "comparisons").items():
+        comparison = parse(Comparison, value, f"comparisons.{name}")
+        for place, point in comparison.points:
+            _check(sections, comparison.table, point, f"comparisons.{name}.{place}")
+        declared[name] = comparison
+    return declared
+
+
+def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> None:
+    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage, {})]
+    trained += ["teacher"] if "teacher" in sections else []
+    if point.run not in trained:
+        raise UserError(f"{path}: the study trains no {point.run!r}{nearest(point.run, trained)}")
+    if table == "settings":
+        position(sections, point, path)
+    if table == "snapshots":
+        _check_snapshot(sections, point, path)
+    if table == "costs":
+        _check_cost(sections, point, path)
+
+
+def position(sections: Mapping[str, Any], point: Point, path: str) -> int:
+    """Return which setting of its run a point is, in the order of the section `evaluate` (0: the headline).
+
+    Raises: UserError naming `path` if the run is not evaluated once, or not exactly one of its settings is as the point says.
+    """
+    entries = [name for name, entry in sections.get("evaluate", {}).items() if entry.get("of") == point.run]
+    if len(entries) != 1:
+        found = f"evaluated twice, as {' and '.join(entries)}" if entries else "not evaluated"
+        raise UserError(f"{path}: {point.run} is {found}; give it one entry in evaluate")
+    if not point.at:
+        return 0
+    settings = _settings(sections["evaluate"][entries[0]])
+    known = dict.fromkeys(key for setting in settings for key in setting)
+    for key in point.at:
+        if key not in known:
+            raise UserError(
+                f"{path}.at.{key}: no setting of {point.run} has such a column{nearest(key, known)}"
+            )
+    alike = [
+        k
+        for k, setting in enumerate(settings)
+        if all(setting.get(key) == each for key, each in point.at.items())
+    ]
+    if len(alike) != 1:
+        found = f"{len(alike)} settings" if alike else "no setting"
+        remedy = "add what tells them apart" if alike else "change it, or add the setting to evaluate"
+        raise UserError(f"{path}.at: {found} of evaluate.{entries[0]} has {_words(point.at)}; {remedy}")
+    return alike[0]
+
+
+def _settings(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of an entry of `evaluate`, each by the columns that it has in the table `settings`."""
+    return [
+        setting_columns(setting) for key in ("sampler", "solver", "chain") for setting in entry.get(key, ())
+    ] or [{}]
+
+
+def setting_columns(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a setting of `evaluate`, as params give it, by its columns in the table `settings`, its method first."""
+    columns = dict(setting)
+    if "iterations" in columns:  # the table's `iterations` are those that were made
+        columns["most_iterations"] = columns.pop("iterations")
+    guidance, fixed_point = (columns.pop(key, None) or {} for key in ("guidance", "fixed_point"))
+    columns |= {f"guidance_{key}": value for key, value in guidance.items()}
+    columns |= {"solver" if key == "method" else key: value for key, value in fixed_point.items()}
+    return columns
+
+
+def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    if set(point.at) != {"nimg"}:
+        raise UserError(f"{path}.at: say which snapshot, by nimg alone")
+    stage, _, run = point.run.partition("/")
+    optimisation = (sections[stage][run] if run else sections[stage])["optimisation"]
+    kept = [*optimisation["snapshots"], optimisation["nimg"]]
+    if point.at["nimg"] not in kept:
+        raise UserError(
+            f"{path}.at.nimg: {point.run} keeps no snapshot of {point.at['nimg']} images; it has {kept}"
+        )
+
+
+def _check_cost(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    measured = sections.get("cost", {}).get("runs", ())
+    if point.run not in measured:
+        raise UserError(f"{path}: cost.runs does not measure {point.run}; add it there")
+    for key in point.at:
+        if key not in COSTS:
+            raise UserError(f"{path}.at.{key}: costs are told apart by other columns{nearest(key, COSTS)}")
+
+
+def _words(at: Mapping[str, Scalar]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in at.items())

@@ -1,0 +1,329 @@
+"""Claims: four tests against closed forms, declared comparisons, and a claim that YAML alone adds."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from made import SOLVER, table, write_study
+from scipy import stats
+
+import equilab
+from equilab.claims.claim import DEPENDS, judge, read_claims
+from equilab.claims.comparisons import check_comparisons
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, better, cheaper, no_worse, ordered
+from equilab.core.config import UserError, read
+from equilab.core.job import Job, Study
+from equilab.stages import claims as stage
+
+
+def rows(*pairs, **columns):
+    """Return the rows of a comparison: of each pair the values of runs and of baseline, a row for each seed."""
+    found = []
+    for pair, sides in enumerate(pairs):
+        for side, values in zip(("runs", "baseline"), sides):
+            of = f"distill/{side}-{pair}"
+            found += [
+                {"pair": pair, "side": side, "point": of, "of": of, "seed": seed, "fd": value}
+                for seed, value in enumerate(values)
+            ]
+    table = pd.DataFrame(found)
+    return table.assign(
+        **{
+            name: table["side"].map(dict(zip(("runs", "baseline"), values)))
+            for name, values in columns.items()
+        }
+    )
+
+
+OURS, THEIRS = [1.0, 1.1, 1.3], [2.0, 2.6, 2.2, 2.5]
+
+
+def test_better_is_welchs_interval_of_logarithms():
+    outcome = better(rows((OURS, THEIRS)), "fd", 0.9)
+    expected = stats.ttest_ind(np.log(THEIRS), np.log(OURS), equal_var=False).confidence_interval(0.9)
+    assert (outcome.low, outcome.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert (outcome.verdict, outcome.seeds) == (HOLDS, 3)
+    assert better(rows((THEIRS, OURS)), "fd", 0.9).verdict == FAILS
+    assert better(rows(([1.0, 2.0, 4.0], THEIRS)), "fd", 0.9).verdict == INCONCLUSIVE
+    assert better(rows((OURS, THEIRS)), "fd", 0.9, times=5.0).verdict == FAILS
+
+
+def test_settings_of_one_network_are_compared_seed_by_seed():
+    found = rows(([1.0, 2.0, 4.0], [1.1, 2.2, 4.5])).assign(of="distill/get")
+    outcome = better(found, "fd", 0.95)
+    expected = stats.ttest_rel(np.log([1.1, 2.2, 4.5]), np.log([1.0, 2.0, 4.0])).confidence_interval(0.95)
+    assert (outcome.low, outcome.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert outcome.verdict == HOLDS  # the networks differ by more than the settings do
+
+
+def test_all_pairs_must_hold_with_intervals_that_are_right_at_once():
+    outcome = better(rows((OURS, THEIRS), (OURS, THEIRS)), "fd", 0.9)
+    one = better(rows((OURS, THEIRS)), "fd", 0.95)
+    assert (outcome.low, outcome.high) == pytest.approx((one.low, one.high)) and outcome.verdict == HOLDS
+    outcome = better(rows((OURS, THEIRS), (THEIRS, OURS)), "fd", 0.9)
+    assert (
+        outcome.verdict == FAILS and "runs-1 against distill/baseline-1" in outcome.effect
+    )  # the pair that decides
+    assert better(rows((OURS, THEIRS), (OURS, OURS)), "fd", 0.9).verdict == INCONCLUSIVE
+
+
+def test_fewer_than_three_seeds_give_numbers_and_no_verdict():
+    outcome = better(rows(([1.0], [2.0])), "fd", 0.95)
+    assert outcome.verdict == NONE and np.isnan(outcome.low) and outcome.seeds == 1
+    assert "1 against 2 (ratio 2)" in outcome.effect
+    assert better(rows((OURS, THEIRS), (OURS, [2.0, 2.1])), "fd", 0.95).verdict == NONE
+    assert (
+        better(rows((THEIRS, OURS), (OURS, [2.0])), "fd", 0.95).verdict == FAILS
+    )  # one pair that fails is enough
+
+
+def test_no_worse_allows_a_margin():
+    alike = rows(([1.0, 1.01, 1.02], [1.0, 1.01, 1.02]))
+    assert no_worse(alike, "fd", 0.95, 0.15).verdict == HOLDS
+    assert no_worse(alike, "fd", 0.95, 0.001).verdict == INCONCLUSIVE
+    assert no_worse(rows((THEIRS, OURS)), "fd", 0.95, 0.15).verdict == FAILS
+
+
+def test_seeds_that_are_all_alike_are_no_difference():
+    outcome = better(rows(([1.0] * 3, [1.0] * 3)), "fd", 0.95)
+    assert (outcome.low, outcome.high, outcome.verdict) == (1.0, 1.0, INCONCLUSIVE)
+
+
+def test_recall_is_better_the_higher():
+    found = rows((THEIRS, OURS)).rename(columns={"fd": "recall"})
+    outcome, mirrored = better(found, "recall", 0.95), better(rows((OURS, THEIRS)), "fd", 0.95)
+    assert outcome.verdict == HOLDS and (outcome.low, outcome.high) == pytest.approx(
+        (mirrored.low, mirrored.high)
+    )
+
+
+def test_a_counted_cost_needs_no_seeds():
+    found = rows(([1.0], [2.0]), parameters=(10, 50))
+    outcome = cheaper(found, None, 0.95, "parameters")
+    assert (outcome.verdict, outcome.low, outcome.high, outcome.seeds) == (HOLDS, 5.0, 5.0, None)
+    assert (
+        cheaper(found, None, 0.95, "parameters", times=5.0).verdict == INCONCLUSIVE
+    )  # not more than five times
+    assert cheaper(found, None, 0.95, "parameters", times=6.0).verdict == FAILS
+    assert cheaper(found, "fd", 0.95, "parameters").verdict == NONE  # the quality is not counted
+    assert cheaper(rows(([1.0], [2.0]), parameters=(50, 10)), "fd", 0.95, "parameters").verdict == FAILS
+
+
+def test_cheaper_wants_cost_and_quality():
+    assert cheaper(rows((OURS, THEIRS), flops=(10, 50)), "fd", 0.95, "flops").verdict == HOLDS
+    assert cheaper(rows((OURS, THEIRS), flops=(50, 10)), "fd", 0.95, "flops").verdict == FAILS
+    assert cheaper(rows((THEIRS, OURS), flops=(10, 50)), "fd", 0.95, "flops").verdict == FAILS
+    assert cheaper(rows((OURS, OURS), flops=(10, 50)), "fd", 0.95, "flops", margin=1.0).verdict == HOLDS
+
+
+def test_measured_seconds_have_the_spread_of_their_calls():
+    found = rows(([1.0], [1.0]), seconds=(1.0, 2.0), seconds_min=(0.9, 1.5), seconds_max=(1.2, 2.5))
+    outcome = no_worse(found, "seconds", 0.95, 0.0)
+    assert (outcome.low, outcome.high) == pytest.approx((1.5 / 1.2, 2.5 / 0.9)) and outcome.verdict == HOLDS
+
+
+def test_ordered_means_that_every_step_is_better():
+    def order(*values):
+        found = rows(*((value,) for value in values))
+        return ordered(found, "fd", 0.95)
+
+    large, middle, small = [8.0, 8.1, 8.2], [4.0, 4.1, 4.2], [2.0, 2.1, 2.2]
+    assert order(large, middle, small).verdict == HOLDS
+    assert order(large, small, middle).verdict == FAILS
+    assert order(large, middle, [4.0, 4.15, 4.2]).verdict == INCONCLUSIVE
+    assert order([8.0], [4.0]).verdict == NONE
+
+
+CLAIM = {
+    "id": "NEW-1",
+    "claim": "GET is better than ViT",
+    "where": "table 0",
+    "published": "1 against 2",
+    "comparison": "get against vit",
+    "test": "better",
+    "hypotheses": {"holds": "it is deeper", "fails": "it is not"},
+}
+FD = [1.0, 1.01, 1.02]
+COMPARISONS = {"get against vit": {"runs": ["distill/get"], "baseline": ["distill/vit"]}}
+
+
+def claims_of(folder, *claims):
+    folder.mkdir(exist_ok=True)
+    (folder / "new.yaml").write_text(yaml.safe_dump({"claims": list(claims)}))
+    return read_claims(folder)
+
+
+def test_a_claim_is_added_in_yaml_alone_and_listed_where_it_is_compared(tmp_path):
+    runs = {"distill/get": {"fd": FD}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
+    claim, other = claims_of(tmp_path / "claims", CLAIM, {**CLAIM, "id": "NEW-2", "comparison": "undeclared"})
+    outcome = judge(claim, found, 0.95)
+    assert (
+        outcome.verdict == HOLDS
+        and "to training images" in outcome.effect
+        and "to held-out images" in outcome.effect
+    )
+    assert judge(other, found, 0.95) is None
+
+
+def test_references_that_disagree_are_said_to(tmp_path):
+    runs = {"distill/get": {"fd": FD, "held_out": 9.0}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
+    (claim,) = claims_of(tmp_path / "claims", CLAIM)
+    assert (
+        judge(claim, found, 0.95).verdict == DEPENDS
+    )  # better than half of ViT's, and more than twice the other
+    runs["distill/get"]["held_out"] = 4.0  # on average as good
+    found = equilab.results(write_study(tmp_path / "b", runs, comparisons=COMPARISONS))
+    assert judge(claim, found, 0.95).verdict == INCONCLUSIVE
+
+
+def test_a_measure_that_the_runs_lack_is_an_error_and_an_unmeasured_cost_is_not_listed(tmp_path):
+    runs = {"distill/get": {"fd": FD, "l1": None}, "distill/vit": {"fd": FD}}
+    found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
+    l1, seconds = claims_of(
+        tmp_path / "claims",
+        {**CLAIM, "measure": "l1_held_out"},
+        {**CLAIM, "part": "speed", "test": "cheaper", "cost": "train_seconds"},
+    )
+    with pytest.raises(UserError, match="NEW-1.*l1_held_out"):
+        judge(l1, found, 0.95)
+    assert judge(seconds, found, 0.95) is None and seconds.measured and not l1.measured
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"test": "best"}, r"claims\[0\].test: 'best' is not one of"),
+        ({"tset": "better"}, r"claims\[0\].tset: unknown key; did you mean 'test'"),
+        ({"test": "cheaper"}, "cost belongs to the test cheaper"),
+        ({"margin": 0.1}, "better has no margin"),
+        ({"test": "no worse", "times": 2.0}, "no worse has no times"),
+        ({"measure": None}, "without a measure"),
+    ],
+)
+def test_a_mistake_in_a_claim_is_a_sentence(tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        claims_of(tmp_path, {**CLAIM, **change})
+
+
+def test_two_claims_of_one_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match="two claims NEW-1"):
+        claims_of(tmp_path, CLAIM, CLAIM)
+
+
+SECTIONS = {
+    "distill": {name: {"optimisation": {"nimg": 100, "snapshots": [50]}} for name in ("get", "vit", "idle")},
+    "evaluate": {
+        "get": {
+            "of": "distill/get",
+            "solver": [
+                {**SOLVER, "iterations": count, "memory": memory}
+                for count, memory in ((6, 1), (2, 1), (2, 5))
+            ],
+        },
+        "vit": {"of": "distill/vit"},
+    },
+    "cost": {"runs": ["distill/get"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("comparison", "sentence"),
+    [
+        (
+            {"runs": ["distill/gat"], "baseline": ["distill/vit"]},
+            r"comparisons.x.runs\[0\]: .*'distill/gat'; did you mean 'distill/get'",
+        ),
+        (
+            {"runs": ["distill/get"], "baseline": ["distill/idle"]},
+            r"x.baseline\[0\]: distill/idle is not evaluated",
+        ),
+        (
+            {"runs": [{"run": "distill/get", "at": {"most_iterations": 3}}, "distill/vit"]},
+            r"runs\[0\].at: no setting .* most_iterations 3",
+        ),
+        (
+            {"runs": [{"run": "distill/get", "at": {"most_iterations": 2}}, "distill/vit"]},
+            r"runs\[0\].at: 2 settings",
+        ),
+        (
+            {"runs": [{"run": "distill/get", "at": {"most_iteration": 2}}, "distill/vit"]},
+            r"at.most_iteration: .* mean 'most_iterations'",
+        ),
+        (
+            {"runs": ["distill/get"] * 3, "baseline": ["distill/vit"] * 2},
+            "comparisons.x: baseline must name one point, or 3",
+        ),
+        ({"runs": ["distill/get"]}, "comparisons.x: give a baseline"),
+        ({"runs": ["distill/get"], "base": []}, "comparisons.x.base: unknown key"),
+        (
+            {"table": "snapshots", "runs": [{"run": "distill/get", "at": {"nimg": 60}}, "distill/vit"]},
+            r"at.nimg: .* no snapshot of 60",
+        ),
+        ({"table": "snapshots", "runs": ["distill/get", "distill/vit"]}, r"runs\[0\].at: say which snapshot"),
+        (
+            {"table": "costs", "runs": ["distill/vit", "distill/get"]},
+            r"runs\[0\]: cost.runs does not measure distill/vit",
+        ),
+        (
+            {"table": "costs", "runs": [{"run": "distill/get", "at": {"steps": 1}}, "distill/vit"]},
+            r"at.steps: costs are told apart",
+        ),
+    ],
+)
+def test_a_mistaken_comparison_is_refused_with_its_key(comparison, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_comparisons({**SECTIONS, "comparisons": {"x": comparison}})
+
+
+def test_a_comparison_singles_out_a_setting():
+    point = {"run": "distill/get", "at": {"most_iterations": 2, "memory": 5}}
+    found = check_comparisons(
+        {**SECTIONS, "comparisons": {"x": {"runs": [point], "baseline": ["distill/vit"]}}}
+    )
+    (pair,) = found["x"].pairs
+    assert str(pair["runs"]) == "get (most iterations 2, memory 5)" and str(pair["baseline"]) == "vit"
+    assert check_comparisons({}) == {}
+
+
+def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
+    runs = {"distill/get": {"fd": FD, "parameters": 10}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    comparisons = {
+        "get against vit, parameters": COMPARISONS["get against vit"],
+        "get against a costlier vit": COMPARISONS["get against vit"],
+    }
+    results = write_study(tmp_path, runs, comparisons=comparisons)
+    seconds = {
+        "what": "train",
+        "as_trained": True,
+        "seconds_min": 1.0,
+        "seconds_max": 2.0,
+        "seconds": 1.5,
+        "memory_mib": 1.0,
+    }
+    cost = [
+        {"of": f"distill/{name}", "seed": 0, "family": name, "iterations": None, **seconds}
+        for name in ("get", "vit")
+    ]
+    table(results / "cost/cost.csv", cost)
+    monkeypatch.chdir(tmp_path)
+    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
+    config = stage.Config(confidence=0.95)
+    stage.run(config, Job(study, "claims", None, None, (1, 8, 8), 10, "", print))
+    claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
+    assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
+    measured = pd.read_csv(results / "measured.csv", keep_default_na=False)
+    assert set(measured["id"]) == {"GET-3"} and set(measured["part"]) == {"training memory", "training speed"}
+    page = (results / "claims.md").read_text()
+    assert "| GET-1 " in page and "Hypotheses" in page and "made" in page.splitlines()[0]
+
+
+def test_every_declared_comparison_serves_a_claim():
+    """A name that no claim knows would leave its claim out of the study without a word."""
+    import pathlib
+
+    root = pathlib.Path(__file__).parent.parent
+    known = {claim.comparison for claim in read_claims()}
+    for path in [root / "params.yaml", *root.glob("studies/*/params.yaml")]:
+        assert set(read(path)["comparisons"]) <= known, path
