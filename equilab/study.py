@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from equilab import graph
+from equilab.claims.comparisons import check_comparisons
 from equilab.core import code, config
 from equilab.core.config import UserError, nearest
 from equilab.core.job import Job

@@ -8,37 +8,28 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equilab.core.config import UserError, nearest
+from equilab.core.config import Params, UserError, nearest
 from equilab.core.files import write
 from equilab.core.job import Job, Plan
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-ANALYSIS = (
-    "equilab.analysis.speed:speed",
-    "equilab.analysis.explore:iterates",
-    "equilab.analysis.chains:read",
-    "equilab.analysis.students:read",
-    "equilab.analysis.activity:read",
-)  # imported by notebooks: dependencies
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opened in JupyterLab, with `results` this study's folder.*"
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """An entry of the params section `notebook`."""
 
     parameters: dict[str, float | str]  # of the notebook's `parameters` cell, beside `results` and `out`
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: no networks.
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost: no networks.
 
     Raises: UserError if the repository has no such notebook, or it has no such parameter, or one of another type.
     """
@@ -95,7 +86,7 @@ def _checked(config: Config, job: Job) -> Path:
     if not source.exists():
         known = [path.stem for path in source.parent.glob("*.ipynb")]
         raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
-    known = parameters(json.loads(source.read_text()))
+    known = parameters(json.loads(source.read_text(encoding="utf-8")))
     for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from equilab.core.config import UserError
+from equilab.core.config import Params, UserError
 from equilab.core.files import write
 from equilab.core.job import Job, Plan
 
@@ -23,15 +22,14 @@ details { margin: .4rem 0; } summary { color: #888; font-size: 12px; cursor: poi
 """
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Params):
     """The params section `report`."""
 
     title: str
 
 
-def plan(config: Config, job: Job, read: Callable) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: nothing to speak of."""
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Return what estimates the stage's cost: nothing to speak of."""
     return Plan
 
 
@@ -93,7 +91,7 @@ def _notebook(path: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise _damaged(path) from None
 
