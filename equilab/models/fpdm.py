@@ -142,7 +142,7 @@ class FPDM(nn.Module):
 
         return f
 
-    def blocks(self, iterations: int | Tensor) -> int | Tensor:
+    def blocks(self, iterations: int | float | Tensor) -> int | float | Tensor:
         """Return the transformer blocks applied in a call (block_evals) at these iterations.
 
         The two linear maps before the block of each iteration do not count, though they add a third to its FLOPs.

@@ -146,7 +146,7 @@ class GET(nn.Module):
         images = self.decode(torch.cat(solution.iterates))  # (K*B, C, H, W)
         return Generated(images.unflatten(0, (-1, len(noise))), solution)  # (K, B, C, H, W)
 
-    def blocks(self, iterations: int | Tensor) -> int | Tensor:
+    def blocks(self, iterations: int | float | Tensor) -> int | float | Tensor:
         """Return the transformer blocks applied for an image (block_evals) at these iterations."""
         return len(self.stack) + len(self.equilibrium) * iterations
 

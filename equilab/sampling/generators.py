@@ -69,7 +69,7 @@ class Generator:
         with precision(self.precision, self.device)():
             return self.run.sample(self.model, inputs, setting, return_iterates)
 
-    def cost(self, setting: Any = None, iterations: float | None = None) -> Counts:
+    def cost(self, setting: Any = None, iterations: int | float | None = None) -> Counts:
         """Return what an image costs at a setting, and at this mean number of iterations (None: all that it allows)."""
         return self.run.cost(setting, iterations)
 

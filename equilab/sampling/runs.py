@@ -115,14 +115,14 @@ class Run(ABC):
         """Return the applications of the fixed-point map for an image, at most; None without one."""
         return None
 
-    def cost(self, setting: Any, iterations: float | None = None) -> Counts:
+    def cost(self, setting: Any, iterations: int | float | None = None) -> Counts:
         """Return what an image costs at a setting, as `counts` does.
 
         `iterations` is the mean number that was applied, where samples stop by themselves.
         """
         return self.counts(self.nfe(setting), iterations or self.iterations(setting))
 
-    def counts(self, calls: int, iterations: float | None) -> Counts:
+    def counts(self, calls: int, iterations: int | float | None) -> Counts:
         """Return what so many calls of the network, and iterations in all of them, cost by shape: nfe, iterations, block_evals,
         flops; solver arithmetic is not counted."""
         return {
@@ -132,10 +132,10 @@ class Run(ABC):
             "flops": self._flops(calls, iterations),
         }
 
-    def _flops(self, calls: int, iterations: float | None) -> float:
+    def _flops(self, calls: int, iterations: int | float | None) -> int | float:
         return self.counted.image.flops(iterations or 0, calls)
 
-    def _block_evals(self, calls: int, iterations: float | None) -> float | None:
+    def _block_evals(self, calls: int, iterations: int | float | None) -> int | float | None:
         """Return the transformer blocks applied; None of a network that is not made of blocks."""
         blocks = getattr(self.network, "blocks", None)
         if blocks is None:

@@ -155,7 +155,9 @@ def run(config: Config, job: Job) -> None:
             encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items])),
             torch.from_numpy(rng.noise(seed, "noise", positions, shape)),
             torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps)),
-            _labels(config, data.labels[items], positions, data.classes) if config.conditional else None,
+            with_hidden_labels(config, data.labels[items], positions, data.classes)
+            if config.conditional
+            else None,
             config.fixed_point.draw(seed, update) if config.fixed_point else None,
         )
 
@@ -178,7 +180,7 @@ def _require_classes(config: Config, job: Job, classes: int) -> None:
         )
 
 
-def _labels(config: Config, label: np.ndarray, positions: range, classes: int) -> Tensor:
+def with_hidden_labels(config: Config, label: np.ndarray, positions: range, classes: int) -> Tensor:
     """Return the labels of images, some of them replaced by the null class, by position."""
     hidden = rng.integers(config.seed, "label dropout", positions, DROPS) < config.label_dropout * DROPS
     return torch.from_numpy(np.where(hidden, classes, label))
