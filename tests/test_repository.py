@@ -1,17 +1,13 @@
-"""The repository agrees with itself: lock file, README, environment, graph, layers, sizes."""
+"""The repository agrees with itself: graph, imports, notebooks."""
 
 import ast
 import json
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from equilab import graph
 
@@ -80,38 +76,6 @@ def test_a_stage_depends_on_the_modules_that_it_really_imports():
         assert not missing, f"{name} loads {missing}, which its closure lacks"
 
 
-def test_the_lock_file_pins_what_the_project_asks_for_and_names_no_index():
-    lock = (ROOT / "requirements.lock").read_text()
-    project = (ROOT / "pyproject.toml").read_text()
-    wanted = re.findall(r'^    "([\w-]+)', project, re.M) + re.findall(
-        r'"([\w-]+)"', re.search(r"dev = \[(.*)\]", project)[1]
-    )
-    assert len(wanted) > 20
-    for name in wanted:
-        assert re.search(rf"^{name}==", lock, re.M | re.I), (
-            f"{name} is not in requirements.lock: run `make lock`"
-        )
-    assert "http" not in lock.replace("httpx", "").replace("httpcore", "").replace("dvc-http", "").replace(
-        "aiohttp", ""
-    )
-    installed = {line.split("==")[0]: line for line in re.findall(r"^[\w.-]+==[\w.+]+", lock, re.M)}
-    assert len(installed) > 200 and lock.count("--hash=sha256:") > 1000
-
-
-def test_the_lock_file_keeps_the_bounds_of_the_project():
-    project = (ROOT / "pyproject.toml").read_text()
-    asked = re.findall(r'^    "([^"]+)",', project, re.M) + re.findall(
-        r'"([^"]+)"', re.search(r"dev = \[(.*)\]", project)[1]
-    )
-    locked = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "requirements.lock").read_text(), re.M))
-    locked = {canonicalize_name(name): version for name, version in locked.items()}
-    for wanted in map(Requirement, asked):
-        version = locked[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(version, prereleases=True), (
-            f"{wanted} is locked at {version}: run `make lock`"
-        )
-
-
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("**/results/notebook/*/*.ipynb")), ids=lambda path: "/".join(path.parts[-5:-1])
 )
@@ -124,33 +88,12 @@ def test_an_executed_notebook_is_the_notebook_as_it_is(path):
     assert cells(path) == cells(ROOT / "notebooks" / path.name), f"{path} is stale: run `dvc repro`"
 
 
-def test_the_conda_environment_installs_the_lock_file():
-    content = yaml.safe_load((ROOT / "environment.yml").read_text())
-    pip = next(entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
-    assert pip == ["--require-hashes -r requirements.lock"]
-    supported = re.search(r'requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())[1]
-    assert f"python {supported}" in content["dependencies"]
-
-
-def test_the_commands_of_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"\bmake ([a-z]+)", readme):
-        assert target in targets, f"README names `make {target}`, the Makefile does not"
-    assert {"study", "test", "bench", "lab"} <= set(re.findall(r"\bmake ([a-z]+)", readme))
-    for command in re.findall(r"python -m equilab ([a-z]+)", readme):
-        assert command in [*graph.STAGES, "check", "graph"]
-    for path in re.findall(r"\]\(([^)#:]+)\)", readme):
-        assert (ROOT / path).exists(), f"README links to {path}, which is not there"
-    assert "make test" in (ROOT / ".ci/run").read_text()
-
-
-def test_importing_the_package_costs_nothing():
-    script = "import sys, time; t = time.perf_counter(); import equilab; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    seconds, torch_loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
+def test_importing_the_package_loads_no_heavy_library():
+    script = "import sys; import equilab; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert torch_loaded == "False" and float(seconds) < 0.2
+    assert not {"torch", "pandas", "scipy", "matplotlib"} & set(loaded)
 
 
 def test_shapes_are_checked_while_the_tests_run():
