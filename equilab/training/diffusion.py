@@ -32,8 +32,8 @@ DROPS = 1 << 20  # label dropout is drawn in so many parts
 class Iterations(NamedTuple):
     """Applications of the fixed-point layer in an update: first some without gradient, then some with it."""
 
-    no_grad: float
-    grad: float
+    no_grad: int | float
+    grad: int | float
 
 
 class FixedPoint(Params):

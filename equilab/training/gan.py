@@ -21,8 +21,8 @@ from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models import discriminators
 from equilab.models.checkpoint import checksum, load_network, load_tensors
-from equilab.models.discriminators import FeatureNetwork
 from equilab.models.family import Family, family
+from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
 from equilab.training.adversarial import Logits
@@ -70,7 +70,7 @@ class Config(onestep.Config):
     """
 
     discriminator: Discriminator
-    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminators
+    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.feature_networks
     discriminator_lr: LearningRate
     r1: R1 | None
     augment: Literal["none", "diffaugment", "ada"]
@@ -95,7 +95,7 @@ class Config(onestep.Config):
             )
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
-        known = [STUDY_FEATURES, *discriminators.NETWORKS]
+        known = [STUDY_FEATURES, *NETWORKS]
         for name in self.features:
             if name == "evaluator":
                 raise ValueError(
@@ -258,10 +258,10 @@ def feature_networks(config: Config, job: Job) -> list[FeatureNetwork]:
     for name in config.features:
         if name == STUDY_FEATURES:
             classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
-            networks.append(discriminators.classifier_network(classifier))
+            networks.append(classifier_network(classifier))
         else:
             try:
-                networks.append(discriminators.feature_network(name, pretrained=True))
+                networks.append(feature_network(name, pretrained=True))
             except ValueError as error:
                 raise UserError(f"gan.{job.run}.features: {error}") from None
     return networks
@@ -291,9 +291,9 @@ def _networks_on_meta(
     with torch.device("meta"):
         for name in features:
             if name == STUDY_FEATURES:  # the discriminator does not see its logits, however many they are
-                networks.append(discriminators.classifier_network(study.build(image, 2)))
+                networks.append(classifier_network(study.build(image, 2)))
             else:
-                networks.append(discriminators.feature_network(name, pretrained=False))
+                networks.append(feature_network(name, pretrained=False))
     return networks
 
 
