@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from forked import context, run, work
 
 from equilab import __main__
 from equilab.core import config, rng
@@ -123,41 +121,30 @@ def forge(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "noise_checksum": "0"}))
 
 
-def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(study, tmp_path):
+def by_two_processes(folder, *command):
+    """Run a command of the study in `folder` by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, "-m", "equilab", *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(
+    study, tmp_path, monkeypatch
+):
     shutil.copytree(study, tmp_path / "study")
     folder = tmp_path / "study"
     shutil.rmtree(folder / "results/pairs")
     shutil.rmtree(folder / ".equilab")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "equilab",
-        "pairs",
-    ]
-    done = subprocess.run(torchrun, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [{**told, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]  # what torchrun tells its processes
-    both = [
-        context.Process(target=work, args=(folder, ["distill", "vit"]), kwargs={"environment": one})
-        for one in ranks
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()
+    for command in (["pairs"], ["distill", "vit"]):
+        by_two_processes(folder, *command)
     for path in sorted((study / "results/pairs").glob("*.npy")):
         assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
-    assert run(study, ["distill", "vit"]) == 0
+    monkeypatch.chdir(study)
+    assert __main__.main(["distill", "vit"]) == 0
     two, one = (load_tensors(f / "results/distill/vit/0/weights.safetensors")[0] for f in (folder, study))
     torch.testing.assert_close(
         two, one, rtol=1e-3, atol=5e-4

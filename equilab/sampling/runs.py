@@ -25,7 +25,7 @@ from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import finish
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.precond import EDM
-from equilab.sampling.settings import ChainSampler, Sampler, Solve
+from equilab.sampling.settings import ChainSampler, Sampler, Setting, Solve
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
@@ -63,7 +63,8 @@ class Run(ABC):
     0 for none; `counted` counts it.
     """
 
-    listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "": it has one setting, None
+    setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing
+    listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "" where it takes none
     latent: ClassVar[bool] = False  # works in latents where the study has them
     paired: ClassVar[bool] = False  # trained on the teacher's pairs
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
@@ -151,7 +152,7 @@ class Run(ABC):
 class Teacher(Run):
     """A denoiser of noise levels, followed by a Sampler."""
 
-    listed = "sampler"
+    setting, listed = Sampler, "sampler"
 
     def model(self, net, metadata):
         """Return the denoiser that the network is."""
@@ -185,7 +186,7 @@ class OneStep(Run):
 class ImplicitOneStep(OneStep):
     """One call of a network whose state is solved for, as a Solve says."""
 
-    listed = "solver"
+    setting, listed = Solve, "solver"
     can_diverge = True
 
     @torch.inference_mode()
@@ -231,7 +232,7 @@ class Student(Run):
 class Denoiser(Run):
     """A denoiser of discrete timesteps, followed along a chain as a ChainSampler says."""
 
-    listed = "chain"
+    setting, listed = ChainSampler, "chain"
     latent = True
     can_diverge = True
 
