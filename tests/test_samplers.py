@@ -22,7 +22,8 @@ def schedule(steps, **changes):
 
 def exact(x, sigma, label, carry=None):
     """The best denoiser of Gaussian data; its carry counts the calls."""
-    return Denoised((STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2), (carry or 0) + 1, None)
+    calls = torch.tensor(1) if carry is None else carry + 1
+    return Denoised((STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2), calls, None)
 
 
 def noise():
