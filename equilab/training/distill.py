@@ -83,7 +83,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     Raises: UserError if the study's pairs cannot train it, or the network's sizes do not fit.
     """
     _require_pairs(config, job, job.read("pairs").count, job.classes)
-    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    network_on_meta(config.network, job.image, job.classes if config.conditional else 0)  # refuses sizes
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -107,13 +107,9 @@ def run(config: Config, job: Job) -> None:
         return Batch(noise, image, label if config.conditional else None, init)
 
     counted = cost(config, pairs.shape, pairs.classes)
-    about = {
-        "image": pairs.shape,
-        "classes": classes,
-        "parameters": counted.parameters,
-        "flops_image": counted.image.flops(config.equilibrium.iterations if config.equilibrium else 0),
-        "train_flops_image": counted.train_flops_image,
-    }
+    iterations = config.equilibrium.iterations if config.equilibrium else 0
+    about = loop.about(pairs.shape, classes, counted, iterations)
+    about["train_flops_image"] = counted.train_flops_image
     loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
 
 
@@ -171,7 +167,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
 
 @functools.cache
 def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
-    net = _on_meta(config, image, classes)
+    net = network_on_meta(config.network, image, classes if config.conditional else 0)
     noise, label = inputs_on_meta(image, config.conditional)
     batch = Batch(noise, noise, label, None)
     count = parameters(net)
@@ -191,7 +187,3 @@ def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
             config = config.model_copy(update={"equilibrium": jfb})
     update = flops(lambda: loss_of(config)(net, batch).backward())
     return Cost(count, count, generated, update + adjoint)
-
-
-def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
-    return network_on_meta(config.network, image, classes if config.conditional else 0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import Params, Spec, UserError, plain
-from equilab.core.files import require_disk, scratch, write, write_json
+from equilab.core.files import require_disk, scratch, write_json, write_table
 from equilab.core.job import Job, Plan
 from equilab.core.machine import (
     barrier,
@@ -53,9 +53,8 @@ class Halt(NamedTuple):
 
 
 Row = dict[str, int | float]  # of the log
-BatchOf = Callable[
-    [range], Any
-]  # positions in the endless stream of images -> what the loss needs, on the CPU
+# positions in the endless stream of images -> what the loss needs, on the CPU
+BatchOf = Callable[[range], Any]
 Loss = Callable[[nn.Module, Any], Tensor | Logged]  # (network, batch) -> mean over the images of the batch
 Watch = Callable[[Row], Halt | None]
 
@@ -382,6 +381,16 @@ def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
     return spec.build(*given).to(memory_format=torch.channels_last)
 
 
+def about(image: tuple[int, ...], classes: int, cost: Cost, iterations: int | float = 0) -> dict[str, Any]:
+    """Return what is kept with weights: what the network is of, and what it costs at so many iterations."""
+    return {
+        "image": image,
+        "classes": classes,
+        "parameters": cost.parameters,
+        "flops_image": cost.image.flops(iterations),
+    }
+
+
 def train(
     job: Job,
     config: Any,
@@ -436,20 +445,10 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
     save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    write(job.out / "log.csv", _csv(run.log))
+    first = ("nimg", "loss", "lr")
+    write_table(job.out / "log.csv", [{**{key: row[key] for key in first}, **row} for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
     write_json(job.out / "summary.json", {**about, **found})
-
-
-def _csv(log: list[Row]) -> str:
-    """Return the log as CSV: images seen, loss and learning rate first, in 9 digits."""
-    first = ["nimg", "loss", "lr"]
-    columns = [*first, *sorted(set(log[0]) - set(first))]
-    lines = [",".join(columns)]
-    for row in log:
-        values = [row[key] for key in columns]
-        lines.append(",".join(f"{v:.9g}" if isinstance(v, float) else str(v) for v in values))
-    return "\n".join(lines) + "\n"
 
 
 def plan(config: Optimisation, cost: Cost, note: str = "") -> Plan:
