@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.job import folder_of
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
@@ -49,9 +47,7 @@ class Inputs(NamedTuple):
 class Samples(NamedTuple):
     """Images in -1..1, float32, and what was done for them."""
 
-    image: Float[
-        Tensor, "*k b c h w"
-    ]  # with a first axis where iterates (or the predictions of all steps) were asked for
+    image: Float[Tensor, "*k b c h w"]  # one more dimension where iterates or all steps were asked for
     solutions: tuple[Solution, ...] = ()  # of each call of an implicit network
     diverged: Bool[Tensor, b] | None = None  # of a chain
 
@@ -80,11 +76,6 @@ class Run(ABC):
     def counted(self) -> Cost:
         """Parameters and FLOPs, counted by shape."""
         return self._count(self.config, self.shape, self.classes)
-
-    def folder(self, seed: int | None) -> Path:
-        """Return the results folder of a replicate; a stage without runs has one, whatever the seed."""
-        stage, _, name = self.of.partition("/")
-        return folder_of(stage, name, seed) if name else folder_of(stage)
 
     def check(self, setting: Any) -> None:  # noqa: B027, most kinds take every setting
         """Refuse a setting that does not fit the run.

@@ -209,9 +209,8 @@ def solver_of(iterations: Iterations) -> Callable:
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    return _cost(
-        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
-    )  # the same for any
+    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache

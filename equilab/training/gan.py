@@ -132,10 +132,10 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     onestep.check(config, job)
     onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
     features = _study_features(config, job)
-    try:  # refuses what does not fit
-        _discriminator_on_meta(config, features, job.image, job.classes)
-    except (ValueError, UserError) as error:
-        raise UserError(f"gan.{job.run}.discriminator: {error}") from None
+    try:
+        _discriminator_on_meta(config, features, job.image, job.classes)  # refuses what does not fit
+    except ValueError as error:
+        raise UserError(f"gan.{job.run}.features: {error}") from None
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes, features)
@@ -366,8 +366,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
     discriminator sees that network and it is not given, updates are not counted.
     """
-    # the same for any seed and optimisation
-    alike = config.model_copy(update={"seed": 0, "optimisation": None, "discriminator_lr": 1.0})
+    alike = config.model_copy(update={"seed": 0, "optimisation": None, "r1": None})  # none makes a difference
     return _cost(alike, image, classes, features)
 
 

@@ -97,7 +97,8 @@ def loss_of(config: Config) -> loop.Loss:
 
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
-    return _cost(config.model_copy(update={"optimisation": None}), image, classes)  # the same for any
+    alike = config.model_copy(update={"optimisation": None})  # it makes no difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache
