@@ -119,8 +119,7 @@ class Subject:
         """Return what makes the next update of the training loop, always on the same batch."""
         with tempfile.TemporaryDirectory() as folder:  # it holds no former state, and none will be saved
             run = loop.Run(self.net, self.config.optimisation, 0, Path(folder), self.device, adversary)
-        losses = (loss,) if adversary is None else (loss, adversary.loss)
-        return partial(next, loop.fit(run, lambda positions: batch, *losses))
+        return partial(next, loop.fit(run, lambda positions: batch, loss))
 
 
 def distilled(subject: Subject) -> dict[str, Call]:
