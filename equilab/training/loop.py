@@ -29,6 +29,7 @@ from equilab.core.machine import (
     world,
 )
 from equilab.core.progress import bar
+from equilab.data.images import label_counts
 from equilab.metrics.counting import Cost
 from equilab.models.checkpoint import load_tensors, save_tensors
 
@@ -404,7 +405,7 @@ def train(
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
     what the run depends on beside its config (checksums); `about` is kept with the weights.
     """
-    optimisation = config.optimisation
+    optimisation, about = config.optimisation, {**about, **label_counts(job)}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
     with scratch(job, identity(job, config, inputs)) as folder:
         run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)
