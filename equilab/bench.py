@@ -34,7 +34,7 @@ from equilab.metrics import fidelity
 from equilab.metrics.counting import flops
 from equilab.metrics.measuring import matmul_peak, peak_memory
 from equilab.models import gdd
-from equilab.models.discriminators import classifier_network
+from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.sampling import KINDS
 from equilab.solvers import Solver
@@ -119,8 +119,7 @@ class Subject:
         """Return what makes the next update of the training loop, always on the same batch."""
         with tempfile.TemporaryDirectory() as folder:  # it holds no former state, and none will be saved
             run = loop.Run(self.net, self.config.optimisation, 0, Path(folder), self.device, adversary)
-        losses = (loss,) if adversary is None else (loss, adversary.loss)
-        return partial(next, loop.fit(run, lambda positions: batch, *losses))
+        return partial(next, loop.fit(run, lambda positions: batch, loss))
 
 
 def distilled(subject: Subject) -> dict[str, Call]:
@@ -174,7 +173,20 @@ def adversarial(subject: Subject) -> dict[str, Call]:
     discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
     loss = gan.discriminator_loss_of(settings, subject.net, original)
     adversary = loop.Adversary("discriminator", discriminator, settings.discriminator_lr, loss)
-    batch = gan.Batch(noise.tanh(), label, noise, label, noise, label, None, None, None, 0.0, None, None)
+    batch = gan.Batch(
+        real=noise.tanh(),
+        label=label,
+        generator_noise=noise,
+        generator_label=label,
+        discriminator_noise=noise,
+        discriminator_label=label,
+        generator_draws=None,
+        discriminator_draws=None,
+        real_draws=None,
+        r1_weight=0.0,
+        consistency_noise=None,
+        consistency_sigmas=None,
+    )
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {
         "sample": subject.inference(lambda: student.generate(noise, label)),

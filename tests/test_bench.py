@@ -8,6 +8,7 @@ import torch
 
 from equilab import bench
 from equilab.metrics.counting import flops
+from equilab.metrics.measuring import peak_memory
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,11 @@ def test_a_matrix_product_runs_at_its_own_peak():
     assert 0.1 < found["peak_share"] < 3  # a neighbour may come and go
     assert found["memory_mib"] == 256**2 * 4 / 2**20
     assert found["seconds"] * found["calls"] > 0.1
+
+
+def test_measuring_memory_prints_nothing(capfd):
+    assert peak_memory(lambda: torch.zeros(1000), CPU) == 4000
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

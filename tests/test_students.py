@@ -76,16 +76,14 @@ def batch_of(entry):
     return partial(gan.batch_of, entry, made_up_images())
 
 
-def run_of(entry, folder, **values):
-    """Return a run of a student and its discriminator, the losses of both, and the networks."""
+def run_of(entry, folder, discriminator_loss=None, **values):
+    """Return a run of a student and its discriminator, the student's loss, and the networks."""
     optimisation = changed(entry.optimisation, **values)
     net, teacher, discriminator = networks(entry)
-    both = (
-        gan.generator_loss_of(entry, discriminator, teacher),
-        gan.discriminator_loss_of(entry, net, teacher),
-    )
-    adversary = Adversary("discriminator", discriminator, entry.discriminator_lr, both[1])
-    return Run(net, optimisation, 0, folder, CPU, adversary), both, (net, teacher, discriminator)
+    loss = discriminator_loss or gan.discriminator_loss_of(entry, net, teacher)
+    adversary = Adversary("discriminator", discriminator, entry.discriminator_lr, loss)
+    run = Run(net, optimisation, 0, folder, CPU, adversary)
+    return run, gan.generator_loss_of(entry, discriminator, teacher), (net, teacher, discriminator)
 
 
 def test_a_consistency_loss_on_straight_trajectories_has_a_closed_form():
@@ -136,11 +134,11 @@ def test_a_student_of_two_steps_goes_where_the_equation_says():
 
 def test_both_networks_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):
     frozen = changed(entry, student=changed(entry.student, freeze="gdd_i"))
-    run, both, (net, teacher, discriminator) = run_of(frozen, tmp_path, nimg=96, report_nimg=96, snapshots=())
+    run, loss, (net, teacher, discriminator) = run_of(frozen, tmp_path, nimg=96, report_nimg=96, snapshots=())
     named = {"generator": net, "discriminator": discriminator}
     before = {key: copy.deepcopy(network.state_dict()) for key, network in named.items()}
     before_teacher = copy.deepcopy(teacher.state_dict())
-    list(fit(run, batch_of(frozen), *both))
+    list(fit(run, batch_of(frozen), loss))
     for trainable, (key, network) in zip(run.trainables, named.items()):
         after = network.state_dict()
         moved = {name for name, value in before[key].items() if not torch.equal(value, after[name])}
@@ -157,14 +155,14 @@ def test_both_networks_move_and_what_is_frozen_stays_without_gradient_or_moments
 
 
 def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(entry, tmp_path):
-    run, both, (_, _, discriminator) = run_of(
+    run, loss, (_, _, discriminator) = run_of(
         entry, tmp_path, nimg=32, report_nimg=32, batch=32, micro_batch=32, snapshots=()
     )
     (network,), calls = discriminator.discriminator.networks, []
     original = network.features
     network.features = lambda image: calls.append(len(image)) or original(image)
     assert batch_of(entry)(range(32)).r1_weight > 0  # R1 is due
-    list(fit(run, batch_of(entry), *both))
+    list(fit(run, batch_of(entry), loss))
     assert calls == [32] * 3  # generated for the generator; real and generated for the discriminator
 
 
@@ -172,15 +170,15 @@ def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(
 def test_a_run_of_two_networks_that_stops_continues_bit_for_bit(sections, tmp_path, name):
     entry = config_of(sections, "gan", name)
     sizes = {"nimg": 256, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
-    whole, both, _ = run_of(entry, tmp_path / "whole", **sizes)
-    list(fit(whole, batch_of(entry), *both))
-    stopped, both, _ = run_of(entry, tmp_path / "stopped", **sizes)
-    for step in fit(stopped, batch_of(entry), *both):
+    whole, loss, _ = run_of(entry, tmp_path / "whole", **sizes)
+    list(fit(whole, batch_of(entry), loss))
+    stopped, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
+    for step in fit(stopped, batch_of(entry), loss):
         if step.nimg == 160:
             break
-    resumed, both, _ = run_of(entry, tmp_path / "stopped", **sizes)
+    resumed, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
     assert resumed.nimg == 128
-    list(fit(resumed, batch_of(entry), *both))
+    list(fit(resumed, batch_of(entry), loss))
     assert resumed.log == whole.log
     for ours, theirs in zip(resumed.trainables, whole.trainables):
         expected = theirs.state()
@@ -210,7 +208,6 @@ def test_a_collapsed_discriminator_stops_the_run_and_keeps_its_last_state(entry,
     entry = changed(entry, collapse=0.5)
     assert gan.collapsed(entry, {"loss_discriminator": 0.6}) is None
     assert isinstance(gan.collapsed(entry, {"loss_discriminator": 0.4}), Halt)
-    run, (generator_loss, _), _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
     known = {"fall": 1.0}
 
     def falling(discriminator, batch):
@@ -218,22 +215,22 @@ def test_a_collapsed_discriminator_stops_the_run_and_keeps_its_last_state(entry,
         value = discriminator(batch.real, batch.label, None)[0].mean() * 0 + known["fall"]
         return Logged(value, torch.tensor(known["fall"]))
 
+    run, loss, _ = run_of(entry, tmp_path, falling, nimg=256, report_nimg=64, snapshots=())
     sentence = r"collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma"
     with pytest.raises(config.UserError, match=sentence):
-        list(fit(run, batch_of(entry), generator_loss, falling, watch=partial(gan.collapsed, entry)))
+        list(fit(run, batch_of(entry), loss, partial(gan.collapsed, entry)))
     resumed, _, _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
     assert resumed.nimg == 64
 
 
 def test_a_loss_that_is_no_number_names_both_learning_rates(entry, tmp_path):
-    run, (generator_loss, _), _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
-
     def broken(discriminator, batch):
         return discriminator(batch.real, batch.label, None)[0].mean() * float("nan")
 
+    run, loss, _ = run_of(entry, tmp_path, broken, nimg=256, report_nimg=64, snapshots=())
     sentence = "the loss became nan at step.*lower optimisation.lr or discriminator_lr"
     with pytest.raises(config.UserError, match=sentence):
-        list(fit(run, batch_of(entry), generator_loss, broken))
+        list(fit(run, batch_of(entry), loss))
 
 
 @pytest.fixture
@@ -269,7 +266,7 @@ def refused(capsys, *command):
         ({"conditional": False}, "gan.gdd.conditional is False, but the teacher's is True"),
         ({"features": ["evaluator"]}, "it would leak into the score"),
         ({"features": ["vgg17"]}, "'vgg17' is unknown, choose among study, vgg16"),
-        ({"features": ["vgg16"]}, "vgg16 takes 3 channels and the images have 1"),
+        ({"features": ["vgg16"]}, "vgg16 takes 3 channels"),
         ({"features": []}, "features must name networks"),
         ({"discriminator": {"side": 4}}, "give a `side` to reach 4x4"),
         ({"student": {"sigmas": [2.0, 80.0]}}, "give levels that fall"),
@@ -356,7 +353,7 @@ def test_an_update_of_both_networks_does_not_depend_on_how_the_batch_is_split(en
     alike = changed(entry, discriminator=spec)
     moved = {}
     for micro in (32, 8):
-        run, both, (net, _, discriminator) = run_of(
+        run, loss, (net, _, discriminator) = run_of(
             alike, tmp_path / str(micro), micro_batch=micro, nimg=32, report_nimg=32, snapshots=()
         )
         heads = discriminator.discriminator.heads
@@ -365,7 +362,7 @@ def test_an_update_of_both_networks_does_not_depend_on_how_the_batch_is_split(en
             discriminator(torch.zeros(2, *IMAGE), torch.zeros(2, dtype=torch.int64), None)
         for trainable in run.trainables:  # moves by the gradient, not by its sign
             trainable.optimizer = torch.optim.SGD(trainable.named.values(), lr=1.0)
-        list(fit(run, batch_of(alike), *both))
+        list(fit(run, batch_of(alike), loss))
         moved[micro] = flat(net, discriminator)
     net, _, discriminator = networks(alike)
     start = flat(net, discriminator)
@@ -379,9 +376,9 @@ def flat(*modules):
 
 def test_a_student_without_classes_is_trained_in_bf16(entry, tmp_path):
     alone = changed(entry, conditional=False)
-    run, both, (net, _, _) = run_of(alone, tmp_path, precision="bf16", nimg=64, report_nimg=64, snapshots=())
+    run, loss, (net, _, _) = run_of(alone, tmp_path, precision="bf16", nimg=64, report_nimg=64, snapshots=())
     before = flat(net)
-    rows = [step.report for step in fit(run, batch_of(alone), *both) if step.report]
+    rows = [step.report for step in fit(run, batch_of(alone), loss) if step.report]
     assert len(rows) == 1 and rows[0]["loss_discriminator"] > 0
     assert not torch.equal(before, flat(net))
     assert {p.dtype for p in net.parameters()} == {torch.float32}

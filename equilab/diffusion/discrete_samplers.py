@@ -148,7 +148,7 @@ def explicit(net: Callable) -> Callable:
     """Return the `predict` of a network `net(x, t, label) -> output`."""
 
     def predict(
-        x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None
+        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
     ) -> tuple[Tensor, None]:
         return net(x, t, label), None
 
