@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from equilab.core.config import nearest
+
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
@@ -341,9 +343,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 def _heads(channels: int, head_channels: int) -> int:
     if head_channels < 0 or (head_channels and channels % head_channels):
-        raise ValueError(
-            f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor"
-        )
+        raise ValueError(f"head_channels={head_channels} does not divide {channels} channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
 
@@ -351,9 +351,7 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
     levels = len(multipliers)
     _, height, across = image
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"architecture={architecture!r} is unknown{nearest(architecture, ARCHITECTURES)}")
     positive = min(*image, width, blocks, levels, *multipliers) >= 1
     if not positive or min(classes, augment) < 0 or not 0 <= dropout < 1:
         raise ValueError(
@@ -367,6 +365,4 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
         )
     resolutions = [height >> level for level in range(levels)]
     if not set(attention) <= set(resolutions):
-        raise ValueError(
-            f"attention={list(attention)} names a height that does not occur; choose among {resolutions}"
-        )
+        raise ValueError(f"attention={list(attention)} must be among the heights of the maps, {resolutions}")
