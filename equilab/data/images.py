@@ -171,8 +171,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     if config.source == "datasets":
         locate(config.path)
     if config.source == "folder":
-        for _, key, path in _paths(config):
-            reading.require_path(path, key)
+        reading.require_paths({key: path for _, key, path in _paths(config)})
     return partial(Plan, disk=None)
 
 

@@ -137,7 +137,7 @@ def find_files(path: Path, key: str) -> Files:
 
     Raises: UserError if it is not there, is no zip, or has names that are not to be relied on.
     """
-    require_path(path, key)
+    require_paths({key: path})
     refusals, found, others = Refusals(f"{key} ({path})"), {}, Counter()
     listed, read = _folder(path, key) if path.is_dir() else _zip(path, key)
     for name, handle in listed:
@@ -175,14 +175,15 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def require_path(path: Path, key: str) -> None:
-    """Refuse a path to images where nothing is.
+def require_paths(paths: Mapping[str, Path]) -> None:
+    """Refuse paths to images, by their keys, where nothing is.
 
-    Raises: UserError naming the key.
+    Raises: UserError with a sentence for each.
     """
-    if not path.exists():
+    absent = [f"{key} ({path}) is not there" for key, path in paths.items() if not path.exists()]
+    if absent:
         raise UserError(
-            f"{key} ({path}) is not there; place the zip or folder of images there or change the key"
+            "\n".join(f"{each}; place the zip or folder of images there or change the key" for each in absent)
         )
 
 
