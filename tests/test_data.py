@@ -640,15 +640,21 @@ def test_cifar10_without_a_network_says_what_to_place_where(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train_images.npy", "train_labels.npy"])
-@pytest.mark.parametrize("fault", ["missing", "cut short", "longer", "garbage"])
+@pytest.mark.parametrize("fault", ["missing", "cut short", "longer", "garbage", "a zip", "another object"])
 def test_a_file_that_is_missing_or_of_another_size_is_named(name, fault, digits, tmp_path):
     for file in digits.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_zip(tmp_path / "a.zip", FILES)
     whole = (tmp_path / name).read_bytes()
-    changed = {"missing": b"", "cut short": whole[:-20], "longer": whole + b"x", "garbage": b"\x00" * 99}[
-        fault
-    ]
-    (tmp_path / name).write_bytes(changed)
+    changed = {
+        "missing": b"",
+        "cut short": whole[:-20],
+        "longer": whole + b"x",
+        "garbage": b"\x00" * 99,
+        "a zip": (tmp_path / "a.zip").read_bytes(),
+        "another object": b'{"counts": {"train": "many"}, "shape": 3, "classes": 10, "sha256": []}',
+    }
+    (tmp_path / name).write_bytes(changed[fault])
     if fault == "missing":
         (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{name} .*run the stage data again"):

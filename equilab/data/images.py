@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 from array import array
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from tqdm import tqdm
 
 from equilab.core import rng
@@ -85,6 +84,16 @@ class Config(Params):
         return self
 
 
+class Meta(BaseModel):
+    """What meta.json says of the arrays beside it, as far as it is read."""
+
+    counts: dict[Literal["train", "test"], PositiveInt]
+    shape: tuple[Size, Size, Size]
+    classes: NonNegativeInt
+    sha256: dict[str, str]
+    label_counts: tuple[PositiveInt, ...] | None = None
+
+
 class Dataset(NamedTuple):
     """One split of a study: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0.
 
@@ -134,22 +143,15 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        count, shape, classes, sha256 = meta["counts"][split], meta["shape"], meta["classes"], meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/meta.json is missing or damaged ({error!r}); run the stage data again"
-        ) from error
-    images = _read_array(
-        folder / f"{split}_images.npy", (count, *shape), np.uint8, sha256 if verify else None
-    )
+        meta = Meta.model_validate_json((folder / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/meta.json is missing or damaged; run the stage data again") from None
+    count, sha256 = meta.counts[split], meta.sha256 if verify else None
+    images = _read_array(folder / f"{split}_images.npy", (count, *meta.shape), np.uint8, sha256)
     labels = None
-    if classes:
-        labels = np.array(
-            _read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256 if verify else None)
-        )
-    label_counts = meta.get("label_counts")
-    return Dataset(images, labels, classes, None if label_counts is None else tuple(label_counts))
+    if meta.classes:
+        labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256))
+    return Dataset(images, labels, meta.classes, meta.label_counts)
 
 
 def label_counts(job: Job) -> dict[str, list[int]]:
@@ -189,7 +191,8 @@ def run(config: Config, job: Job) -> None:
         splits = _open(config, job.study.seed, place)
         labels = _labels(config, splits)
         counts = {split: len(indices) for split, (_, indices) in splits.items()}
-        require_disk(job.out, sum(counts.values()) * math.prod(config.image))
+        for folder in (place, job.out):  # which may be on two disks
+            require_disk(folder, sum(counts.values()) * math.prod(config.image))
         sha256 = _write_splits(config, splits, place)
         for split, found in labels.items():
             sha256[f"{split}_labels.npy"] = write_array(place / f"{split}_labels.npy", found)
@@ -266,11 +269,7 @@ def _labels(config: Config, splits: Splits) -> dict[str, np.ndarray]:
             f"class without images cannot be drawn; renumber them ({_some(moved)}) and set data.classes to {len(used)}"
         )
     if len(used) != config.classes:
-        found = (
-            f"the images' labels have {len(used)}"
-            if labels
-            else "the images have no dataset.json or class folders"
-        )
+        found = f"the images' labels have {len(used)}" if labels else "the images have no labels"
         raise UserError(
             f"data.classes is {config.classes}, but {found}; set it to {len(used)}, or correct the labels"
         )
@@ -400,8 +399,8 @@ def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]
 def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:
     """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # one of a dozen types, by where it is damaged
         raise UserError(
             f"{path} is missing, cut short or damaged ({error}); run the stage data again"
         ) from error
@@ -410,7 +409,7 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
             f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
             f"{np.dtype(dtype)} {shape}; run the stage data again"
         )
-    if sha256 is not None and sha256_of(path) != sha256[path.name]:
+    if sha256 is not None and sha256_of(path) != sha256.get(path.name):
         raise UserError(
             f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again"
         )
