@@ -20,6 +20,7 @@ HEAVY = {
     "torchvision": ["equilab.data.images", "equilab.models.feature_networks"],  # a dataset; networks
     "timm": ["equilab.models.feature_networks"],
     "diffusers": ["equilab.data.latents"],
+    "datasets": ["equilab.data.hub"],
 }
 # a room imports from those on its line and below it
 ROOMS = [

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from tqdm import tqdm
 
 from equilab.core import rng
@@ -32,17 +31,9 @@ from equilab.core.files import (
 )
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.progress import bar
+from equilab.data import reading
 from equilab.data.hub import Datasets, locate, open_splits
-from equilab.data.reading import (
-    MOST_CLASSES,
-    Images,
-    Refusals,
-    RefusedError,
-    counted,
-    expanded,
-    open_images,
-    require_path,
-)
+from equilab.data.reading import Images, Refusals, RefusedError, expanded
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
 READS = {
@@ -72,7 +63,7 @@ class Config(Params):
     test_path: str | None
     test: PositiveInt | None
     image: tuple[Size, Size, Size]
-    classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]
+    classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
     datasets: Datasets | None = None
     labels: Literal["uniform", "frequency"] = "uniform"
 
@@ -91,6 +82,16 @@ class Config(Params):
         if self.labels == "frequency" and not self.classes:
             raise ValueError("labels is frequency, but classes is 0; set it to uniform")
         return self
+
+
+class Meta(BaseModel):
+    """What meta.json says of the arrays beside it, as far as it is read."""
+
+    counts: dict[Literal["train", "test"], PositiveInt]
+    shape: tuple[Size, Size, Size]
+    classes: NonNegativeInt
+    sha256: dict[str, str]
+    label_counts: tuple[PositiveInt, ...] | None = None
 
 
 class Dataset(NamedTuple):
@@ -142,22 +143,15 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        count, shape, classes, sha256 = meta["counts"][split], meta["shape"], meta["classes"], meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/meta.json is missing or damaged ({error!r}); run the stage data again"
-        ) from error
-    images = _read_array(
-        folder / f"{split}_images.npy", (count, *shape), np.uint8, sha256 if verify else None
-    )
+        meta = Meta.model_validate_json((folder / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/meta.json is missing or damaged; run the stage data again") from None
+    count, sha256 = meta.counts[split], meta.sha256 if verify else None
+    images = _read_array(folder / f"{split}_images.npy", (count, *meta.shape), np.uint8, sha256)
     labels = None
-    if classes:
-        labels = np.array(
-            _read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256 if verify else None)
-        )
-    label_counts = meta.get("label_counts")
-    return Dataset(images, labels, classes, None if label_counts is None else tuple(label_counts))
+    if meta.classes:
+        labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256))
+    return Dataset(images, labels, meta.classes, meta.label_counts)
 
 
 def label_counts(job: Job) -> dict[str, list[int]]:
@@ -179,9 +173,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     if config.source == "datasets":
         locate(config.path)
     if config.source == "folder":
-        for key in ("path", "test_path"):
-            if (path := getattr(config, key)) is not None:
-                require_path(expanded(path), f"data.{key}")
+        reading.require_paths({key: path for _, key, path in _paths(config)})
     return partial(Plan, disk=None)
 
 
@@ -197,26 +189,27 @@ def run(config: Config, job: Job) -> None:
         return  # of several processes the first one does it
     with scratch(job) as place:  # what is there stays until everything new is
         splits = _open(config, job.study.seed, place)
-        labels = _checked_labels(config, splits)
+        labels = _labels(config, splits)
         counts = {split: len(indices) for split, (_, indices) in splits.items()}
-        require_disk(job.out, sum(counts.values()) * math.prod(config.image))
+        for folder in (place, job.out):  # which may be on two disks
+            require_disk(folder, sum(counts.values()) * math.prod(config.image))
         sha256 = _write_splits(config, splits, place)
         for split, found in labels.items():
             sha256[f"{split}_labels.npy"] = write_array(place / f"{split}_labels.npy", found)
-        meta = {
-            "source": config.source,
-            "shape": config.image,
-            "classes": config.classes,
-            "counts": counts,
-            "sha256": sha256,
-        }
-        if config.labels == "frequency":
-            meta["label_counts"] = np.bincount(labels["train"], minlength=config.classes).tolist()
-        if (names := splits["train"][0].classes) is not None:
-            meta["class_names"] = names
         job.out.mkdir(parents=True, exist_ok=True)
         for name in sha256:
             replace(place / name, job.out / name)
+    meta = {
+        "source": config.source,
+        "shape": config.image,
+        "classes": config.classes,
+        "counts": counts,
+        "sha256": sha256,
+    }
+    if config.labels == "frequency":
+        meta["label_counts"] = np.bincount(labels["train"]).tolist()
+    if (names := splits["train"][0].classes) is not None:
+        meta["class_names"] = names
     write_json(job.out / "meta.json", meta)
     remove_others(job.out, sha256, "*.npy")
     _tell(config, splits, labels)
@@ -226,14 +219,14 @@ def _open(config: Config, seed: int, place: Path) -> Splits:
     """Return the splits of the source that params name."""
     match config.source:
         case "digits":
-            return _hold_out(_digits(), config.test, seed)
+            images = {"train": _digits()}
         case "cifar10":
             images = {split: _cifar10(config, split) for split in ("train", "test")}
         case "folder":
-            images = {"train": open_images(expanded(config.path), "data.path", bool(config.classes))}
-            if config.test_path is not None:
-                path = expanded(config.test_path)
-                images["test"] = open_images(path, "data.test_path", bool(config.classes))
+            images = {
+                split: reading.open_images(path, key, bool(config.classes))
+                for split, key, path in _paths(config)
+            }
         case "datasets":
             images = open_splits(config.path, config.datasets, place / "datasets")
     if "test" not in images:
@@ -241,68 +234,72 @@ def _open(config: Config, seed: int, place: Path) -> Splits:
     return {split: (found, np.arange(len(found.names))) for split, found in images.items()}
 
 
-def _checked_labels(config: Config, splits: Splits) -> dict[str, np.ndarray]:
+def _paths(config: Config) -> list[tuple[str, str, Path]]:
+    """Return the zips or folders of images that params give: their split, key and path."""
+    given = [("train", "data.path", config.path), ("test", "data.test_path", config.test_path)]
+    return [(split, key, expanded(path)) for split, key, path in given if path is not None]
+
+
+def _labels(config: Config, splits: Splits) -> dict[str, np.ndarray]:
     """Return the labels of both splits, or none.
 
     Raises: UserError if only one has them, they mean different classes, or they are not those of params, each with images.
     """
     labels = {
-        split: images.labels[indices]
-        for split, (images, indices) in splits.items()
-        if images.labels is not None
+        split: images.labels[items] for split, (images, items) in splits.items() if images.labels is not None
     }
     if len(labels) == 1:
         raise UserError(f"only the {next(iter(labels))} images have labels; give them to both or to none")
     train, test = (images.classes for images, _ in splits.values())
     if train != test:
         raise UserError(
-            f"the classes of the train images are {_some(train or ['numbers'])}, those of the test images "
-            f"{_some(test or ['numbers'])}; name the folders of both alike, or give both a dataset.json"
+            f"the classes of training images are {_some(train or ['numbers'])}, those of held-out images "
+            f"{_some(test or ['numbers'])}; name the class folders of both alike, or give both a dataset.json"
         )
-    if not labels:
-        if config.classes:
-            raise UserError(
-                f"data.classes is {config.classes}, but the images have no labels: neither a dataset.json nor a folder for "
-                "each class; add one, or set it to 0"
-            )
-        return {}
-    used, held_out = np.unique(labels["train"]), np.unique(labels["test"])
-    if len(alone := np.setdiff1d(held_out, used)):
-        raise UserError(f"only held-out images have the labels {_some(alone)}; give training images of these")
-    if used[-1] != len(used) - 1:
-        empty = np.setdiff1d(np.arange(used[-1]), used)
-        moved = [f"{before} becomes {after}" for after, before in enumerate(used) if before != after]
+    used = np.unique(labels["train"]) if labels else np.arange(0)
+    if labels and len(alone := np.setdiff1d(labels["test"], used)):
         raise UserError(
-            f"the labels of the training images go up to {used[-1]}, but none has {_some(empty)}: a class without images "
-            f"cannot be drawn; renumber the labels ({_some(moved)}) and set data.classes to {len(used)}"
+            f"only held-out images have the labels {_some(alone)}; give training images of these too"
+        )
+    if labels and used[-1] >= len(used):
+        moved = [f"{before} becomes {after}" for after, before in enumerate(used) if before != after]
+        empty = np.setdiff1d(np.arange(used[-1]), used)
+        raise UserError(
+            f"labels go up to {used[-1]}, but no training image has {_some(empty)}, and a "
+            f"class without images cannot be drawn; renumber them ({_some(moved)}) and set data.classes to {len(used)}"
         )
     if len(used) != config.classes:
+        found = f"the images' labels have {len(used)}" if labels else "the images have no labels"
         raise UserError(
-            f"data.classes is {config.classes}, the images' labels have {len(used)}; set it to {len(used)}"
+            f"data.classes is {config.classes}, but {found}; set it to {len(used)}, or correct the labels"
         )
     return labels
 
 
-def _some(values: Sequence[Any]) -> str:
+def _some(values: Iterable[Any]) -> str:
     """Return the first few of some values."""
+    values = list(values)
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
 def _write_splits(config: Config, splits: Splits, place: Path) -> dict[str, str]:
     """Write the images of both splits; return the files' sha256 by their names.
 
-    Raises: UserError counting the images that are refused, by kind, in both.
+    Raises: UserError counting the images that are refused, by reason, in both.
     """
-    refusals, total, sha256 = Refusals("data"), 0, {}
-    marks = {split: array("Q") for split in splits}
-    for split, (images, indices) in splits.items():
+    refusals, seen, sha256 = Refusals("data"), array("Q"), {}
+    for split, (images, items) in splits.items():
         file = place / f"{split}_images.npy"
-        with bar(f"data: {split}", len(indices)) as progress:
-            rows = _rows(images, indices.tolist(), config.image, refusals, marks[split], progress)
-            sha256[file.name] = _write_images(file, (len(indices), *config.image), rows)
-        total += len(indices)
-    refusals.check(total)
-    _tell_equal(marks)
+        with bar(f"data: {split}", len(items)) as progress:
+            rows = _rows(images, items.tolist(), config.image, refusals, seen, progress)
+            sha256[file.name] = _write_images(file, (len(items), *config.image), rows)
+    refusals.check(sum(len(items) for _, items in splits.values()))
+    train, test = np.split(np.array(seen), [len(splits["train"][1])])
+    repeated, leaked = len(train) - len(np.unique(train)), int(np.isin(test, train).sum())
+    if repeated or leaked:
+        print(
+            f"data: {repeated:,} training images repeat another, {leaked:,} held-out images a training image"
+        )
     return sha256
 
 
@@ -311,50 +308,41 @@ def _rows(
     indices: Iterable[int],
     shape: tuple[int, ...],
     refusals: Refusals,
-    marks: array,
+    seen: array,
     progress: tqdm,
 ) -> Iterator[np.ndarray]:
-    """Yield the images until one is refused; the others are read all the same, to count those that are refused as well."""
+    """Yield the images until one is refused; the others are read all the same, to count those that are refused as well.
+
+    `seen` gets a digest of each.
+    """
     for index in indices:
         try:
             image = images.read(index)
             if image.shape != shape:
-                raise RefusedError("shape", "x".join(map(str, image.shape)))
+                raise RefusedError("shape", list(image.shape))
         except RefusedError as refused:
             refusals.add(images.names[index], refused)
         else:
-            marks.append(int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "big"))
+            seen.frombytes(hashlib.blake2b(image.tobytes(), digest_size=seen.itemsize).digest())
             if not refusals.counts:
                 yield image
         progress.update()
 
 
-def _tell_equal(marks: dict[str, array]) -> None:
-    """Say how many images are there twice."""
-    train, test = (np.array(marks[split]) for split in ("train", "test"))
-    repeated, leaked = len(train) - len(np.unique(train)), int(np.isin(test, train).sum())
-    if repeated or leaked:
-        print(
-            f"data: {repeated:,} training images are equal to another one, {leaked:,} held-out images to a training image"
-        )
-
-
 def _tell(config: Config, splits: Splits, labels: dict[str, np.ndarray]) -> None:
     """Say what was read, and what was passed over."""
-    train, test = (len(indices) for _, indices in splits.values())
-    print(f"data: {train:,} training images of shape {list(config.image)}, {test:,} held out")
+    train, test = (len(items) for _, items in splits.values())
+    print(f"data: {train:,} training images, {test:,} held out")
     if labels:
-        counts = np.bincount(labels["train"])
-        names = splits["train"][0].classes
+        counts, names = np.bincount(labels["train"]), splits["train"][0].classes
         named = f" ({_some(names)})" if names else ""
         drawn = "uniformly" if config.labels == "uniform" else "by these frequencies"
         print(
             f"data: {len(counts)} classes{named} of {counts.min():,} to {counts.max():,} training images; "
-            f"those of generated images are drawn {drawn} (data.labels)"
+            f"labels of generated images are drawn {drawn} (data.labels)"
         )
-    for others in {id(images): images.others for images, _ in splits.values()}.values():
-        if others:
-            print(f"data: passed over as no images: {counted(others)}")
+    for others in {reading.counted(images.others) for images, _ in splits.values()} - {""}:
+        print(f"data: passed over: {others}")
 
 
 def _digits() -> Images:
@@ -411,8 +399,8 @@ def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]
 def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:
     """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # one of a dozen types, by where it is damaged
         raise UserError(
             f"{path} is missing, cut short or damaged ({error}); run the stage data again"
         ) from error
@@ -421,7 +409,7 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
             f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
             f"{np.dtype(dtype)} {shape}; run the stage data again"
         )
-    if sha256 is not None and sha256_of(path) != sha256[path.name]:
+    if sha256 is not None and sha256_of(path) != sha256.get(path.name):
         raise UserError(
             f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again"
         )
