@@ -1,11 +1,8 @@
-"""Layer activity: what networks tell of their layers, sums over samples, normalisation, peaks and their order."""
+"""Layer activity: what networks tell of their layers, and sums over samples."""
 
-import pandas as pd
 import pytest
 import torch
 
-from equilab.analysis import activity
-from equilab.core.config import UserError
 from equilab.models.dit import DiT
 from equilab.models.layers import unpatchify
 from equilab.models.unet import Block, UNet
@@ -57,65 +54,11 @@ def test_mean_and_root_mean_square_do_not_depend_on_how_samples_come():
     torch.manual_seed(0)
     value = torch.randn(6, 3, 2)
     whole, parts = Activity(), Activity()
-    whole.tell(1, 80.0, {"a": value})
+    whole.update(1, 80.0, {"a": value})
     for part in value.split([1, 2, 3]):
-        parts.tell(1, 80.0, {"a": part})
-    (one,), (other,) = whole.rows("run", "unet"), parts.rows("run", "unet")
+        parts.update(1, 80.0, {"a": part})
+    (one,), (other,) = whole.rows(), parts.rows()
     assert one["mean"] == pytest.approx(value.mean().item(), abs=1e-6)
     assert one["rms"] == pytest.approx(value.square().mean().sqrt().item(), rel=1e-6)
     assert other["mean"] == pytest.approx(one["mean"]) and other["rms"] == pytest.approx(one["rms"])
     assert len(parts.sums) == 1
-
-
-def table(folder, peaks):
-    """Write the activity of layers that peak at the given steps (of 10), and return the folder."""
-    rows = []
-    for depth, (layer, peak) in enumerate(peaks.items()):
-        for step in range(1, 11):
-            rows.append(
-                {
-                    "run": "teacher",
-                    "family": "unet",
-                    "layer": layer,
-                    "depth": depth,
-                    "step": step,
-                    "at": 80.0 / step,
-                    "mean": 0.0,
-                    "rms": 3.0 - 0.1 * abs(step - peak),
-                }
-            )
-    (folder / "activation").mkdir(parents=True)
-    pd.DataFrame(rows).to_csv(folder / "activation" / "activation.csv", index=False)
-    return folder
-
-
-def test_activity_is_normalised_layer_by_layer_and_its_peaks_are_ordered(tmp_path):
-    names = [
-        "enc.8x8_block0",
-        "enc.8x8_block1",
-        "enc.4x4_block0",
-        "dec.4x4_in0",
-        "dec.4x4_block0",
-        "dec.8x8_block0",
-    ]
-    published = dict(zip(names, [9, 6, 2, 1, 5, 10]))  # shallow late, deep early
-    found = activity.read(table(tmp_path / "a", published), "rms")
-    assert found.groupby("layer")["level"].agg(["min", "max"]).to_numpy().tolist() == [[0.0, 1.0]] * 6
-    assert found.drop_duplicates("layer").set_index("layer")["deep"].tolist() == [0, 1, 2, 2, 1, 0]
-    assert dict(zip(*activity.peaks(found)[["layer", "step"]].to_numpy().T)) == published
-    together = activity.order(found).query("part == 'all'").iloc[0]
-    assert together["rank correlation"] > 0.9 and together["p"] < 0.05
-    turned = activity.read(
-        table(tmp_path / "b", {name: 11 - peak for name, peak in published.items()}), "rms"
-    )
-    assert activity.order(turned).query("part == 'all'")["rank correlation"].iloc[0] < -0.9
-    flat = activity.read(tmp_path / "a", "mean")
-    assert flat["level"].isna().all() and activity.peaks(flat).empty
-    for draw in (activity.unets, activity.transformers):
-        figure, numbers = draw(found)
-        assert figure.axes and len(numbers) == len(found) * (draw is activity.unets)
-
-
-def test_without_the_stage_one_sentence_says_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="activation.csv is not there; run the stage activation"):
-        activity.read(tmp_path, "rms")

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from equilab.core import rng
-from equilab.core.config import Spec, UserError
+from equilab.core.config import Spec, UserError, parse
 from equilab.core.job import Job, Study
 from equilab.data import images as data
 from equilab.metrics import fidelity
@@ -30,8 +30,10 @@ def study(tmp_path_factory):
     """A folder with the digits and a classifier of a few seconds of training, as the stages write them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("study"))
-        job = Job(Study("digits", ".", 0, 1, 1, "cpu"), "data", None, (1, 8, 8), 10, "", print)
-        data.run(data.Config("digits", None, None, 360, (1, 8, 8), 10), job)
+        study = Study(name="digits", root=".", seed=0, threads=1, run_threads=1, device="cpu")
+        job = Job(study, "data", None, None, (1, 8, 8), 10, "", print, print)
+        params = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8]}
+        data.run(parse(data.Config, {**params, "classes": 10}, "data"), job)
         folder = job.out.resolve()
     images, labels, _ = data.load(folder, "train")
     images, labels = data.to_float(torch.from_numpy(np.array(images))), torch.from_numpy(labels)
@@ -47,6 +49,7 @@ def study(tmp_path_factory):
         optimiser.step()
         schedule.step()
     about = {"config": {"network": {"kind": "classifier", **sizes}}, "image": [1, 8, 8], "classes": 10}
+    about["stage"] = "evaluator"
     state.save_tensors(folder / "weights.safetensors", net.state_dict(), about)
     return folder
 
@@ -80,7 +83,7 @@ class Images(Dataset):
 
 
 def test_a_short_training_classifies_digits_better_than_98_percent(study):
-    net, _ = state.load_network(study / "weights.safetensors", fidelity.CLASSIFIERS)
+    net, _ = state.load_network(study / "weights.safetensors")
     images, labels, _ = data.load(study, "test")
     found = net(data.to_float(torch.from_numpy(np.array(images))))[1].argmax(1)
     assert (found.numpy() == labels).mean() > 0.98
@@ -142,13 +145,13 @@ def test_the_inception_score_of_what_is_not_kept_is_that_of_the_same_parts():
         torch.arange(len(logits)).reshape(10, -1).T.flatten(),
     )  # image k of part k modulo 10
     for block in logits[order].split(37):
-        parts.tell(block)
+        parts.update(block)
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     theirs = isc_features_to_metric(logits, 10, False, 0)["inception_score_mean"]
     assert parts.score() == pytest.approx(theirs, rel=1e-12) and parts.count == len(logits)
     single = fidelity.Parts(1)
-    single.tell(logits)
+    single.update(logits)
     assert single.score() == pytest.approx(values["out.isc1_mean"].item(), rel=1e-10)
 
 
@@ -195,16 +198,42 @@ def test_kid_of_two_halves_of_one_distribution_is_near_zero_and_of_two_is_not():
     assert abs(near) < 0.05 < far
 
 
-def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, study, images):
-    from torch_fidelity import calculate_metrics
+def theirs_of(extractor):
+    """Return a feature network as a class of torch-fidelity's."""
+    from torch_fidelity import FeatureExtractorBase
 
-    name = fidelity.register(scorer.extractor)
-    assert fidelity.register(scorer.extractor) == name
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "features", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, image):
+            features, logits = extractor.network(image)
+            return tuple({"features": features, "logits": logits}[name] for name in self.features_list)
+
+    return Registered
+
+
+def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, study, images):
+    from torch_fidelity import calculate_metrics, register_feature_extractor
+
+    register_feature_extractor("study", theirs_of(scorer.extractor))
     train = data.load(study, "train").images
     theirs = calculate_metrics(
         input1=Images(images),
         input2=Images(train),
-        feature_extractor=name,
+        feature_extractor="study",
         cuda=False,
         cache=False,
         verbose=False,
@@ -276,7 +305,7 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
     assert found["fd_train"] != first["fd_train"] and found["n_samples"] == 320
     parts = fidelity.Parts(10)
     for _, logits in fidelity.extract(images, scorer.extractor):
-        parts.tell(logits)
+        parts.update(logits)
     assert found["inception_score"] == parts.score() != first["inception_score"]
 
 
@@ -289,13 +318,20 @@ def test_the_floor_draws_the_same_images_in_pieces_as_at_once():
 
 
 def test_an_evaluator_of_another_configuration_is_refused(study):
-    network = Spec("classifier", "", {"width": 24, "features": 32})
+    network = Spec("classifier", {"width": 24, "features": 32}, Classifier)
     for config, told in (
         (SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
         (SimpleNamespace(network=network), "under another configuration than params.yaml gives now"),
     ):
         with pytest.raises(UserError, match=told):
             fidelity.Scorer(study, study, study / "cache", CPU, config)
+
+
+def test_scores_are_float32_whatever_precision_runs_around(scorer, images):
+    exact = scorer.scores(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scorer.scores(images) == exact
+        assert scorer.distances(images) == {key: exact[key] for key in ("fd_train", "fd_test")}
 
 
 def test_too_few_images_to_score_are_refused(scorer, images):

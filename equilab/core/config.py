@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, ValidationInfo, create_model
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 
@@ -216,7 +216,7 @@ def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
     """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
     arguments those that a class takes by keyword alone."""
 
-    def read(value: Any, info: ValidationInfo) -> Spec:
+    def read(value: Any, info: Any) -> Spec:
         if isinstance(value, Spec):
             return value
         try:

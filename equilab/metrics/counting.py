@@ -33,7 +33,7 @@ class Work(NamedTuple):
     fixed: int
     per_iteration: int = 0
 
-    def flops(self, iterations: float = 0, calls: int = 1) -> float:
+    def flops(self, iterations: int | float = 0, calls: int = 1) -> int | float:
         """Return the FLOPs of calls that make so many iterations in all, a mean where samples differ."""
         return calls * self.fixed + self.per_iteration * iterations
 
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
     parameters: int
     parameters_trained: int  # those that are not frozen
     image: Work  # of a call of a denoiser for an image; of an image of a generator
-    train_flops_image: float | None  # of an update, for an image; None where it was not asked for
+    train_flops_image: int | float | None  # of an update, for an image; None where it was not asked for
 
 
 def network_on_meta(spec: Spec, image: tuple[int, ...], classes: int) -> nn.Module:

@@ -105,7 +105,7 @@ def _check(config: Config, run: Run, before: tuple[str, ...]) -> None:
             raise UserError(f"activation.timesteps is {config.timesteps}, but {run.of} has {known}; lower it")
 
 
-def _flops(config: Config, job: Job, run: Run) -> float:
+def _flops(config: Config, job: Job, run: Run) -> int | float:
     """Return the FLOPs of looking at a run, for an image."""
     image = run.counted.image
     if isinstance(run, Denoiser):
