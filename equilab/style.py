@@ -47,6 +47,7 @@ def use() -> None:
             "xtick.labelsize": 7.5,
             "ytick.labelsize": 7.5,
             "legend.fontsize": 7.5,
+            "legend.title_fontsize": 7.5,
             "legend.frameon": False,
             "lines.linewidth": 1.4,
             "lines.markersize": 5,
@@ -137,7 +138,7 @@ def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> N
     Path(folder, f"{name}.png").write_bytes(drawn.getvalue())
     numbers = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     Path(folder, f"{name}.csv").write_text(numbers, encoding="utf-8")
-    display(Image(drawn.getvalue(), width=round(100 * WIDTH)))
+    display(Image(drawn.getvalue(), width=round(100 * figure.get_figwidth())))
 
 
 def _plain_numbers(axis: Axis) -> None:
