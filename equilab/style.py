@@ -57,8 +57,9 @@ def use() -> None:
     )
 
 
-def panels(columns: int, height: float = 2.8, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure as wide as a page, so many inches high, and its axes; `options` are those of `plt.subplots`."""
+def panels(columns: int, height: float = 2.8, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure as wide as a page, so many inches high, and its axes: one, or an array; `options` are those of
+    `plt.subplots`."""
     return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
 
 
