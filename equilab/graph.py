@@ -121,6 +121,7 @@ STAGES = {
         jobs="entries",
         reads=(
             Read("${study.root}/notebooks/${item.run}.ipynb"),
+            TEACHER,
             *TABLES,
             Read("results/claims.csv", "claims"),
             Read("results/measured.csv", "claims"),

@@ -207,9 +207,8 @@ def job_of(sections: Sections, stage: str, job: Replicate) -> Job:
     digest = config.digest(listings(sections, stage, job.run))
 
     def read_config(stage: str, run: str | None = None, seed: int | None = None) -> Any:
-        return (
-            None if stage == "latents" and not sections.has(stage) else config_of(sections, stage, run, seed)
-        )
+        absent = stage == "latents" and not sections.has(stage)  # the study works in pixels
+        return None if absent else config_of(sections, stage, run, seed)
 
     return Job(
         sections.study,
@@ -250,8 +249,8 @@ def jobs_of(sections: Sections, stage: str, run: str | None, seed: int | None) -
     sections.entry(stage, run)
     known = sections.seeds(stage, run) if run is not None else (None,)
     if seed is not None and seed not in known:
-        has = f"it has {', '.join(map(str, known))}" if known != (None,) else "it has none"
-        raise UserError(f"{stage}{f' {run}' if run else ''} has no seed {seed}; {has}")
+        remedy = "call it without --seed" if known == (None,) else f"it has {', '.join(map(str, known))}"
+        raise UserError(f"{stage}{f' {run}' if run else ''} has no seed {seed}; {remedy}")
     return [Replicate(run, each) for each in known if seed is None or each == seed]
 
 

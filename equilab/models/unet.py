@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
-from equilab.core.config import nearest
+from equilab.core.config import Depth, Size, nearest
 
+SizeOrZero = Annotated[int, Field(ge=0, le=16_384)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
@@ -168,13 +172,13 @@ class UNet(nn.Module):
         classes: int,  # 0 = unconditional
         *,
         architecture: str,  # "ddpmpp", "ncsnpp", "adm"
-        width: int,  # channels that `multipliers` multiply
-        multipliers: Sequence[int],  # one per resolution, finest first
-        blocks: int,  # per resolution in the encoder, one more in the decoder
-        attention: Sequence[int],
-        head_channels: int,  # of an attention head; 0 = a single head
-        dropout: float,
-        augment: int,  # size of the augmentation label; 0 = none
+        width: Size,  # channels that `multipliers` multiply
+        multipliers: Sequence[Size],  # one per resolution, finest first
+        blocks: Depth,  # per resolution in the encoder, one more in the decoder
+        attention: Sequence[Size],
+        head_channels: SizeOrZero,  # of an attention head; 0 = a single head
+        dropout: Dropout,
+        augment: SizeOrZero,  # size of the augmentation label; 0 = none
     ):
         super().__init__()
         _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment)

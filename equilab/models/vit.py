@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from equilab.core.config import Depth, Size
 from equilab.diffusion.protocols import Generated
 from equilab.models.family import Family
 from equilab.models.layers import (
@@ -68,11 +69,11 @@ class ViT(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        expansion: int,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        patch: Size,
+        expansion: Size,
         conditioning: str,
     ):
         super().__init__()

@@ -51,7 +51,7 @@ class R1(Params):
 class Consistency(Params):
     """A consistency loss beside the GAN's."""
 
-    weight: float = Field(gt=0, le=1e6)
+    weight: float = Field(ge=1e-6, le=1e6)
     levels: Levels
 
 
