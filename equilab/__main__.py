@@ -32,8 +32,13 @@ def _answered(arguments: list[str] | None) -> int:
     from equilab.core.process import prepare_process
 
     prepare_process()
-    given = _arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["import"]:
+            from equilab.published import importing
+
+            return importing.command(arguments[1:])
+        given = _arguments(arguments)
         return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
     except UserError as error:
         for line in str(error).splitlines():

@@ -7,6 +7,7 @@ from hashed import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.diffusion.discrete_samplers import explicit, guided
 from equilab.metrics.counting import parameters
 from equilab.models import dit
@@ -142,7 +143,7 @@ def test_a_label_is_needed_exactly_if_there_are_classes():
 def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name():
     weights = weights_of(golden("dit_tiny")[0])
     for key in ("pos_embed", "x_embedder.proj.weight", "final_layer.linear.bias", "blocks.0.mlp.fc1.weight"):
-        with pytest.raises(ValueError, match=f"'{key}' is missing"):
+        with pytest.raises(UserError, match=f"'{key}' is missing"):
             published.load("dit", {k: v for k, v in weights.items() if k != key}, heads=2)
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(UserError, match="heads"):
         published.load("dit", weights, heads=5)

@@ -9,6 +9,7 @@ from hashed import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.diffusion.discrete_samplers import guided, implicit
 from equilab.metrics.counting import flops, parameters
 from equilab.metrics.measuring import peak_memory
@@ -292,9 +293,9 @@ def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name(
         "block_pre_projection.bias",
     ]
     for key in keys:
-        with pytest.raises(ValueError, match=f"'{key}' is missing"):
+        with pytest.raises(UserError, match=f"'{key}' is missing"):
             published.load("fpdm", {k: v for k, v in weights.items() if k != key}, **config)
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(UserError, match="heads"):
         published.load("fpdm", weights, **config | {"heads": 5})
-    with pytest.raises(ValueError, match="fpdm needs pre_post_timestep"):
+    with pytest.raises(UserError, match="fpdm needs pre_post_timestep"):
         published.load("fpdm", weights, heads=2)

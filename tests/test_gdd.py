@@ -8,6 +8,7 @@ from conftest import golden, weights_of
 from hashed import hashed_weights
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.models import gdd
 from equilab.models.unet import UNet
 
@@ -186,5 +187,5 @@ def test_what_freezes_nothing_or_everything_or_is_unknown_is_refused():
     for sigma_min, sigmas in ((1.0, [0.5]), (0.002, [80.0, 80.0]), (0.002, []), (0.0, [80.0])):
         with pytest.raises(ValueError, match="give levels that fall"):
             gdd.GDD(net, sigma_data=0.5, sigma_min=sigma_min, sigmas=sigmas)
-    with pytest.raises(ValueError, match="model.enc."):
+    with pytest.raises(UserError, match="state dict of an EDM network"):
         published.load("gdd", {})

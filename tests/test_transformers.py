@@ -7,6 +7,7 @@ from hashed import hashed_weights, signed_uniform
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.metrics.counting import parameters
 from equilab.models import get, vit
 from equilab.solvers import Gradient, Solver, equilibrium
@@ -89,7 +90,7 @@ def test_get_trains_with_the_published_losses_and_gradients(name, method, loss_n
     loss = (losses * 0.8 ** torch.arange(5, -1, -1)).sum() if loss_name == "fp_correction" else losses[-1]
     close(loss, t[f"out.loss_{loss_name}"], 1e-5)
     loss.backward()
-    _, names = get.from_published(weights_of(t), heads=HEADS)
+    names = vit.published_keys(model)
     ours = dict(model.named_parameters())
     prefix = f"out.grad_{loss_name}."
     keys = [key[len(prefix) :] for key in t if key.startswith(prefix)]
@@ -234,9 +235,9 @@ def test_a_label_is_needed_exactly_if_there_are_classes():
 def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name(family):
     weights = weights_of(golden(f"{family}_cond")[0])
     for key in ("pos_embed", "x_embedder.proj.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.bias"):
-        with pytest.raises(ValueError, match=key):
+        with pytest.raises(UserError, match=key):
             published.load(family, {k: v for k, v in weights.items() if k != key}, heads=HEADS)
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(UserError, match="heads"):
         published.load(family, weights, heads=5)
 
 

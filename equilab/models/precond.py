@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from equilab.diffusion.protocols import Denoised
 from equilab.models.family import Family
-from equilab.models.published_keys import need
+from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import UNet
 
 
@@ -60,40 +61,45 @@ class EDM(nn.Module):
 
 def from_published(
     weights: Mapping[str, Tensor], *, head_channels: int | None = None, sigma_data: float = 0.5
-) -> tuple[EDM, dict[str, str]]:
-    """Build the denoiser that published weights of EDM describe; returns it, unfilled, and {published key: our key}.
+) -> Described:
+    """Return the denoiser that published weights of EDM describe.
 
     Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as published,
     a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
 
     Raises: ValueError if a tensor that tells a size is missing.
     """
-    heights = sorted(
-        {int(m[1]) for key in weights if (m := re.match(r"model\.enc\.(\d+)x", key))}, reverse=True
-    )
+    heights = sorted({int(m[1]) for key in weights if (m := re.match(r"enc\.(\d+)x", key))}, reverse=True)
     if not heights:
-        raise ValueError("no published key starts with 'model.enc.'; give the state dict of an EDM network")
-    names = [f"model.enc.{r}x{r}_block" for r in heights]
-    adm, ncsnpp = "model.out_conv.weight" in weights, "model.map_noise.freqs" in weights
-    channels = need(weights, f"model.enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
-    width = need(weights, "model.map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
-    with torch.device("meta"):  # whoever fills the denoiser writes every tensor
-        net = UNet(
-            (channels, heights[0], heights[0]),
-            _inputs(weights, "model.map_label.weight"),
-            architecture="adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
-            width=width,
-            multipliers=[need(weights, f"{name}0.conv1.weight", 4).shape[0] // width for name in names],
-            blocks=sum(
-                bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights
-            ),
-            attention=[r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
-            head_channels=(64 if adm else 0) if head_channels is None else head_channels,
-            dropout=0.0,
-            augment=_inputs(weights, "model.map_augment.weight"),
-        )
-    model = EDM(net, sigma_data=sigma_data).to_empty(device="cpu")
-    return model, {key.replace("net.", "model.", 1): key for key in model.state_dict()}
+        raise ValueError("no published key starts with 'enc.'; give the state dict of an EDM network")
+    names = [f"enc.{r}x{r}_block" for r in heights]
+    adm, ncsnpp = "out_conv.weight" in weights, "map_noise.freqs" in weights
+    channels = need(weights, f"enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
+    width = need(weights, "map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
+    sizes = {
+        "architecture": "adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
+        "width": width,
+        "multipliers": [need(weights, f"{name}0.conv1.weight", 4).shape[0] // width for name in names],
+        "blocks": sum(
+            bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights
+        ),
+        "attention": [r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
+        "head_channels": (64 if adm else 0) if head_channels is None else head_channels,
+        "dropout": 0.0,
+        "augment": _inputs(weights, "map_augment.weight"),
+    }
+    image = (channels, heights[0], heights[0])
+    return Described(image, _inputs(weights, "map_label.weight"), sizes, {"sigma_data": sigma_data})
+
+
+def published_keys(network: nn.Module) -> dict[str, str]:
+    """Return {published key: our key} of a U-Net: they are the same."""
+    return {key: key for key in network.state_dict()}
+
+
+def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings beside published weights say of the model around the network."""
+    return {name: settings[name] for name in ("sigma_data",) if name in settings}
 
 
 def _inputs(weights: Mapping[str, Tensor], key: str) -> int:
@@ -110,5 +116,12 @@ FAMILY = Family(
     network=UNet,
     implicit=False,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        published_keys,
+        ("enc.", "dec.", "map_layer0."),
+        published_config,
+        EDM,
+        "EDMPrecond",
+    ),
 )
