@@ -1,38 +1,67 @@
-# Two commands do everything: `make study` and `make test`. Both install into .venv first.
+# `make study` runs the default study, `make test` the quick tests. `make` alone lists the rest.
+# Whatever else is active, everything is installed into .venv of this checkout and runs from there.
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
-export PATH := $(BIN):$(PATH)
-export DVC_NO_ANALYTICS := 1
 STUDY ?= .
 JOBS ?= 2
 EACH ?= 1
-# the runs of a study wait for the stages without runs before them, not for each other; DVC itself takes one after another.
-# JOBS runs at a time, EACH of them to a start of DVC
-RUNS = dvc stage list --name-only | grep -E "^($(1))@" | xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
+ARGS ?=
 
-.PHONY: study test bench lab lock
+VENV := $(CURDIR)/.venv
+SYSTEM_PATH := $(PATH)
+export PATH := $(VENV)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)
+export DVC_NO_ANALYTICS := 1
+unexport VIRTUAL_ENV PYTHONHOME
 
-study: .venv/installed  ## run the study (STUDY=studies/NAME for another one)
-	@git rev-parse --git-dir >/dev/null 2>&1 || { cd $(STUDY) && dvc config --local core.no_scm true; }
-	cd $(STUDY) && python -m equilab check && { dvc status --quiet dvc.yaml || \
-	    { dvc stage list --name-only | grep -xE "evaluator|teacher|pairs|latents|features" | xargs -r dvc repro && $(call RUNS,distill|diffusion|gan|consistency) && $(call RUNS,evaluate); }; } && dvc repro
+.PHONY: help study runs test test-all lint bench lab lock
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-test: .venv/installed  ## run the tests
-	python -m pytest
+study: .venv/installed  ## run the default study; STUDY=studies/NAME for another, JOBS=N runs at a time
+	@[ -e .git ] || (cd $(STUDY) && dvc config --local core.no_scm true)
+	cd $(STUDY) && python -m equilab check
+	(cd $(STUDY) && dvc status --quiet dvc.yaml) || $(MAKE) runs
+	cd $(STUDY) && dvc repro
+
+# `dvc repro` runs one stage after another. Runs do not wait for each other: here JOBS of them go at a time, each start of
+# DVC taking EACH of them. `stages` prints three lines: what runs need, in its order; runs to train; runs to evaluate.
+line = python -m equilab stages | sed -n $(1)p
+at_once = xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
+
+runs:
+	cd $(STUDY) && $(call line,1) | xargs -r dvc repro
+	cd $(STUDY) && $(call line,2) | $(at_once)
+	cd $(STUDY) && $(call line,3) | $(at_once)
+
+test: .venv/installed  ## run the quick tests; ARGS="-k NAME" for some of them
+	python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/installed  ## run every test
+	python -m pytest $(ARGS)
+
+lint: .venv/installed  ## check the formatting and the code
+	ruff format --check .
+	ruff check .
 
 bench: .venv/installed  ## measure speed and memory on this machine
-	python -m equilab.bench
+	python -m equilab.bench $(ARGS)
 
-lab: .venv/installed  ## open the notebooks
-	jupyter lab notebooks
+lab: .venv/installed  ## open the notebooks in JupyterLab; ARGS=--allow-root as root
+	jupyter lab notebooks $(ARGS)
 
-.venv/installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --disable-pip-version-check uv
-	uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
-	uv pip install --quiet --compile-bytecode --no-deps -e .
-	touch $@
-
-lock: .venv/installed  ## pin the versions anew, after a change of pyproject.toml
+lock: .venv/installed  ## pin the versions again, after a change of pyproject.toml
 	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.10 \
 	    --extra dev --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+# An environment keeps the path of its checkout: one that was copied or moved is made anew.
+ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
+.PHONY: .venv/installed
+CLEAR := --clear
+endif
+# pip goes where it is told here, wherever the user's settings (`user`, `target`, `prefix`) send it
+.venv/installed: requirements.lock pyproject.toml
+	PATH="$(SYSTEM_PATH)" $(PYTHON) -m venv $(CLEAR) .venv
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-user --target= --prefix=$(VENV) uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --no-deps -e .
+	@echo $(CURDIR) > $@

@@ -22,27 +22,27 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.benchmark import Timer
 
 from equilab.core import config
+from equilab.core.code import PACKAGE
 from equilab.core.files import write
 from equilab.core.machine import precision
 from equilab.core.progress import bar
-from equilab.diffusion import losses
-from equilab.graph import PACKAGE
 from equilab.metrics import fidelity
 from equilab.metrics.counting import flops
 from equilab.metrics.measuring import matmul_peak, peak_memory
 from equilab.models import gdd
+from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
+from equilab.sampling import KINDS
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher
 
 ROOT = PACKAGE.parent
 SCORED, FEATURES = 2000, 2048  # images of a side, features of an image as Inception has
 COMMANDS = {"import equilab": ("-c", "import equilab"), "equilab check": ("-m", "equilab", "check")}
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # of the product beside a row
 
 Call = Callable[[], object]
 
@@ -79,49 +79,47 @@ class Subject:
     """A work on a device in one precision: its config, its network with random weights, noise and labels."""
 
     def __init__(self, work: Work, device: torch.device, name: str):
-        sections = config.read(ROOT / work.study / "params.yaml")
-        entry = sections[work.stage][work.run] if work.run else sections[work.stage]
-        size = work.batch[device.type]
-        endless = 1_000_000 * size  # images, without a report on the way
-        optimisation = entry["optimisation"] | {
-            "batch": size,
-            "micro_batch": size,
-            "nimg": endless,
-            "report_nimg": endless,
-            "snapshots": [],
-            "precision": name,
-        }
-        entry = entry | {"network": entry["network"] | work.sizes, "optimisation": optimisation}
-        self.sections, self.device, self.precision = sections, device, name
-        self.config = config.parse(CONFIGS[work.stage], entry, work.network)
-        self.image = tuple(
-            sections.get("latents", sections["data"])["shape" if "latents" in sections else "image"]
+        self.sections, self.device, self.precision = (
+            config.read(ROOT / work.study / "params.yaml"),
+            device,
+            name,
         )
-        self.classes = sections["data"]["classes"] if self.config.conditional else 0
+        section, size = self.sections[work.stage], work.batch[device.type]
+        entry = dict(section[work.run] if work.run else section)
+        if entry.pop("seeds", None):
+            entry["seed"] = 0
+        endless = 1_000_000 * size  # images, without a report on the way
+        changes = {"batch": size, "micro_batch": size, "precision": name, "snapshots": []}
+        changes |= {"nimg": endless, "report_nimg": endless}
+        entry["network"] = entry["network"] | work.sizes
+        entry["optimisation"] = entry["optimisation"] | changes
+        self.config = config.parse(KINDS[work.stage].training.Config, entry, work.network)
+        self.image = tuple(self.sections.get("latents", {}).get("shape", self.sections["data"]["image"]))
+        self.classes = self.sections["data"]["classes"] if self.config.conditional else 0
         self.noise = torch.randn(size, *self.image, device=device)
         self.label = torch.arange(size, device=device) % self.classes if self.classes else None
         self.net = self.build()
 
     def build(self) -> nn.Module:
         """Return the run's network with random weights."""
-        torch.manual_seed(0)
-        net = self.config.network.build(self.image, self.classes)
-        return net.to(self.device, memory_format=torch.channels_last).eval()
+        net = loop.build(self.config.network, 0, "bench", self.image, self.classes)
+        return net.to(self.device).eval()
 
     def inference(self, call: Call) -> Call:
         """Return the call without gradient, in the precision that is measured."""
-        context = precision(self.precision, self.device)
 
+        @torch.inference_mode()
         def infer() -> None:
-            with torch.inference_mode(), context():
+            with precision(self.precision, self.device)():
                 call()
 
         return infer
 
-    def update(self, batch: Any, *losses: loop.Loss, **more: Any) -> Call:
+    def update(self, batch: Any, loss: loop.Loss, adversary: loop.Adversary | None = None) -> Call:
         """Return what makes the next update of the training loop, always on the same batch."""
         with tempfile.TemporaryDirectory() as folder:  # it holds no former state, and none will be saved
-            run = loop.Run(self.net, self.config.optimisation, 0, "bench", Path(folder), self.device, **more)
+            run = loop.Run(self.net, self.config.optimisation, 0, Path(folder), self.device, adversary)
+        losses = (loss,) if adversary is None else (loss, adversary.loss)
         return partial(next, loop.fit(run, lambda positions: batch, *losses))
 
 
@@ -131,7 +129,7 @@ def distilled(subject: Subject) -> dict[str, Call]:
     if subject.config.equilibrium:
         init = torch.randn(len(subject.noise), *net.state_shape, device=subject.device)
         given = (*given, init, iterate(subject.config.equilibrium.iterations))
-    batch = (subject.noise, subject.noise.tanh(), subject.label, init)
+    batch = distill.Batch(subject.noise, subject.noise.tanh(), subject.label, init)
     return {
         "sample": subject.inference(lambda: net(*given)),
         "train": subject.update(batch, distill.loss_of(subject.config)),
@@ -140,16 +138,13 @@ def distilled(subject: Subject) -> dict[str, Call]:
 
 def denoised(subject: Subject) -> dict[str, Call]:
     """Return the calls of a teacher: its denoiser, which a sampler calls again and again, and an update."""
-    sigma_data, sigma = subject.config.sigma_data, torch.rand(len(subject.noise), device=subject.device) + 0.1
-
-    def denoise() -> object:
-        return EDM(subject.net, sigma_data=sigma_data).denoise(subject.noise, sigma, subject.label)
-
-    def loss(net: nn.Module, batch: tuple) -> Tensor:
-        return losses.edm(EDM(net, sigma_data=sigma_data), *batch, sigma_data)
-
-    batch = (subject.noise.tanh(), subject.noise, sigma, subject.label)
-    return {"call": subject.inference(denoise), "train": subject.update(batch, loss)}
+    model, given = EDM(subject.net, sigma_data=subject.config.sigma_data), (subject.noise, 1.0, subject.label)
+    normal = torch.zeros(len(subject.noise), device=subject.device)
+    batch = teacher.Batch(subject.noise.tanh(), subject.noise, normal, subject.label)
+    return {
+        "call": subject.inference(lambda: model.denoise(*given)),
+        "train": subject.update(batch, teacher.loss_of(subject.config)),
+    }
 
 
 def chained(subject: Subject) -> dict[str, Call]:
@@ -158,11 +153,11 @@ def chained(subject: Subject) -> dict[str, Call]:
     An FPDM iterates as often in a call as in an update, which takes the most iterations that its training draws.
     """
     t = torch.full((len(subject.noise),), subject.config.diffusion.timesteps // 2, device=subject.device)
-    given, counts = (subject.noise, t, subject.label), None
+    given, iterations = (subject.noise, t, subject.label), None
     if fixed := subject.config.fixed_point:
-        counts = (fixed.without, fixed.steps)
-        given = (*given, None, iterate(sum(counts)))
-    batch = (subject.noise.tanh(), subject.noise, t, subject.label, counts)
+        iterations = diffusion.Iterations(fixed.no_grad_iterations, fixed.grad_iterations)
+        given = (*given, None, iterate(sum(iterations)))
+    batch = diffusion.Batch(subject.noise.tanh(), subject.noise, t, subject.label, iterations)
     return {
         "call": subject.inference(lambda: subject.net(*given)),
         "train": subject.update(batch, diffusion.loss_of(subject.config)),
@@ -170,23 +165,33 @@ def chained(subject: Subject) -> dict[str, Call]:
 
 
 def adversarial(subject: Subject) -> dict[str, Call]:
-    """Return the calls of a GDD student: noise to images, and an update of both players, without R1."""
-    settings, given = subject.config, (subject.noise, subject.label)
+    """Return the calls of a GDD student: noise to images, and an update of both networks, without R1."""
+    settings, noise, label = subject.config, subject.noise, subject.label
     original = EDM(subject.build(), sigma_data=subject.sections["teacher"]["sigma_data"])
     gdd.prepare(subject.net, settings.student.freeze)
-
-    def untrained(name: str) -> nn.Module:
-        own = config.parse(features.Config, subject.sections["features"], "features")
-        return own.network.build(subject.image, subject.classes)
-
-    critic = gan.critic_of(settings, "", subject.image, subject.classes, untrained, pretrained=False)
-    rival = ("discriminator", critic, settings.discriminator_lr)
-    batch = ((subject.noise.tanh(), subject.label), given, given, (None, None, None), 0.0, None)
-    both = gan.losses_of(settings, subject.net, critic, original)
+    spec = config.parse(features.Config, subject.sections["features"], "features").network
+    seen = classifier_network(spec.build(subject.image, subject.classes))
+    discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
+    loss = gan.discriminator_loss_of(settings, subject.net, original)
+    adversary = loop.Adversary("discriminator", discriminator, settings.discriminator_lr, loss)
+    batch = gan.Batch(
+        real=noise.tanh(),
+        label=label,
+        generator_noise=noise,
+        generator_label=label,
+        discriminator_noise=noise,
+        discriminator_label=label,
+        generator_draws=None,
+        discriminator_draws=None,
+        real_draws=None,
+        r1_weight=0.0,
+        consistency_noise=None,
+        consistency_sigmas=None,
+    )
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {
-        "sample": subject.inference(lambda: student.generate(*given)),
-        "train": subject.update(batch, *both, rival=rival),
+        "sample": subject.inference(lambda: student.generate(noise, label)),
+        "train": subject.update(batch, gan.generator_loss_of(settings, discriminator, original), adversary),
     }
 
 
@@ -195,12 +200,6 @@ def iterate(iterations: int) -> Solver:
     return Solver("iterate", iterations, 0.0, "last", measure=False)
 
 
-CONFIGS = {
-    "teacher": teacher.Config,
-    "distill": distill.Config,
-    "diffusion": diffusion.Config,
-    "gan": gan.Config,
-}
 CALLS = {"teacher": denoised, "distill": distilled, "diffusion": chained, "gan": adversarial}
 
 
@@ -212,18 +211,17 @@ def calls(work: Work, device: torch.device, name: str) -> dict[str, Call]:
 def measured(call: Call, device: torch.device, name: str, seconds: float) -> dict[str, float]:
     """Return the columns of a call in a precision: its time, its FLOP/s beside a matrix product's, its memory."""
     work = flops(call)  # the first call, in which optimisers make their moments
-    memory = peak_memory(call, device)
-    before = matmul_peak(device, DTYPES[name], longest=seconds / 4)
+    memory, before = peak_memory(call, device), peak(device, name, seconds / 4)
     time = timed(call, seconds)
-    peak = (before + matmul_peak(device, DTYPES[name], longest=seconds / 4)) / 2
-    rate = work / time["seconds"]
-    return {
-        **time,
-        "flop_s": rate,
-        "peak_flop_s": peak,
-        "peak_share": rate / peak,
-        "memory_mib": memory / 2**20,
-    }
+    limit = (before + peak(device, name, seconds / 4)) / 2
+    rate = {"flop_s": work / time["seconds"], "peak_flop_s": limit}
+    return time | rate | {"peak_share": rate["flop_s"] / limit, "memory_mib": memory / 2**20}
+
+
+def peak(device: torch.device, name: str, longest: float) -> float:
+    """Return the FLOP/s of a large matrix product in a precision, or of one that takes so many seconds."""
+    with precision(name, device)():
+        return matmul_peak(device, torch.bfloat16 if name == "bf16" else torch.float32, longest)
 
 
 def timed(call: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -254,8 +252,8 @@ def precisions(device: torch.device) -> list[str]:
     """Return the precisions that the device has instructions for: what a CPU emulates is slower than fp32."""
     if device.type == "cuda":
         return ["fp32", "tf32", "bf16"]
-    fp32, bf16 = (matmul_peak(device, DTYPES[name], longest=0.1) for name in ("fp32", "bf16"))
-    return ["fp32", "bf16"] if bf16 > fp32 else ["fp32"]
+    gains = peak(device, "bf16", 0.1) > peak(device, "fp32", 0.1)
+    return ["fp32", "bf16"] if gains else ["fp32"]
 
 
 def machine(device: torch.device) -> str:

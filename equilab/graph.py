@@ -111,7 +111,7 @@ STAGES = {
         "equilab.stages.evaluate",
         jobs="of",
         family="of",
-        reads=(DATA, EVALUATOR, PAIRS, Read("results/${item.of}"), VAE),
+        reads=(DATA, EVALUATOR, PAIRS, Read("${item.of}"), VAE),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
         params=("latents",),

@@ -44,7 +44,10 @@ def require_recorded(sections: Sections, stage: str, jobs: list[Replicate]) -> N
     """
     if "DVC_STAGE" not in os.environ:
         return  # a command of its own
-    recorded, current = config.read_json(Path(graph.CODE) / "params.json", stage), graph.frozen_params(sections)
+    recorded, current = (
+        config.read_json(Path(graph.CODE) / "params.json", stage),
+        graph.frozen_params(sections),
+    )
     names = ["study", *STAGES[stage].params, *([stage] if STAGES[stage].jobs == "one" else [])]
     same = all(recorded.get(name) == current.get(name) for name in names)
     for job in jobs:
@@ -52,7 +55,9 @@ def require_recorded(sections: Sections, stage: str, jobs: list[Replicate]) -> N
         for path, text in graph.listings(sections, stage, job.run).items():
             same = same and Path(path).exists() and Path(path).read_text(encoding="utf-8") == text
     if not same:
-        raise UserError(f"{stage}: params.yaml or the code has changed since DVC looked; run `dvc repro code` first")
+        raise UserError(
+            f"{stage}: params.yaml or the code has changed since DVC looked; run `dvc repro code` first"
+        )
 
 
 def job_of(sections: Sections, stage: str, job: Replicate) -> Job:

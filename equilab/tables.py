@@ -18,16 +18,8 @@ import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
 from equilab.core.config import UserError, nearest, read, read_json
+from equilab.models.family import family
 
-LABELS = {  # of families in figures and prose; to be replaced by the registry of families
-    "edm": "EDM",
-    "get": "GET",
-    "vit": "ViT",
-    "fpdm": "FPDM",
-    "dit": "DiT",
-    "gdd": "GDD",
-    "cd": "CD",
-}
 COUNTED = (
     "parameters",
     "parameters_trained",
@@ -206,31 +198,32 @@ class Results:
 
     def _rows(self, table: str, point: Point) -> pd.DataFrame:
         """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
-        rows = getattr(self, table)
+        rows = self._settings_of_runs if table == "settings" else getattr(self, table)
         rows = rows[rows["of"] == point.run]
         if table == "settings":
-            rows = rows[rows["position"] == position(self.params, point, "comparisons")]
-            more = [column for column in self.runs if column not in rows]
-            rows = rows.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
-            return self._with_costs(rows)
+            return rows[rows["position"] == position(self.params, point, "comparisons")]
         for column, value in point.at.items():
             rows = rows[rows[column].isna() if value is None else rows[column] == value]
         return rows
 
-    def _with_costs(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Return settings with what was measured of their run: of a training step as the run was trained, of a sampled batch at the
-        setting's iterations. Seconds and memory are measured once, and stand beside every seed."""
+    @cached_property
+    def _settings_of_runs(self) -> pd.DataFrame:
+        """Return the settings with the columns of their runs, and with what was measured of these: of a training step as the run was
+        trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and stand beside every seed."""
+        more = [column for column in self.runs if column not in self.settings]
+        rows = self.settings.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
         if not (self.folder / "cost" / "cost.csv").exists():
             return rows
         costs = self.costs.rename(columns={"memory_mib": "memory"})
-        measured = ["seconds", "seconds_min", "seconds_max", "memory"]
-        keys = {"train": ["of"], "sample": ["of", "most_iterations"]}
-        for what, key in keys.items():
-            chosen = costs[costs["what"] == what]
-            if what == "train":
-                chosen = chosen[chosen["as_trained"].isin([True])]
-            chosen = chosen[[*key, *measured]].rename(columns={name: f"{what}_{name}" for name in measured})
-            rows = rows.merge(chosen, on=key, how="left")
+        as_trained = costs[(costs["what"] == "train") & costs["as_trained"].isin([True])]
+        sampled = costs[costs["what"] == "sample"]
+        for what, chosen, keys in (
+            ("train", as_trained, ["of"]),
+            ("sample", sampled, ["of", "most_iterations"]),
+        ):
+            measured = ["seconds", "seconds_min", "seconds_max", "memory"]
+            renamed = chosen[[*keys, *measured]].rename(columns={name: f"{what}_{name}" for name in measured})
+            rows = rows.merge(renamed, on=keys, how="left")
         return rows
 
     @property
@@ -296,7 +289,8 @@ class Results:
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return a table with the labels of its families, what a row is of first."""
-        table = table.assign(label=table["family"].map(LABELS))
+        labels = {name: family(name).label for name in table["family"].unique()}
+        table = table.assign(label=table["family"].map(labels))
         return _keys_first(table, ["of", "seed", "family", "label"])
 
 
@@ -313,13 +307,13 @@ def results(folder: Path | str = "results") -> Results:
 
 def _named(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that say what a row is of."""
-    of, family = about["of"], about["family"]
+    of, name = about["of"], about["family"]
     return {
         "of": of,
         "run": of.rpartition("/")[2],
         "seed": about["seed"],
-        "family": family,
-        "label": LABELS[family],
+        "family": name,
+        "label": family(name).label,
     }
 
 

@@ -25,7 +25,10 @@ class EasyDict(dict):
 @contextlib.contextmanager
 def persistence():
     """Have the names that NVIDIA's pickles use, as far as writing needs them."""
-    reconstruct.__module__, reconstruct.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+    reconstruct.__module__, reconstruct.__qualname__ = (
+        "torch_utils.persistence",
+        "_reconstruct_persistent_obj",
+    )
     EasyDict.__module__ = "dnnlib.util"
     names = {
         "torch_utils": {},
@@ -66,7 +69,11 @@ def modules(weights, name, frozen=("resample_filter", "freqs"), **attributes):
         module = root
         for part in path:
             if part not in module._modules:
-                inner = nn.ModuleDict() if part in ("enc", "dec") else Persistent("Layer", skip_scale=np.sqrt(0.5))
+                inner = (
+                    nn.ModuleDict()
+                    if part in ("enc", "dec")
+                    else Persistent("Layer", skip_scale=np.sqrt(0.5))
+                )
                 module.add_module(part, inner)
             module = module._modules[part]
         if last in frozen:
@@ -79,12 +86,19 @@ def modules(weights, name, frozen=("resample_filter", "freqs"), **attributes):
 def nvidia(path, weights, name, protocol=4, raw=None, **attributes):
     """Write a pickle as EDM's and GDD's training does; `raw` are weights that are not averaged, as GDD's has them."""
     kwargs = {"img_resolution": 8, "model_type": "SongUNet", "channel_mult": [1, 2], "extra": EasyDict(a=1)}
-    content = {"ema": modules(weights, name, _init_kwargs=kwargs, _init_args=(), use_fp16=False, **attributes)}
+    content = {
+        "ema": modules(weights, name, _init_kwargs=kwargs, _init_args=(), use_fp16=False, **attributes)
+    }
     if raw is not None:
         content["net"] = modules(raw, name, _init_kwargs=kwargs, **attributes)
     content["loss_fn"] = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
     content["augment_pipe"] = Persistent("AugmentPipe", p=0.12, xflip=1e8, device=torch.device("cpu"))
-    content["dataset_kwargs"] = {"path": "cifar10-32x32.zip", "use_labels": False, "max_size": 50000, "classes": {1, 2}}
+    content["dataset_kwargs"] = {
+        "path": "cifar10-32x32.zip",
+        "use_labels": False,
+        "max_size": 50000,
+        "classes": {1, 2},
+    }
     with persistence():
         path.write_bytes(pickle.dumps(content, protocol))
 

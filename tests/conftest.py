@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; before torch is imported
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("equilab", "beartype.beartype")
@@ -51,6 +52,11 @@ def golden(name: str):
 def weights_of(tensors: dict) -> dict:
     """Return the published state dict stored in reference values, under its published keys."""
     return {key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}
+
+
+def close(ours, reference, tolerance: float) -> None:
+    """Compare with a tolerance relative to the largest value of the reference."""
+    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def spent(budget, steps, traced):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 40])
 def test_budgets_that_do_not_adapt_keep_every_total_and_their_order(steps):
-    for total in range(steps, 6 * steps + 8):
+    for total in [*range(steps, 2 * steps + 8), 3 * steps + 1, 5 * steps, 6 * steps + 7]:
         level, rising, falling = (f(steps, total) for f in (constant, increasing, decreasing))
         for counts in (level, rising, falling):
             assert (len(counts), sum(counts), min(counts) >= 1) == (steps, total, True)
@@ -40,35 +41,38 @@ def test_the_lines_rise_from_about_half_the_mean_to_one_and_a_half_times_it():
 
 def test_budgets_are_within_one_iteration_of_the_published_ones_whose_names_are_swapped(facts):
     """The published lists begin with the cleanest timestep, sampling with the noisiest; not all keep their total."""
-    published, missed = facts["fpdm_iteration_allocation"], []
+    ours_of = {"increasing": decreasing, "decreasing": increasing, "fixed": constant}
+    published = {name: entry for name, entry in facts["fpdm_iteration_allocation"].items() if name != "note"}
+    missed = []
     for name, entry in published.items():
-        if name == "note":
-            continue
-        steps, total, kind = name.removeprefix("steps").replace("budget", "").split("_")
-        steps, total, sampled = int(steps), int(total), entry["list_index_order"][::-1]
-        ours = {"increasing": decreasing, "decreasing": increasing, "fixed": constant}[kind](steps, total)
-        assert sum(ours) == total
-        assert max(abs(a - b) for a, b in zip(ours, sampled, strict=True)) <= (0 if kind == "fixed" else 1), (
-            name
-        )
-        missed += [name] if sum(sampled) != total else []
+        steps, total, kind = re.fullmatch(r"steps(\d+)_budget(\d+)_(\w+)", name).groups()
+        steps, total = int(steps), int(total)
+        theirs = entry["list_index_order"][::-1]
+        ours = ours_of[kind](steps, total)
+        farthest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        assert sum(ours) == total, name
+        assert farthest <= (0 if kind == "fixed" else 1), name
+        if sum(theirs) != total:
+            missed.append(name)
     assert missed == ["steps87_budget522_decreasing"]
 
 
-def test_an_adaptive_budget_keeps_every_total_whatever_the_residuals():
-    draw = random.Random(0)
-    shapes = [
-        lambda step, count: tuple(draw.random() for _ in range(count)),
-        lambda step, count: tuple(10.0 ** draw.uniform(-12, 6) for _ in range(count)),
-        lambda step, count: (0.0,) * count,
-        lambda step, count: (math.inf,) * count if step % 2 else (math.nan,) * count,
-        lambda step, count: tuple(2.0**k for k in range(count)),
-    ]
-    for steps in (1, 2, 5, 13):
-        for total in range(steps, 9 * steps):
-            for traced in shapes:
-                counts = spent(Budget("adaptive", total), steps, traced)
-                assert (len(counts), sum(counts), min(counts) >= 1) == (steps, total, True)
+DRAW = random.Random(0)
+TRACES = {
+    "uniform": lambda step, count: tuple(DRAW.random() for _ in range(count)),
+    "of all magnitudes": lambda step, count: tuple(10.0 ** DRAW.uniform(-12, 6) for _ in range(count)),
+    "zero": lambda step, count: (0.0,) * count,
+    "not finite": lambda step, count: (math.inf if step % 2 else math.nan,) * count,
+    "growing": lambda step, count: tuple(2.0**k for k in range(count)),
+}
+
+
+@pytest.mark.parametrize("residuals", TRACES)
+@pytest.mark.parametrize("steps", [1, 2, 5, 13])
+def test_an_adaptive_budget_keeps_every_total_whatever_the_residuals(residuals, steps):
+    for total in range(steps, 9 * steps):
+        counts = spent(Budget("adaptive", total), steps, TRACES[residuals])
+        assert (len(counts), sum(counts), min(counts) >= 1) == (steps, total, True)
 
 
 def contraction(start, rate):
@@ -91,9 +95,8 @@ def test_an_adaptive_budget_spends_where_residuals_are_large():
 
 def test_the_rule_of_the_adaptive_budget_is_the_one_described():
     traces = [(0.8, 0.4, 0.2), (1.6, 0.8, 0.4)]  # an iteration halves; the second step needs one more
-    assert (
-        adaptive(traces, 12, 56) == 5 + 1
-    )  # 50 left for 10 steps, and half of one more than their mean, rounded
+    # 50 left for 10 steps, and half of one more than their mean, rounded
+    assert adaptive(traces, 12, 56) == 5 + 1
     assert adaptive(traces[::-1], 12, 56) == 4
     assert adaptive(traces, 12, 2 + 6 + 10) == 2
     assert adaptive(traces, 3, 30) == 24
@@ -107,16 +110,17 @@ def test_the_rule_of_the_adaptive_budget_is_the_one_described():
 @pytest.mark.parametrize("kind", ["constant", "increasing", "decreasing", "adaptive"])
 def test_a_budget_with_less_than_one_iteration_a_step_is_refused(kind):
     for total in (0, 9):
-        with pytest.raises(
-            ValueError, match=f"^total is {total}, but each of 10 steps needs 1 .*; give 10 or more$"
-        ):
+        with pytest.raises(ValueError, match=f"total is {total}.* 10 steps"):
             Budget(kind, total)([], 10)
 
 
-def test_an_unknown_kind_and_residuals_that_were_not_measured_are_refused():
-    with pytest.raises(ValueError, match="^kind is 'linear'; choose one of constant, .*, adaptive$"):
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'linear'.*adaptive"):
         Budget("linear", 10)
-    with pytest.raises(ValueError, match="solve with measure=True$"):
+
+
+def test_residuals_that_were_not_measured_are_refused():
+    with pytest.raises(ValueError, match="measure"):
         adaptive([()], 4, 10)
 
 

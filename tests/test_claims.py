@@ -1,5 +1,7 @@
 """Claims: four tests against closed forms, declared comparisons, and a claim that YAML alone adds."""
 
+import pathlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -310,7 +312,7 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
     config = stage.Config(confidence=0.95)
-    stage.run(config, Job(study, "claims", None, None, (1, 8, 8), 10, "", print))
+    stage.run(config, Job(study, "claims", None, None, (1, 8, 8), 10, "", print, print))
     claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
     assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
     measured = pd.read_csv(results / "measured.csv", keep_default_na=False)
@@ -321,9 +323,20 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
 
 def test_every_declared_comparison_serves_a_claim():
     """A name that no claim knows would leave its claim out of the study without a word."""
-    import pathlib
-
     root = pathlib.Path(__file__).parent.parent
     known = {claim.comparison for claim in read_claims()}
     for path in [root / "params.yaml", *root.glob("studies/*/params.yaml")]:
         assert set(read(path)["comparisons"]) <= known, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "folder", [".", *(f"studies/digits-{name}" for name in ("long", "fpdm", "budget", "uncond"))]
+)
+def test_the_committed_claims_are_what_the_committed_results_say(folder):
+    results = pathlib.Path(__file__).parent.parent / folder / "results"
+    judged = stage.judged_claims(equilab.results(results), 0.95)
+    for name, measured in (("claims", False), ("measured", True)):
+        kept = pd.read_csv(results / f"{name}.csv", keep_default_na=False, dtype=str)
+        said = stage.table([(claim, outcome) for claim, outcome in judged if claim.measured == measured])
+        pd.testing.assert_frame_equal(said.reset_index(drop=True), kept, check_dtype=False)

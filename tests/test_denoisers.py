@@ -118,7 +118,7 @@ JFB = {"gradient": "jfb", "no_grad_iterations": 3, "grad_iterations": 2}
         ({"label_dropout": 1.0}, "label_dropout"),
         ({"conditional": False}, "label_dropout is 0.1"),
         ({"diffusion": {**ENTRY["diffusion"], "variance": "small"}}, "network.learned_variance"),
-        ({"diffusion": {**ENTRY["diffusion"], "beta_end": 2.0}}, "beta_end is 2.0"),
+        ({"diffusion": {**ENTRY["diffusion"], "beta_end": 2.0}}, "beta_end 2.0"),
         ({"diffusion": {**ENTRY["diffusion"], "prediction": "noise"}}, "predict 'v'"),
         ({"weight": "publisched"}, "did you mean 'published'"),
     ],

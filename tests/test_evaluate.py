@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from smoke import write_study
 
 from equilab import __main__
 from equilab.core import config as configs
@@ -21,8 +22,6 @@ from equilab.sampling import load
 from equilab.sampling.settings import Solve
 from equilab.study import job_of, module_of, open_study
 
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 STAGES = ("data", "evaluator", "teacher", "pairs", "distill", "evaluate")
 
 
@@ -38,22 +37,17 @@ def called(folder, *command):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The folder of a study with a teacher, a GET and a ViT of two seeds; all is trained and evaluated, the teacher in bf16."""
-    folder = tmp_path_factory.mktemp("study")
-    sections = configs.read(SMOKE)
-    sections["study"]["root"] = str(ROOT)
-    for name in ("features", "diffusion", "gan"):
-        del sections[name]
-    distill, evaluate = sections["distill"], sections["evaluate"]
-    sections["distill"] = {
-        "get": {**distill["get"], "seeds": [0, 1]},
-        "vit": {**distill["vit"], "seeds": [1, 3]},
+    absent = ["features", "diffusion", "gan", "distill.get-noise"]
+    absent += [f"evaluate.{name}" for name in ("get-noise", "fpdm", "dit", "gdd", "gdd-i-2", "cd")]
+    changes = {
+        "distill.vit.seeds": [1, 3],
+        "evaluate.teacher.precision": "bf16",
+        "relative.runs": ["get", "vit"],
+        "activation.runs": ["teacher", "distill/get"],
+        "cost.runs": ["teacher", "distill/get", "distill/vit"],
     }
-    sections["evaluate"] = {name: evaluate[name] for name in ("teacher", "get", "vit")}
-    sections["evaluate"]["teacher"]["precision"] = "bf16"
-    sections["relative"] = {"runs": ["get", "vit"]}
-    sections["activation"]["runs"] = ["teacher", "distill/get"]
-    sections["cost"]["runs"] = ["teacher", "distill/get", "distill/vit"]
-    (folder / "params.yaml").write_text(yaml.safe_dump(sections))
+    folder = write_study(tmp_path_factory.mktemp("study"), dict.fromkeys(absent, ...) | changes)
+    sections = configs.read(folder / "params.yaml")
     for stage in STAGES:
         for run in sections[stage] if stage in ("distill", "evaluate") else [None]:
             assert called(folder, stage, *([run] if run else [])) == 0

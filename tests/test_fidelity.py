@@ -198,16 +198,42 @@ def test_kid_of_two_halves_of_one_distribution_is_near_zero_and_of_two_is_not():
     assert abs(near) < 0.05 < far
 
 
-def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, study, images):
-    from torch_fidelity import calculate_metrics
+def theirs_of(extractor):
+    """Return a feature network as a class of torch-fidelity's."""
+    from torch_fidelity import FeatureExtractorBase
 
-    name = fidelity.register(scorer.extractor)
-    assert fidelity.register(scorer.extractor) == name
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "features", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, image):
+            features, logits = extractor.network(image)
+            return tuple({"features": features, "logits": logits}[name] for name in self.features_list)
+
+    return Registered
+
+
+def test_scores_are_those_of_torch_fidelity_itself_through_its_registry(scorer, study, images):
+    from torch_fidelity import calculate_metrics, register_feature_extractor
+
+    register_feature_extractor("study", theirs_of(scorer.extractor))
     train = data.load(study, "train").images
     theirs = calculate_metrics(
         input1=Images(images),
         input2=Images(train),
-        feature_extractor=name,
+        feature_extractor="study",
         cuda=False,
         cache=False,
         verbose=False,

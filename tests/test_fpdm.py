@@ -1,11 +1,12 @@
 """FPDM against the published implementation, and by itself."""
 
 import math
+import re
 
 import pytest
 import torch
-from conftest import golden, weights_of
-from hashed import hashed_model
+from conftest import close, golden, weights_of
+from reference import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
@@ -22,11 +23,6 @@ TWICE = Solver("iterate", 2, 0.0, "last")
 
 # the published code rounds the frequencies of its sinusoids to float32, which puts them up to 6e-5 off (test_dit.py)
 FORWARD, GRADIENT = 2e-5, 1e-4
-
-
-def close(ours, reference, tolerance):
-    """Compare relative to the reference's largest value."""
-    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
 
 
 def load(pre_post_timestep):
@@ -47,7 +43,8 @@ def drawn(batch, **change):
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_fpdm_gives_the_published_predictions_and_reuses_solutions_as_published(timestep, iterations):
     model, t = load(timestep)
-    solver, prefix = Solver("iterate", iterations, 0.0, "last"), f"out.ptc{int(timestep)}_k{iterations}_"
+    solver = Solver("iterate", iterations, 0.0, "last")
+    prefix = f"out.ptc{int(timestep)}_k{iterations}_"
 
     def call(x, time, carry):
         return model(t[f"in.{x}"], t[f"in.{time}"], t["in.y"], carry, solver)
@@ -66,22 +63,23 @@ def test_fpdm_gives_the_published_predictions_and_reuses_solutions_as_published(
 
 
 @pytest.mark.parametrize(
-    "counts, gradient, handed",
+    ("gradient", "counts", "without", "with_gradient"),
     [
-        ((0, 2), Gradient("s_jfb"), (0, 2)),
-        ((2, 3), Gradient("s_jfb"), (2, 3)),
-        ((2, 3), Gradient("multi_step", steps=3), None),
+        (Gradient("s_jfb"), (0, 2), 0, 2),
+        (Gradient("s_jfb"), (2, 3), 2, 3),
+        (Gradient("multi_step", steps=3), None, 2, 3),
     ],
 )
-def test_fpdm_trains_with_the_published_gradients(counts, gradient, handed):
+def test_fpdm_trains_with_the_published_gradients(gradient, counts, without, with_gradient):
     model, t = load(True)
-    solver, prefix = Solver("iterate", 2, 0.0, "last", measure=False), "out.train_ng{}_k{}".format(*counts)
+    solver = Solver("iterate", 2, 0.0, "last", measure=False)
+    prefix = f"out.train_ng{without}_k{with_gradient}"
 
     def solve(f, init):
-        return equilibrium(f, init, solver, gradient, handed)
+        return equilibrium(f, init, solver, gradient, counts)
 
     out, solution = model(t["in.x1"], t["in.t_mixed"], t["in.y"], None, solve)
-    assert solution.iterations.tolist() == [sum(counts)] * 2
+    assert solution.iterations.tolist() == [without + with_gradient] * 2
     close(out, t[prefix], FORWARD)
     loss = F.mse_loss(out, t["in.target"])
     close(loss, t[prefix + "_loss_mse"], 1e-5)
@@ -99,27 +97,33 @@ def gradients(model, x, t, label, solve):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_jfb_is_one_step_and_implicit_is_where_many_steps_lead():
-    inputs = drawn(3)
+def gradients_of(gradient, counts=None):
+    """Return the gradients of a small model whose fixed point is solved by 40 iterations."""
     solver = Solver("iterate", 40, 0.0, "last")
+    return gradients(*drawn(3), lambda f, init: equilibrium(f, init, solver, gradient, counts))
 
-    def of(gradient, counts=None):
-        return gradients(*inputs, lambda f, z: equilibrium(f, z, solver, gradient, counts))
 
-    one, implicit = of(Gradient("jfb")), of(Gradient("implicit", adjoint=solver))
-    assert all(map(torch.equal, one, of(Gradient("s_jfb"), (40, 1))))
-    for ours, expected in zip(of(Gradient("s_jfb"), (40, 30)), implicit):
+def test_the_jacobian_free_gradient_is_one_step():
+    one = gradients_of(Gradient("jfb"))
+    assert all(map(torch.equal, one, gradients_of(Gradient("s_jfb"), (40, 1))))
+
+
+def test_the_implicit_gradient_is_where_many_steps_lead():
+    implicit = gradients_of(Gradient("implicit", adjoint=Solver("iterate", 40, 0.0, "last")))
+    for ours, expected in zip(gradients_of(Gradient("s_jfb"), (40, 30)), implicit):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    one = gradients_of(Gradient("jfb"))
     assert max((a - b).abs().max() for a, b in zip(one, implicit)) > 1e-3
-    for ours, expected in zip(of(Gradient("o1")), of(Gradient("unrolled"))):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
+def test_o1_has_the_bits_of_unrolled():
+    assert all(map(torch.equal, gradients_of(Gradient("o1")), gradients_of(Gradient("unrolled"))))
+
+
+@pytest.mark.slow
 def test_full_size_fpdm_gives_the_published_predictions():
     t, metadata = golden("full_fpdm_xl-2_pre1_post1")
-    model = hashed_model(
-        "fpdm", fpdm.FPDM, (4, 32, 32), 1000, fpdm.SIZES["FPDM-XL/2"], pre_post_timestep=False
-    )
+    model = hashed_model("fpdm", (4, 32, 32), 1000, fpdm.SIZES["FPDM-XL/2"], pre_post_timestep=False)
     assert parameters(model) == int(metadata["parameters"])
     solver = Solver("iterate", metadata["config"]["iterations"], 0.0, "last")
     for timestep in (False, True):
@@ -129,19 +133,26 @@ def test_full_size_fpdm_gives_the_published_predictions():
         close(out, t[f"out.ptc{int(timestep)}"], FORWARD)
 
 
+def size_of(entry):
+    """Return name, classes and changed sizes of an entry of the facts: "FPDM XL/2 pre1 post1 classes1000"."""
+    _, size, *rest = entry.split()
+    numbers = {}
+    for word in rest:
+        name, number = re.fullmatch(r"([a-z]+)(\d+)", word).groups()
+        numbers[name] = int(number)
+    return f"FPDM-{size}", numbers.pop("classes"), numbers
+
+
 def test_all_sizes_of_fpdm_have_the_published_numbers_of_parameters(facts):
     table = facts["fpdm_parameters_input32"]
     baseline = table.pop("DiT-XL/2 in the FPDM repository")
+    sizes = {entry: size_of(entry) for entry in table}
+    assert {name for name, _, _ in sizes.values()} == {*fpdm.SIZES}
     with torch.device("meta"):
         assert parameters(dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])) == baseline
-        for name, count in table.items():
-            kind, size, *rest = name.split()
-            numbers = {word.rstrip("0123456789"): int(word.lstrip("preostcla")) for word in rest}
-            classes = numbers.pop("classes")
-            assert (
-                parameters(fpdm.FPDM((4, 32, 32), classes, **fpdm.SIZES[f"{kind}-{size}"] | numbers)) == count
-            ), name
-    assert {f"FPDM-{name.split()[1]}" for name in table} == {*fpdm.SIZES}
+        for entry, (name, classes, changes) in sizes.items():
+            model = fpdm.FPDM((4, 32, 32), classes, **fpdm.SIZES[name] | changes)
+            assert parameters(model) == table[entry], entry
 
 
 def test_one_application_is_the_equation_with_state_and_injection_concatenated():
@@ -172,14 +183,19 @@ def test_without_their_timestep_pre_and_post_layers_see_the_class_alone():
     assert not any(map(torch.allclose, around(t, label), around(t + 1, label)))
 
 
-def test_a_carried_solution_continues_the_iterations_and_nothing_else_is_kept():
+def test_a_carried_solution_continues_the_iterations():
     model, x, t, label = drawn(3)
-    before = set(vars(model))
-    out, half = model(x, t, label, None, TWICE)
+    _, half = model(x, t, label, None, TWICE)
     continued, _ = model(x, t, label, half.z, TWICE)
-    assert torch.equal(continued, model(x, t, label, None, Solver("iterate", 4, 0.0, "last"))[0])
-    assert torch.equal(out, model(x, t, label, None, TWICE)[0])
-    assert set(vars(model)) == before
+    whole, _ = model(x, t, label, None, Solver("iterate", 4, 0.0, "last"))
+    assert torch.equal(continued, whole)
+
+
+def test_nothing_is_kept_from_call_to_call():
+    model, x, t, label = drawn(3)
+    first, solution = model(x, t, label, None, TWICE)
+    model(-x, t + 1, label, solution.z, TWICE)
+    assert torch.equal(model(x, t, label, None, TWICE)[0], first)
 
 
 @pytest.mark.parametrize("method", ["iterate", "anderson", "broyden"])
@@ -187,7 +203,8 @@ def test_samples_that_stop_by_themselves_are_the_same_as_alone(method):
     model, t = load(False)
     options = {"memory": 5, "mixing": 1.0} if method == "anderson" else {}
     solver = Solver(method, 80, 1e-4, "last", **options)
-    x, time = torch.cat([t["in.x1"], t["in.x2"]]), torch.cat([t["in.t1"], t["in.t2"]])
+    x = torch.cat([t["in.x1"], t["in.x2"]])
+    time = torch.cat([t["in.t1"], t["in.t2"]])
     label = torch.tensor([3, 10, 0, 7])
     with torch.no_grad():
         out, solution = model(x, time, label, None, solver)
@@ -220,17 +237,23 @@ def test_memory_does_not_grow_with_the_iterations_without_gradient():
     assert peak(Gradient("s_jfb"), (1, 12)) > 2 * few
 
 
-def test_a_call_costs_the_blocks_of_the_paper_and_a_third_more_for_each_iteration():
+def test_block_evaluations_are_those_of_the_paper():
+    with torch.device("meta"):
+        baseline = dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])
+        model = fpdm.FPDM((4, 32, 32), 1000, **fpdm.SIZES["FPDM-XL/2"])
+    assert baseline.blocks() == model.blocks(26) == 28
+    assert model.blocks(torch.tensor([1, 5])).tolist() == [3, 7]
+
+
+@pytest.mark.slow
+def test_an_iteration_costs_a_third_more_than_a_block_of_a_dit():
     with torch.device("meta"):
         baseline = dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])
         model = fpdm.FPDM((4, 32, 32), 1000, **fpdm.SIZES["FPDM-XL/2"])
         x, t, label = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64)
         solvers = [Solver("iterate", k, 0.0, "last", measure=False) for k in (1, 2, 26)]
         calls = [flops(lambda: model(x, t, label, None, solver)) for solver in solvers]
-        explicit = flops(lambda: baseline(x, t, label))
-    assert baseline.blocks() == model.blocks(26) == 28
-    assert 20 * model.blocks(26) == 560 and model.blocks(torch.tensor([1, 5])).tolist() == [3, 7]
-    block = explicit / 28
+        block = flops(lambda: baseline(x, t, label)) / 28
     assert math.isclose(calls[1] - calls[0], 1.32 * block, rel_tol=0.01)
     assert math.isclose(calls[2] - calls[1], 24 * (calls[1] - calls[0]))
 
@@ -246,17 +269,19 @@ def test_in_bfloat16_the_state_stays_float32():
 
 
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 8, 4)])
-@pytest.mark.parametrize("layers", [0, 2])
-def test_images_of_any_size_with_any_number_of_layers_keep_their_size(image, layers):
-    x, t = torch.randn(2, *image), torch.tensor([0.5, 999.0])
-    for classes, label in ((0, None), (3, torch.tensor([0, 3]))):
-        changed = {"pre": layers, "post": layers, "learned_variance": layers == 2}
-        out, _ = fpdm.FPDM(image, classes, **SMALL | changed)(x, t, label, None, TWICE)
-        assert out.shape == (2, image[0] * (2 if layers == 2 else 1), *image[1:])
+@pytest.mark.parametrize(("classes", "label"), [(0, None), (3, torch.tensor([0, 3]))])
+@pytest.mark.parametrize(("layers", "learned_variance", "times"), [(0, False, 1), (2, True, 2)])
+def test_images_of_any_size_with_any_number_of_layers_keep_their_size(
+    image, classes, label, layers, learned_variance, times
+):
+    changes = {"pre": layers, "post": layers, "learned_variance": learned_variance}
+    model = fpdm.FPDM(image, classes, **SMALL | changes)
+    out, _ = model(torch.randn(2, *image), torch.tensor([0.5, 999.0]), label, None, TWICE)
+    assert out.shape == (2, times * image[0], *image[1:])
 
 
 @pytest.mark.parametrize(
-    "change, word",
+    ("change", "key"),
     [
         ({"patch": 3}, "image"),
         ({"heads": 3}, "width"),
@@ -265,37 +290,41 @@ def test_images_of_any_size_with_any_number_of_layers_keep_their_size(image, lay
         ({"post": -1}, "post"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(change, word):
-    with pytest.raises(ValueError, match=f"^{word} is "):
+def test_impossible_sizes_are_refused_by_name(change, key):
+    with pytest.raises(ValueError, match=key):
         fpdm.FPDM((1, 8, 8), 0, **SMALL | change)
 
 
-def test_a_label_is_needed_exactly_if_there_are_classes_and_a_carry_must_fit():
+def test_a_label_is_needed_exactly_if_there_are_classes():
     model, x, t, label = drawn(2)
     with pytest.raises(ValueError, match="no label is given"):
         model(x, t, None, None, TWICE)
     with pytest.raises(ValueError, match="a label is given"):
         fpdm.FPDM((1, 8, 8), 0, **SMALL)(x, t, label, None, TWICE)
-    for shape in ((3, 16, 16), (2, 4, 16), (2, 16, 8)):
-        with pytest.raises(
-            ValueError, match=r"^carry has shape \(\d, .*, the state \(2, 16, 16\); give the z"
-        ):
-            model(x, t, label, torch.zeros(shape), TWICE)
 
 
-def test_published_weights_that_lack_a_tensor_or_do_not_fit_are_refused_by_name():
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 4, 16), (2, 16, 8)])
+def test_a_carry_of_other_states_is_refused(shape):
+    model, x, t, label = drawn(2)
+    with pytest.raises(ValueError, match=r"carry.*\(2, 16, 16\)"):
+        model(x, t, label, torch.zeros(shape), TWICE)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["pos_embed", "final_layer.linear.bias", "block_fixed_point.mlp.fc1.weight", "block_pre_projection.bias"],
+)
+def test_published_weights_that_lack_a_tensor_are_refused_by_its_name(key):
     weights = weights_of(golden("fpdm_tiny")[0])
-    config = {"heads": 2, "pre_post_timestep": False}
-    keys = [
-        "pos_embed",
-        "final_layer.linear.bias",
-        "block_fixed_point.mlp.fc1.weight",
-        "block_pre_projection.bias",
-    ]
-    for key in keys:
-        with pytest.raises(UserError, match=f"'{key}' is missing"):
-            published.load("fpdm", {k: v for k, v in weights.items() if k != key}, **config)
-    with pytest.raises(UserError, match="heads"):
-        published.load("fpdm", weights, **config | {"heads": 5})
-    with pytest.raises(UserError, match="fpdm needs pre_post_timestep"):
-        published.load("fpdm", weights, heads=2)
+    del weights[key]
+    with pytest.raises(UserError, match=key):
+        published.load("fpdm", weights, heads=2, pre_post_timestep=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [({"heads": 5, "pre_post_timestep": False}, "heads"), ({"heads": 2}, "pre_post_timestep")],
+)
+def test_published_weights_need_a_config_that_fits(config, key):
+    with pytest.raises(UserError, match=key):
+        published.load("fpdm", weights_of(golden("fpdm_tiny")[0]), **config)

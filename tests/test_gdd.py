@@ -4,29 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import golden, weights_of
-from hashed import hashed_weights
+from conftest import close, golden, weights_of
+from reference import UNETS, hashed_unet
 
 from equilab import published
 from equilab.core.config import UserError
+from equilab.metrics.counting import parameters
 from equilab.models import gdd
 from equilab.models.unet import UNet
 
-CIFAR10 = {"width": 128, "multipliers": (2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
-FFHQ = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 4, "attention": (16,), "head_channels": 0}
-IMAGENET = {
-    "width": 192,
-    "multipliers": (1, 2, 3, 4),
-    "blocks": 3,
-    "attention": (32, 16, 8),
-    "head_channels": 64,
-}
 TINY = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_channels": 0}
 PUBLISHED = {
-    "cifar10_ncsnpp_uncond": ((3, 32, 32), 0, "ncsnpp", CIFAR10),
-    "cifar10_ncsnpp_cond": ((3, 32, 32), 10, "ncsnpp", CIFAR10),
-    "ffhq64_ncsnpp_uncond": ((3, 64, 64), 0, "ncsnpp", FFHQ),
-    "imagenet64_adm_cond": ((3, 64, 64), 1000, "adm", IMAGENET),
+    "cifar10_ncsnpp_uncond": ((3, 32, 32), 0, "ncsnpp", UNETS["cifar10"]),
+    "cifar10_ncsnpp_cond": ((3, 32, 32), 10, "ncsnpp", UNETS["cifar10"]),
+    "ffhq64_ncsnpp_uncond": ((3, 64, 64), 0, "ncsnpp", UNETS["ffhq"]),
+    "imagenet64_adm_cond": ((3, 64, 64), 1000, "adm", UNETS["imagenet"]),
 }
 SIGMAS = {"sigma_data": 0.5, "sigma_min": 0.002, "sigmas": (80.0,)}
 
@@ -38,11 +30,6 @@ def network(image, classes, architecture, sizes):
 def on_meta(name):
     with torch.device("meta"):
         return network(*PUBLISHED[name])
-
-
-def close(ours, reference, tolerance):
-    """Compare relative to the reference's largest value."""
-    torch.testing.assert_close(ours, reference, rtol=0, atol=tolerance * reference.abs().max().item())
 
 
 def test_coefficients_are_the_identity_at_sigma_min_and_nearly_the_network_at_sigma_max():
@@ -75,17 +62,12 @@ def test_the_generator_agrees_with_the_published_one():
     close(model.denoise(t["in.real_images"], 0.002, None).image, t["out.at_tmin"], 1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_full_size_generator_agrees_with_the_published_one():
     t, metadata = golden("full_gdd_cifar10_ncsnpp_uncond")
-    shapes = {
-        f"model.{key}": value.shape for key, value in on_meta("cifar10_ncsnpp_uncond").state_dict().items()
-    }
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    weights = {key: taps.outer(taps)[None, None] / 64 for key in shapes if key.endswith("resample_filter")}
-    weights |= hashed_weights({key: shape for key, shape in shapes.items() if key not in weights})
-    model = published.load("gdd", weights)
-    assert sum(p.numel() for p in model.parameters()) == int(metadata["parameters"])
+    model = hashed_unet("gdd", on_meta("cifar10_ncsnpp_uncond"))
+    assert parameters(model) == int(metadata["parameters"])
     close(model.denoise(t["in.x"], t["in.sigma"], None).image, t["out.denoised"], 1e-5)
 
 
@@ -103,48 +85,60 @@ def test_any_teacher_makes_a_generator_with_labels_and_gradients(architecture):
     torch.testing.assert_close(model.denoise(noise, 0.002, label).image, noise)
 
 
+def parameters_of(net, **columns):
+    """Return the parameters of the groups of layers whose row has these columns."""
+    rows = gdd.table(net)
+    return sum(row.parameters for row in rows if all(getattr(row, key) == columns[key] for key in columns))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_table_and_the_variants_hold_the_published_groups(name, facts):
+def test_the_groups_of_layers_hold_the_published_parameters(name, facts):
     counts, net = facts["gdd_parameter_groups"][name], on_meta(name)
-    rows = {row.group: row for row in gdd.table(net)}
-    groups = {key.removeprefix("other: "): value for key, value in counts["groups"].items()}
-    ours = {
+    published_names = {
         "embedding": "embedding mapping (map_*)",
         "convolution": "block conv0/conv1",
         "projection": "proj",
+        "norm": "norm",
+        "affine": "affine",
+        "qkv": "qkv",
+        "skip": "skip",
     }
-    for group in ("embedding", "norm", "affine", "convolution", "projection", "qkv", "skip"):
-        expected = groups.pop(ours.get(group, group))
-        assert rows[group].parameters == expected["n"]
-        torch.testing.assert_close(100 * rows[group].share, expected["percent"])
-    rest = sum(row.parameters for row in rows.values() if row.group in ("input", "residual input", "output"))
-    assert rest == sum(value["n"] for value in groups.values())
-    assert sum(row.parameters for row in rows.values()) == counts["total"]
-    variants = [variant for variant in gdd.VARIANTS if variant != "gdd"]
-    for variant, published_counts in zip(variants, counts["freeze"].values(), strict=True):
+    theirs = {key.removeprefix("other: "): value for key, value in counts["groups"].items()}
+    for row in gdd.table(net):
+        if row.group in published_names:
+            expected = theirs.pop(published_names[row.group])
+            assert row.parameters == expected["n"]
+            assert 100 * row.share == pytest.approx(expected["percent"])
+    ends = sum(parameters_of(net, group=group) for group in ("input", "residual input", "output"))
+    assert ends == sum(value["n"] for value in theirs.values())
+    assert parameters_of(net) == counts["total"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_variants_freeze_the_published_parameters(name, facts):
+    net = on_meta(name)
+    published_counts = facts["gdd_parameter_groups"][name]["freeze"].values()
+    for variant, counts in zip(["gdd_i", "gdd_i_qkv", "gdd_i_qkv_skip"], published_counts, strict=True):
         gdd.prepare(net, variant)
-        assert sum(row.parameters for row in gdd.table(net) if row.trained) == published_counts["trainable"]
-        assert sum(row.parameters for row in gdd.table(net) if not row.trained) == published_counts["frozen"]
+        assert parameters_of(net, trained=True) == counts["trainable"]
+        assert parameters_of(net, trained=False) == counts["frozen"]
     gdd.prepare(net, "gdd")
-    assert all(row.trained for row in gdd.table(net))
+    assert parameters_of(net, trained=False) == 0
 
 
 def test_shares_of_the_blocks_are_those_of_table_2(facts):
     rows = {row.group: row.parameters for row in gdd.table(on_meta("cifar10_ncsnpp_uncond"))}
-    blocks = facts["gdd_parameter_groups_unet_blocks_only_cifar10"]
-    total = 55_393_024  # without the last norm, whose 512 parameters are outside the blocks
-    assert (
-        total
-        == sum(rows[group] for group in ("norm", "affine", "convolution", "projection", "qkv", "skip")) - 512
-    )
-    shares = [
-        rows["norm"] + rows["affine"],
-        rows["convolution"] + rows["projection"],
-        rows["qkv"],
-        rows["skip"],
-    ]
-    expected = [blocks[key] for key in ("norm_plus_affine", "conv0_conv1_plus_proj", "qkv", "skip")]
-    assert [round(100 * share / total, 3) for share in shares] == expected
+    shares = {
+        "norm_plus_affine": rows["norm"] + rows["affine"],
+        "conv0_conv1_plus_proj": rows["convolution"] + rows["projection"],
+        "qkv": rows["qkv"],
+        "skip": rows["skip"],
+    }
+    total = sum(shares.values()) - 512  # the last norm is outside the blocks, though it counts as their share
+    assert total == 55_393_024
+    expected = facts["gdd_parameter_groups_unet_blocks_only_cifar10"]
+    for key, count in shares.items():
+        assert round(100 * count / total, 3) == expected[key]
 
 
 def test_gdd_i_freezes_the_published_parameters_and_the_others_learn():
@@ -152,14 +146,21 @@ def test_gdd_i_freezes_the_published_parameters_and_the_others_learn():
     model = published.load("gdd", weights_of(t))
     gdd.prepare(model.net, "gdd_i")
     trained = {name.replace("net.", "model.", 1) for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {
+        name.replace("net.", "model.", 1) for name, p in model.named_parameters() if not p.requires_grad
+    }
     assert trained == set(json.loads(metadata["trainable_in_gdd_i"]))
-    frozen = {name.replace("net.", "model.", 1) for name, p in model.named_parameters()} - trained
     assert frozen == set(json.loads(metadata["frozen_in_gdd_i"]))
     model.generate(t["in.z_generator"], None).image.square().sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == t["out.gdd_i.n_trainable"]
-    gdd.prepare(model.net, "gdd")
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == t["out.gdd.n_trainable"]
+
+
+@pytest.mark.parametrize("variant", ["gdd_i", "gdd"])
+def test_a_variant_trains_the_published_number_of_parameters(variant):
+    t, _ = golden("gdd_ncsnpp")
+    model = published.load("gdd", weights_of(t))
+    gdd.prepare(model.net, variant)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == t[f"out.{variant}.n_trainable"]
 
 
 def test_any_predicate_may_freeze_and_a_group_frozen_in_part_has_two_rows():
@@ -173,19 +174,32 @@ def test_any_predicate_may_freeze_and_a_group_frozen_in_part_has_two_rows():
     assert {layer.group for layer in gdd.layers(net)} == set(gdd.GROUPS) - {"residual input"}
 
 
-def test_what_freezes_nothing_or_everything_or_is_unknown_is_refused():
+@pytest.mark.parametrize(("group", "frozen"), [("residual input", "0 of"), (None, "71 of")])
+def test_a_predicate_that_freezes_nothing_or_everything_is_refused(group, frozen):
     net = network((1, 8, 8), 0, "ddpmpp", TINY)
-    with pytest.raises(ValueError, match="freezes none of the"):
-        gdd.freeze(net, lambda layer: layer.group == "residual input")
-    with pytest.raises(ValueError, match="freezes every one of the"):
-        gdd.freeze(net, lambda layer: True)
+    with pytest.raises(ValueError, match=frozen):
+        gdd.freeze(net, lambda layer: group in (None, layer.group))
     assert all(p.requires_grad for p in net.parameters())
-    with pytest.raises(ValueError, match="'gdd_ii' is unknown.*nearest: gdd_i"):
-        gdd.prepare(net, "gdd_ii")
-    with pytest.raises(ValueError, match="'0' belongs to no group"):
+
+
+def test_an_unknown_variant_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="'gdd_ii'.*'gdd_i'"):
+        gdd.prepare(network((1, 8, 8), 0, "ddpmpp", TINY), "gdd_ii")
+
+
+def test_layers_of_another_network_are_refused_by_their_name():
+    with pytest.raises(ValueError, match="'0'"):
         list(gdd.layers(torch.nn.Sequential(torch.nn.Linear(1, 1))))
-    for sigma_min, sigmas in ((1.0, [0.5]), (0.002, [80.0, 80.0]), (0.002, []), (0.0, [80.0])):
-        with pytest.raises(ValueError, match="give levels that fall"):
-            gdd.GDD(net, sigma_data=0.5, sigma_min=sigma_min, sigmas=sigmas)
-    with pytest.raises(UserError, match="state dict of an EDM network"):
+
+
+@pytest.mark.parametrize(
+    ("sigma_min", "sigmas"), [(1.0, [0.5]), (0.002, [80.0, 80.0]), (0.002, []), (0.0, [80.0])]
+)
+def test_levels_that_do_not_fall_towards_sigma_min_are_refused(sigma_min, sigmas):
+    with pytest.raises(ValueError, match=f"sigma_min {sigma_min}"):
+        gdd.GDD(torch.nn.Identity(), sigma_data=0.5, sigma_min=sigma_min, sigmas=sigmas)
+
+
+def test_weights_of_something_else_are_refused():
+    with pytest.raises(UserError, match="'enc.'"):
         published.load("gdd", {})

@@ -2,12 +2,12 @@
 
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
-from forked import context, run, work
+from smoke import run, start, write_study
 
-SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
+pytestmark = pytest.mark.slow
+
 STAGES = {
     "data": ["data"],
     "teacher": ["teacher"],
@@ -17,92 +17,144 @@ STAGES = {
     "features": ["features"],
     "gan": ["gan", "gdd"],
 }
+# The command after three words, where to die: "noise" is drawn, a file takes its place ("replace") or is linked ("link");
+# after how large a share of these calls; before or after the call. Without a share it counts them.
+SCRIPT = """
+import os, signal
+from equilab import __main__
+from equilab.core import rng
+what, share, after, calls, *command = sys.argv[1:]
+place = {"noise": rng, "replace": os, "link": os}[what]
+original, done = getattr(place, what), []
+last = round(1 + float(share) * (int(calls) - 1)) if share else 0
+
+def counted(*arguments):
+    done.append(1)
+    if len(done) == last and after == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*arguments)
+    if len(done) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(place, what, counted)
+status = __main__.main(command)
+print("calls", len(done))
+sys.exit(status)
+"""
 
 
 def content(folder):
     """Return the bytes of all results below a folder."""
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A study run without interruption up to a distilled generator."""
-    folder = tmp_path_factory.mktemp("whole")
-    shutil.copy(SMOKE, folder)
+def finished(tmp_path_factory):
+    """A study run without interruption up to trained generators of all kinds."""
+    folder = write_study(tmp_path_factory.mktemp("finished"))
     for command in STAGES.values():
-        assert run(folder, command) == 0, (folder / "log").read_text()
+        status, _, err = run(folder, *command)
+        assert status == 0, err
     return folder
 
 
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of the study, without what is unfinished."""
+    shutil.copytree(finished, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study/.equilab")
+    return tmp_path / "study"
+
+
+def calls_of(study, stage, what):
+    """Return how often a whole run of a stage does something; its results are as before."""
+    status, out, err = run(study, what, "", "", "0", *STAGES[stage], script=SCRIPT)
+    assert status == 0, err
+    shutil.rmtree(study / ".equilab")
+    return out.split()[-1]
+
+
 @pytest.mark.parametrize(
-    ("stage", "what", "count", "after"),
+    ("stage", "what", "share", "after"),
     [
-        ("teacher", "noise", 31, False),
-        ("teacher", "replace", 1, False),
-        ("teacher", "replace", 2, True),
-        ("teacher", "replace", 6, False),
-        ("pairs", "noise", 6, True),
-        ("pairs", "replace", 1, True),
-        ("pairs", "link", 3, False),
-        ("distill", "noise", 57, False),
-        ("distill", "replace", 2, False),
-        ("distill", "replace", 5, True),
-        ("diffusion", "replace", 2, False),
-        ("diffusion", "noise", 31, True),
-        ("gan", "replace", 2, True),
-        ("gan", "noise", 31, False),
+        ("teacher", "noise", 0.8, "before"),
+        ("teacher", "replace", 0.0, "after"),
+        ("teacher", "replace", 0.3, "before"),
+        ("teacher", "replace", 0.7, "after"),
+        ("teacher", "replace", 1.0, "after"),
+        ("pairs", "noise", 0.7, "after"),
+        ("pairs", "replace", 0.3, "after"),
+        ("pairs", "link", 0.7, "before"),
+        ("distill", "noise", 0.6, "before"),
+        ("distill", "replace", 0.4, "before"),
+        ("distill", "replace", 0.9, "after"),
+        ("diffusion", "replace", 0.4, "before"),
+        ("diffusion", "noise", 0.7, "after"),
+        ("gan", "replace", 0.4, "after"),
+        ("gan", "noise", 0.7, "before"),
     ],
 )
-def test_a_killed_stage_run_again_ends_in_the_same_bytes(whole, tmp_path, stage, what, count, after):
-    shutil.copytree(whole, tmp_path / "study")
-    folder = tmp_path / "study"
-    shutil.rmtree(folder / "results" / stage)
-    shutil.rmtree(folder / ".equilab")
-    assert run(folder, STAGES[stage], what, count, after) == -signal.SIGKILL
-    assert content(folder / "results" / stage) != content(whole / "results" / stage)
-    assert run(folder, STAGES[stage]) == 0, (folder / "log").read_text()
-    assert content(folder / "results" / stage) == content(whole / "results" / stage)
-    left = [p.name for p in (folder / ".equilab/scratch").iterdir()]
-    assert not left or stage == "pairs"
+def test_a_killed_stage_run_again_ends_in_the_same_bytes(finished, study, stage, what, share, after):
+    calls = calls_of(study, stage, what)
+    shutil.rmtree(study / "results" / stage)
+    assert run(study, what, str(share), after, calls, *STAGES[stage], script=SCRIPT)[0] == -signal.SIGKILL
+    status, _, err = run(study, *STAGES[stage])
+    assert status == 0, err
+    assert content(study / "results" / stage) == content(finished / "results" / stage)
+    kept = [path.name for path in (study / ".equilab/scratch").iterdir() if not path.name.startswith(".")]
+    assert kept == (["pairs"] if stage == "pairs" else [])
 
 
-def test_a_killed_stage_does_not_start_from_nothing(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "study")
-    folder = tmp_path / "study"
-    shutil.rmtree(folder / ".equilab")
+def test_a_killed_stage_does_not_start_from_nothing(study):
+    calls = int(calls_of(study, "teacher", "noise"))
     assert (
-        run(folder, ["teacher"], "replace", 2, True) == -signal.SIGKILL
-    )  # right after the first state was saved
-    assert run(folder, ["teacher"], "noise", 20, False) == -signal.SIGKILL  # 20 of 40 micro batches are left
-    assert run(folder, ["teacher"], "noise", 22, True) == 0
+        run(study, "noise", "0.8", "before", str(calls), *STAGES["teacher"], script=SCRIPT)[0]
+        == -signal.SIGKILL
+    )
+    status, out, err = run(study, "noise", "", "", "0", *STAGES["teacher"], script=SCRIPT)
+    assert status == 0 and int(out.split()[-1]) < 0.6 * calls, err
 
 
-def test_a_larger_set_of_pairs_adds_to_what_is_there(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "study")
-    folder = tmp_path / "study"
-    before = content(folder / "results/pairs")
-    shutil.rmtree(folder / "results/pairs")  # as DVC does before it runs a stage
-    params = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(params.replace("count: 200", "count: 320"))
+def test_a_killed_stage_that_cannot_go_on_says_why(study):
+    calls = calls_of(study, "teacher", "noise")
     assert (
-        run(folder, ["pairs"], "noise", 6, False) == 0
-    )  # two shards of two blocks, and the noise's checksum
-    after = content(folder / "results/pairs")
+        run(study, "noise", "0.8", "before", calls, *STAGES["teacher"], script=SCRIPT)[0] == -signal.SIGKILL
+    )
+    write_study(study, {"study.threads": 2, "teacher.sigma_mean": -1.0})
+    status, _, err = run(study, *STAGES["teacher"])
+    assert status == 0
+    (sentence,) = [line for line in err.splitlines() if "teacher: unfinished" in line]
+    assert "params" in sentence and "threads" in sentence and "code" not in sentence
+
+
+def test_a_larger_set_of_pairs_adds_to_what_is_there(study):
+    assert run(study, *STAGES["pairs"])[0] == 0
+    before = content(study / "results/pairs")
+    calls = int(calls_of_pairs(study, 200))
+    shutil.rmtree(study / "results/pairs")  # as DVC does before it runs a stage
+    assert int(calls_of_pairs(study, 320)) < calls
+    after = content(study / "results/pairs")
     assert len(after) == len(before) + 2
     assert all(after[name] == before[name] for name in before if name != "meta.json")
 
 
-def test_a_second_process_on_the_same_run_is_refused(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "study")
-    folder = tmp_path / "study"
-    processes = [context.Process(target=work, args=(folder, ["teacher"])) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    codes = sorted(process.exitcode for process in processes)
+def calls_of_pairs(study, count):
+    """Return how often noise is drawn to make so many pairs."""
+    write_study(study, {"pairs.count": count})
+    status, out, err = run(study, "noise", "", "", "0", *STAGES["pairs"], script=SCRIPT)
+    assert status == 0, err
+    return out.split()[-1]
+
+
+def test_a_second_process_on_the_same_run_is_refused(finished, study):
+    processes = [start(study, *STAGES["teacher"]) for _ in range(2)]
+    told = [process.communicate()[1] for process in processes]
+    codes = sorted(process.returncode for process in processes)
     assert codes in ([0, 2], [0, 0])  # refused, or begun after the other had finished
-    assert codes == [0, 0] or "another process is working on teacher" in (folder / "log").read_text()
-    assert content(folder / "results/teacher") == content(whole / "results/teacher")
+    assert codes == [0, 0] or any("another process" in err and "teacher" in err for err in told)
+    assert content(study / "results/teacher") == content(finished / "results/teacher")

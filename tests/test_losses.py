@@ -1,7 +1,9 @@
+"""Losses of noise levels and of images against the published ones, and in closed form."""
+
 import pytest
 import torch
-from conftest import golden
-from test_unet import assert_agree, stored
+from conftest import close, golden
+from reference import stored_denoiser
 
 from equilab.diffusion import losses
 from equilab.diffusion.protocols import Denoised
@@ -10,14 +12,14 @@ from equilab.diffusion.protocols import Denoised
 @pytest.mark.parametrize("name", ["edm_ddpmpp", "edm_ncsnpp", "edm_adm"])
 @torch.no_grad()
 def test_the_training_loss_is_the_published_one_over_the_number_of_values_of_an_image(name):
-    values, model, label = stored(name)
+    values, model, label = stored_denoiser(name)
     image, noise = values["in.loss.images"], values["in.loss.noise"]
     sigma = losses.edm_sigma(values["in.loss.rnd_normal"].flatten(), -1.2, 1.2)
-    assert_agree(sigma, values["out.loss.sigma"], 1e-6)
-    assert_agree(losses.edm_weight(sigma, 0.5), values["out.loss.weight"], 1e-6)
+    close(sigma, values["out.loss.sigma"], 1e-6)
+    close(losses.edm_weight(sigma, 0.5), values["out.loss.weight"], 1e-6)
     loss = losses.edm(model, image, noise, sigma, label, 0.5)
-    assert_agree(loss, values["out.loss.mean"], 1e-5)
-    assert_agree(loss, values["out.loss.sum_over_batch"] / image[0].numel(), 1e-5)
+    close(loss, values["out.loss.mean"], 1e-5)
+    close(loss, values["out.loss.sum_over_batch"] / image[0].numel(), 1e-5)
 
 
 def test_the_best_denoiser_of_data_that_are_zero_has_the_loss_of_its_noise():
@@ -48,5 +50,5 @@ def test_l1_and_l2_are_the_mean_absolute_and_the_mean_squared_error():
 def test_fixed_point_correction_agrees_with_the_published_sum():
     values, _ = golden("get_uncond")
     loss = losses.fixed_point_correction(values["out.loss_per_iterate"], 0.8)
-    assert_agree(loss, values["out.loss_fp_correction"], 1e-6)
+    close(loss, values["out.loss_fp_correction"], 1e-6)
     assert losses.fixed_point_correction(torch.tensor([1.0, 10.0, 100.0]), 0.0).item() == 100

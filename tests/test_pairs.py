@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from forked import context, run, work
+from smoke import ROOT, SMOKE, write_study
 
 from equilab import __main__
 from equilab.core import config, rng
@@ -24,21 +22,12 @@ from equilab.diffusion.settings import Sampler
 from equilab.models.checkpoint import load_network, load_tensors, save_tensors
 from equilab.models.precond import EDM
 
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
-
-
-def write_params(folder, sections):
-    """Write the params of a study that lies outside of the repository."""
-    sections["study"]["root"] = str(ROOT)
-    (folder / "params.yaml").write_text(yaml.safe_dump(sections))
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A study with its teacher and pairs, made in this process."""
     folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
-    write_params(folder, config.read(SMOKE))
+    write_study(folder)
     try:
         for stage in ("data", "teacher", "pairs"):
             assert __main__.main([stage, "--params", str(folder / "params.yaml")]) == 0
@@ -123,41 +112,30 @@ def forge(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "noise_checksum": "0"}))
 
 
-def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(study, tmp_path):
+def by_two_processes(folder, *command):
+    """Run a command of the study in `folder` by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, "-m", "equilab", *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(
+    study, tmp_path, monkeypatch
+):
     shutil.copytree(study, tmp_path / "study")
     folder = tmp_path / "study"
     shutil.rmtree(folder / "results/pairs")
     shutil.rmtree(folder / ".equilab")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "equilab",
-        "pairs",
-    ]
-    done = subprocess.run(torchrun, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [{**told, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]  # what torchrun tells its processes
-    both = [
-        context.Process(target=work, args=(folder, ["distill", "vit"]), kwargs={"environment": one})
-        for one in ranks
-    ]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()
+    for command in (["pairs"], ["distill", "vit"]):
+        by_two_processes(folder, *command)
     for path in sorted((study / "results/pairs").glob("*.npy")):
         assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
-    assert run(study, ["distill", "vit"]) == 0
+    monkeypatch.chdir(study)
+    assert __main__.main(["distill", "vit"]) == 0
     two, one = (load_tensors(f / "results/distill/vit/0/weights.safetensors")[0] for f in (folder, study))
     torch.testing.assert_close(
         two, one, rtol=1e-3, atol=5e-4
@@ -172,10 +150,8 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
 def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     study, tmp_path, capsys, monkeypatch
 ):
-    params = config.read(SMOKE)
-    params["distill"]["vit"]["pairs"] = 201
     shutil.copytree(study / "results", tmp_path / "results")
-    write_params(tmp_path, params)
+    write_study(tmp_path, {"distill.vit.pairs": 201})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
     assert "distill.vit.pairs is 201, the set has 200" in capsys.readouterr().err
@@ -192,14 +168,8 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
 def test_pairs_made_otherwise_than_params_say_now_are_refused(
     study, tmp_path, capsys, monkeypatch, key, value, told
 ):
-    params = config.read(SMOKE)
-    *above, last = key.split(".")
-    place = params
-    for one in above:
-        place = place[one]
-    place[last] = value
     shutil.copytree(study / "results", tmp_path / "results")
-    write_params(tmp_path, params)
+    write_study(tmp_path, {key: value})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
     assert told in (said := capsys.readouterr().err) and "run the stage `pairs` again" in said
@@ -207,7 +177,7 @@ def test_pairs_made_otherwise_than_params_say_now_are_refused(
 
 def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp_path, capsys, monkeypatch):
     shutil.copytree(study / "results", tmp_path / "results")
-    write_params(tmp_path, config.read(SMOKE))
+    write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "results/teacher/weights.safetensors"
     tensors, about = load_tensors(weights)
@@ -222,10 +192,8 @@ def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp
 
 
 def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, monkeypatch):
-    params = config.read(SMOKE)
-    params["teacher"]["sigma_std"] = 1.1
     shutil.copytree(study / "results", tmp_path / "results")
-    write_params(tmp_path, params)
+    write_study(tmp_path, {"teacher.sigma_std": 1.1})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["pairs"]) == 2
     assert "was trained under another configuration than params.yaml gives now" in capsys.readouterr().err

@@ -8,6 +8,9 @@ from conftest import golden, weights_of
 from safetensors.torch import save_file
 
 from equilab import published
+from equilab.core.config import UserError
+from equilab.models.family import family
+from equilab.models.registry import FAMILIES
 
 GET = weights_of(golden("get_uncond")[0])
 
@@ -67,3 +70,18 @@ def test_an_unknown_family_and_a_missing_or_damaged_file_are_refused(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         published.load("get", tmp_path / "bad.safetensors", heads=2)
+
+
+def test_a_family_has_its_own_name_and_look():
+    found = {name: family(name) for name in FAMILIES}
+    assert all(each.name == name for name, each in found.items())
+    for what in ("label", "colour", "marker"):
+        assert len({getattr(each, what) for each in found.values()}) == len(found), what
+    with pytest.raises(UserError, match="unknown family 'gett'.*'get'"):
+        family("gett")
+
+
+def test_every_family_with_published_weights_can_be_loaded_by_its_name():
+    assert {name for name in FAMILIES if family(name).published} == set(FAMILIES) - {"cd"}
+    with pytest.raises(ValueError, match="unknown family 'cd'"):
+        published.load("cd", GET)

@@ -1,26 +1,19 @@
-"""The repository agrees with itself: lock file, README, environment, graph, layers, sizes."""
+"""The repository agrees with itself: rooms, what stages depend on, graphs, notebooks."""
 
 import ast
 import json
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from smoke import ROOT, SMOKE, write_study
 
 from equilab import graph
+from equilab.core import code
 
-ROOT = Path(__file__).parent.parent
-MODULES = sorted(
-    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for p in (ROOT / "equilab").rglob("*.py")
-)
-
+STUDIES = [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))]
 HEAVY = {
     "torchdeq": ["equilab.solvers.library"],
     "torch_fidelity": ["equilab.metrics.fidelity"],
@@ -28,129 +21,262 @@ HEAVY = {
     "timm": ["equilab.models.discriminators"],
     "diffusers": ["equilab.data.latents"],
 }
+# a room imports from those on its line and below it
+ROOMS = [
+    ["__main__"],
+    ["study", "graph"],
+    ["stages", "bench"],
+    ["tables", "claims", "style"],
+    ["sampling"],
+    ["training"],
+    ["metrics"],
+    ["data", "published"],
+    ["models"],
+    ["diffusion"],
+    ["solvers"],
+    ["core"],
+]
 
 
-def imported(module):
-    """Return the top-level names of everything that a module imports, at any place in it."""
-    tree = ast.parse(graph._file(module).read_text())
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return found | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+def modules():
+    """Return every module of the package by its name."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("equilab/**/*.py")
+    }
+    return {name.removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imported(path):
+    """Return the names of all that a file imports, anywhere in it: modules, and what it takes from them."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports():
+    """Return the modules of the package that each module imports; the front door stands above all rooms."""
+    known = modules()
+    found = {name: (imported(path) & known.keys()) - {"equilab"} for name, path in known.items()}
+    del found["equilab"]
+    return found
+
+
+def line(module):
+    """Return on which line of the rooms a module is."""
+    room = module.split(".")[1]
+    return next(k for k, rooms in enumerate(ROOMS) if room in rooms)
 
 
 @pytest.mark.parametrize(("library", "places"), HEAVY.items())
 def test_a_heavy_library_enters_where_it_is_listed(library, places):
-    users = [m for m in MODULES if any((name or "").split(".")[0] == library for name in imported(m))]
-    assert users == places
+    users = [
+        name for name, path in modules().items() if library in {each.split(".")[0] for each in imported(path)}
+    ]
+    assert sorted(users) == places
 
 
-def test_every_study_has_the_graph_that_the_table_describes(tmp_path):
-    (tmp_path / "studies").mkdir()
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    shutil.copy(ROOT / ".dvcignore", tmp_path)
-    shutil.copytree(ROOT / ".dvc", tmp_path / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    for params in ROOT.glob("studies/*/params.yaml"):
-        (tmp_path / "studies" / params.parent.name).mkdir()
-        shutil.copy(params, tmp_path / "studies" / params.parent.name)
-    for written in graph.write(tmp_path):
-        committed = ROOT / written.relative_to(tmp_path)
-        assert committed.read_text() == written.read_text(), (
-            f"{committed} is stale: run `python -m equilab graph`"
-        )
-        assert (committed.parent / ".dvc/config").read_text() == (ROOT / ".dvc/config").read_text()
+def test_no_import_climbs():
+    climbing = [f"{a} imports {b}" for a, others in imports().items() for b in others if line(b) < line(a)]
+    assert not climbing
 
 
-def test_a_stage_depends_on_the_modules_that_it_really_imports():
-    """What a stage has loaded after its import is in its closure."""
-    modules = [stage.module for stage in graph.STAGES.values()]
-    script = f"""if True:
-        import importlib, os, sys
-        import diffusers, IPython.display, scipy.stats, seaborn, sklearn, timm, torch, torch_fidelity, torchdeq.solver, torchvision  # once
-        for module in {modules}:
-            if (child := os.fork()) == 0:
-                importlib.import_module(module)
-                print(*[m for m in sys.modules if m.split(".")[0] == "equilab"], flush=True)
-                os._exit(0)
-            os.waitpid(child, 0)"""
-    told = subprocess.run(
+def test_no_import_goes_round_in_a_circle():
+    left = imports()
+    while left:
+        free = [name for name, others in left.items() if not others & left.keys()]
+        assert free, f"a circle among {', '.join(sorted(left))}"
+        for name in free:
+            del left[name]
+
+
+@pytest.mark.parametrize("params", STUDIES, ids=lambda params: params.parent.name)
+def test_a_study_has_the_graph_of_its_params(params):
+    told = f"{params.parent}/dvc.yaml is stale: run `python -m equilab graph`"
+    assert (params.parent / "dvc.yaml").read_text() == graph.text(graph.read(params)), told
+    assert (params.parent / ".dvc/config").read_text() == (ROOT / ".dvc/config").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", graph.STAGES)
+def test_a_stage_depends_on_the_modules_that_it_really_imports(stage):
+    script = f"import sys, {graph.STAGES[stage].module}; print(*sys.modules)"
+    loaded = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert len(told) == len(modules)
-    for (name, stage), found in zip(graph.STAGES.items(), map(str.split, told)):
-        missing = set(found) - set(graph.closure(stage.module))
-        assert not missing, f"{name} loads {missing}, which its closure lacks"
+    ).stdout.split()
+    own = {name for name in loaded if name.split(".")[0] == "equilab"}
+    assert own - code.closure([graph.STAGES[stage].module]) <= {"equilab", "equilab.models.registry"}
 
 
-def test_the_lock_file_pins_what_the_project_asks_for_and_names_no_index():
-    lock = (ROOT / "requirements.lock").read_text()
-    project = (ROOT / "pyproject.toml").read_text()
-    wanted = re.findall(r'^    "([\w-]+)', project, re.M) + re.findall(
-        r'"([\w-]+)"', re.search(r"dev = \[(.*)\]", project)[1]
+def test_code_that_means_the_same_is_the_same():
+    """Docstrings, comments, layout and quotes do not change what code means; a number, a name or an operator does."""
+    text = "def area(r):\n    return 3.14 * r**2\n"
+    same = '"""Circles."""\n# as in school\ndef area(r):\n    """Return the area."""\n    return (3.14\n * r ** 2)\n'
+    assert code.meaning(text) == code.meaning(same)
+    for other in (text.replace("3.14", "3.15"), text.replace("**", "*"), text.replace("area", "size")):
+        assert code.meaning(text) != code.meaning(other)
+    assert code.meaning('x = "a"') != code.meaning('x = "b"')
+    assert code.meaning('f("doc")') != code.meaning("f()")
+
+
+def listings(root):
+    """Return what smoke's jobs run, by the code of the package in `root`."""
+    script = "from equilab import graph, study; import sys, json; from pathlib import Path; print(json.dumps(graph.code_files(graph.read(Path(sys.argv[1])))))"  # fmt: skip
+    folder = write_study(root / "study", {"study.root": str(root)})
+    command = [sys.executable, "-c", script, "params.yaml"]
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
     )
-    assert len(wanted) > 20
-    for name in wanted:
-        assert re.search(rf"^{name}==", lock, re.M | re.I), (
-            f"{name} is not in requirements.lock: run `make lock`"
-        )
-    assert "http" not in lock.replace("httpx", "").replace("httpcore", "").replace("dvc-http", "").replace(
-        "aiohttp", ""
-    )
-    installed = {line.split("==")[0]: line for line in re.findall(r"^[\w.-]+==[\w.+]+", lock, re.M)}
-    assert len(installed) > 200 and lock.count("--hash=sha256:") > 1000
+    return {path.removeprefix(f"{graph.CODE}/"): text for path, text in json.loads(done.stdout).items()}
 
 
-def test_the_lock_file_keeps_the_bounds_of_the_project():
-    project = (ROOT / "pyproject.toml").read_text()
-    asked = re.findall(r'^    "([^"]+)",', project, re.M) + re.findall(
-        r'"([^"]+)"', re.search(r"dev = \[(.*)\]", project)[1]
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the package and its notebooks."""
+    root = tmp_path_factory.mktemp("copy")
+    for name in ("equilab", "notebooks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def before(copy):
+    """What smoke's jobs run by the package as it is."""
+    return listings(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "changed"),
+    [
+        ("equilab/training/loop.py", "# a comment\n", set()),
+        ("equilab/models/get.py", "NUMBER = 1\n", {"families/get.txt"}),
+        ("equilab/models/registry.py", "NUMBER = 1\n", set()),
+        ("equilab/__init__.py", "def more():\n    from equilab import bench\n", set()),
+        ("equilab/stages/relative.py", "NUMBER = 1\n", {"relative.txt"}),
+        ("equilab/claims/get.yaml", "# 1\n", {"claims.txt"}),
+    ],
+)
+def test_a_change_of_code_changes_the_jobs_that_run_it(copy, before, file, line, changed):
+    """Beside these, notebooks: which of them import what is theirs to say."""
+    path = copy / file
+    text = path.read_text()
+    try:
+        path.write_text(text + line)
+        after = listings(copy)
+    finally:
+        path.write_text(text)
+    assert after.keys() == before.keys()
+    found = {name for name in before if after[name] != before[name]}
+    assert {name for name in found if not name.startswith("notebook/")} == changed
+
+
+def test_a_notebook_depends_on_what_its_cells_import(tmp_path):
+    imported = code.of_script(
+        "from equilab.models import unet\nimport equilab\nequilab.results('results').runs"
     )
-    locked = dict(re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "requirements.lock").read_text(), re.M))
-    locked = {canonicalize_name(name): version for name, version in locked.items()}
-    for wanted in map(Requirement, asked):
-        version = locked[canonicalize_name(wanted.name)]
-        assert wanted.specifier.contains(version, prereleases=True), (
-            f"{wanted} is locked at {version}: run `make lock`"
-        )
+    assert {"equilab.models.unet", "equilab.tables"} <= imported
+    assert not code.of_script("import pandas as pd\nresults = pd.read_csv('results.csv')")
+
+
+def jobs(sections):
+    """Return every job of a study as DVC has it, what it depends on resolved, with the values of its params."""
+    stages, values = graph.dvc(sections)["stages"], graph.frozen_params(sections)
+    found = {}
+    for name, entry in stages.items():
+        for key, item in entry.get("foreach", {"": {}}).items():
+            text = yaml.safe_dump(entry.get("do", entry)).replace("${key}", key)
+            for word, value in item.items():
+                text = text.replace(f"${{item.{word}}}", str(value))
+            job = yaml.safe_load(text)
+            keys = job.get("params", [{f"{graph.CODE}/params.json": []}])[0][f"{graph.CODE}/params.json"]
+            found[f"{name}@{key}" if key else name] = (job, {path: value_at(values, path) for path in keys})
+    return found
+
+
+def value_at(values, path):
+    """Return the value at a path of keys."""
+    for key in path.split("."):
+        values = values[key]
+    return values
+
+
+def changed(folder, changes):
+    """Return which jobs of smoke differ, or are there in one alone, when some of its params change."""
+    before = jobs(graph.read(write_study(folder) / "params.yaml"))
+    after = jobs(graph.read(write_study(folder, changes) / "params.yaml"))
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def test_a_seed_more_is_a_replicate_more_and_nothing_else(tmp_path):
+    found = changed(tmp_path, {"distill.get.seeds": [0, 1, 2]})
+    assert found == {"distill@get-2", "evaluate@get-2"}
+
+
+def test_a_run_that_changes_is_the_only_one_that_does(tmp_path):
+    found = changed(tmp_path, {"distill.get-noise.equilibrium.iterations": 1})
+    assert found == {"distill@get-noise-0"}
+
+
+def test_a_setting_that_changes_concerns_all_seeds_of_its_run(tmp_path):
+    found = changed(tmp_path, {"evaluate.get.batch": 25})
+    assert found == {"evaluate@get-0", "evaluate@get-1"}
+
+
+def test_a_study_without_a_stage_depends_on_none_of_its_results(tmp_path):
+    absent = ["features", "gan", "consistency", "relative", "activation"]
+    changes = dict.fromkeys([*absent, "evaluate.gdd", "evaluate.gdd-i-2", "evaluate.cd"], ...)
+    changes["cost.runs"] = ["teacher", "distill/get"]
+    found = jobs(graph.read(write_study(tmp_path, changes) / "params.yaml"))
+    for name in absent:
+        assert not any(each.partition("@")[0] == name for each in found)
+        assert not any(f"results/{name}" in str(job) for job, _ in found.values())
+
+
+def test_what_is_listed_to_run_at_once_needs_only_what_is_listed_before():
+    sections = graph.read(SMOKE)
+    found = {name: job for name, (job, _) in jobs(sections).items()}
+    before = ["results/code"]
+    for names in graph.waves(sections):
+        made = []
+        for name in names:
+            outputs = [
+                path
+                for kind in ("outs", "plots", "metrics")
+                for each in found[name].get(kind, [])
+                for path in each
+            ]
+            needs = [path for path in found[name]["deps"] if path.startswith("results/")]
+            known = before if len(names) > len({each.partition("@")[0] for each in names}) else before + made
+            for path in needs:  # a file, or a folder of files
+                assert any(f"{path}/".startswith(f"{one}/") or one.startswith(f"{path}/") for one in known), (
+                    name,
+                    path,
+                )
+            made += outputs
+        before += made
 
 
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("**/results/notebook/*/*.ipynb")), ids=lambda path: "/".join(path.parts[-5:-1])
 )
 def test_an_executed_notebook_is_the_notebook_as_it_is(path):
-    cells = lambda file: [  # noqa: E731
-        "".join(cell["source"])
-        for cell in json.loads(file.read_text())["cells"]
-        if "injected-parameters" not in cell["metadata"].get("tags", [])
-    ]
     assert cells(path) == cells(ROOT / "notebooks" / path.name), f"{path} is stale: run `dvc repro`"
 
 
-def test_the_conda_environment_installs_the_lock_file():
-    content = yaml.safe_load((ROOT / "environment.yml").read_text())
-    pip = next(entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict))
-    assert pip == ["--require-hashes -r requirements.lock"]
-    supported = re.search(r'requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())[1]
-    assert f"python {supported}" in content["dependencies"]
+def cells(notebook):
+    """Return the sources of a notebook's cells, but for the parameters that a run puts in."""
+    found = json.loads(notebook.read_text())["cells"]
+    tags = [cell["metadata"].get("tags", []) for cell in found]
+    return ["".join(cell["source"]) for cell, each in zip(found, tags) if "injected-parameters" not in each]
 
 
-def test_the_commands_of_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"\bmake ([a-z]+)", readme):
-        assert target in targets, f"README names `make {target}`, the Makefile does not"
-    assert {"study", "test", "bench", "lab"} <= set(re.findall(r"\bmake ([a-z]+)", readme))
-    for command in re.findall(r"python -m equilab ([a-z]+)", readme):
-        assert command in [*graph.STAGES, "check", "graph"]
-    for path in re.findall(r"\]\(([^)#:]+)\)", readme):
-        assert (ROOT / path).exists(), f"README links to {path}, which is not there"
-    assert "make test" in (ROOT / ".ci/run").read_text()
-
-
-def test_importing_the_package_costs_nothing():
-    script = "import sys, time; t = time.perf_counter(); import equilab; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    seconds, torch_loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    ).stdout.split()
-    assert torch_loaded == "False" and float(seconds) < 0.2
+def test_importing_the_package_loads_no_heavy_library():
+    script = "import sys; import equilab; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "pandas", "scipy", "matplotlib"} & set(done.stdout.split())
 
 
 def test_shapes_are_checked_while_the_tests_run():
@@ -161,19 +287,3 @@ def test_shapes_are_checked_while_the_tests_run():
 
     with pytest.raises(jaxtyping.TypeCheckError):
         losses.l1(torch.zeros(2, 3), torch.zeros(2, 3))
-
-
-def test_code_that_means_the_same_is_the_same():
-    """Docstrings, comments, layout and quotes do not change a stage's code; a number, a name or an operator does."""
-    code = "def area(r):\n    return 3.14 * r**2\n"
-    same = '"""Circles."""\n# as in school\ndef area(r):\n    """Return the area."""\n    return (3.14\n * r ** 2)\n'
-    assert graph.meaning(code) == graph.meaning(same)
-    for other in (
-        "def area(r):\n    return 3.15 * r**2\n",
-        "def area(r):\n    return 3.14 * r * 2\n",
-        "def size(r):\n    return 3.14 * r**2\n",
-    ):
-        assert graph.meaning(code) != graph.meaning(other)
-    assert graph.meaning('x = "a"') != graph.meaning('x = "b"') and graph.meaning(
-        'f("doc")'
-    ) != graph.meaning("f()")

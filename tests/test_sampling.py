@@ -6,8 +6,10 @@ import functools
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+import equilab
 from equilab.core import config as configs
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
@@ -185,6 +187,19 @@ def test_every_kind_of_run_makes_images_at_the_cost_that_it_says(generator, of):
     iterations = sum(int(solution.iterations.sum()) for solution in samples.solutions)
     assert iterations == (cost["iterations"] or 0)
     assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd"))
+
+
+def test_the_front_door_loads_and_samples_at_the_setting_of_the_study(study, generator):
+    params = {"evaluate": {"get": {"of": "distill/get", "solver": [{**ITERATE, "iterations": 2}]}}}
+    (study / "params.yaml").write_text(yaml.safe_dump(params))
+    get = equilab.load("distill/get", study=study)
+    samples = equilab.sample(get, 3)
+    assert samples.image.shape == (3, *IMAGE) and samples.solutions[0].iterations.tolist() == [2] * 3
+    expected = made(generator("distill/get"), solve(iterations=2), np.arange(3)).image
+    torch.testing.assert_close(samples.image, expected, rtol=0, atol=0)
+    assert equilab.sample(equilab.load("distill/vit", study=study), 2).image.shape == (2, *IMAGE)
+    with pytest.raises(UserError, match="evaluates no teacher; give a setting"):
+        equilab.sample(equilab.load("teacher", study=study))
 
 
 @pytest.mark.parametrize("of", ENTRIES)

@@ -1,84 +1,89 @@
-"""Students of the teacher: consistency, steps, two players in turn, what is frozen, resumption, refusals."""
+"""Students of the teacher: consistency, steps, two networks in turn, what is frozen, resumption, refusals."""
 
 import copy
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import golden
 
-from equilab import __main__
-from equilab.core import config, rng
-from equilab.data.images import load
+from equilab import __main__, study
+from equilab.core import config
+from equilab.data.images import Dataset, load
 from equilab.diffusion import losses
 from equilab.diffusion.protocols import Denoised
-from equilab.models import discriminators as discriminator
-from equilab.models import gdd
+from equilab.graph import Sections
+from equilab.models import checkpoint, gdd
+from equilab.models.classifier import Classifier
+from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
-from equilab.training import classify, gan, loop, onestep
-from equilab.training.loop import Run, fit
+from equilab.training import gan, onestep
+from equilab.training.loop import Adversary, Halt, Logged, Run, fit
 
-SMOKE = Path(__file__).parent.parent / "studies/smoke/params.yaml"
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "studies/smoke/params.yaml"
 CPU = torch.device("cpu")
 IMAGE = (1, 8, 8)
+LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
 
 
 @pytest.fixture(scope="module")
 def sections():
-    return config.read(SMOKE)
+    """The params of the smoke study, for a study anywhere."""
+    sections = config.read(SMOKE)
+    sections["study"]["root"] = str(ROOT)
+    return sections
+
+
+def config_of(sections, stage, run=None):
+    return study.read(Sections(sections, "params.yaml", SMOKE.parent), stage, run)
 
 
 @pytest.fixture(scope="module")
 def entry(sections):
     """The smoke study's GDD."""
-    return __main__._config(sections, "gan", "gdd", SMOKE)[0]
+    return config_of(sections, "gan", "gdd")
 
 
-def features():
-    """Return an untrained feature network."""
-    torch.manual_seed(3)
-    return discriminator.Classifier(IMAGE, 10, width=8, features=4)
+def changed(model, **values):
+    """Return a group of params with other values."""
+    return model.model_copy(update=values)
 
 
-def players(entry, seed=0):
-    """Return a student's network, its teacher and a critic, all new, as functions of `seed`."""
+def made_up_images():
+    """Return data of random images in ten classes."""
+    random = np.random.default_rng(9)
+    return Dataset(random.integers(0, 256, (300, *IMAGE), dtype=np.uint8), random.integers(0, 10, 300), 10)
+
+
+def networks(entry, seed=0):
+    """Return a student's network, its teacher and a discriminator, all new, as functions of `seed`."""
     torch.manual_seed(seed)
-    net = entry.network.build(IMAGE, 10)
+    classes = 10 if entry.conditional else 0
+    net = entry.network.build(IMAGE, classes)
     teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
     gdd.prepare(net, entry.student.freeze)
-    return net, teacher, gan.critic_of(entry, "gdd", IMAGE, 10, lambda name: features(), pretrained=False)
+    torch.manual_seed(3)
+    features = classifier_network(Classifier(IMAGE, 10, width=8, features=4))
+    return net, teacher, gan.build_discriminator(entry, [features], IMAGE, 10)
 
 
 def batch_of(entry):
-    """Return batches of the trainer's form, of made-up images."""
-
-    def read(positions):
-        image = torch.from_numpy(rng.noise(9, "real", positions, IMAGE)).tanh()
-        label = torch.from_numpy(rng.integers(9, "label", positions, 10))
-        made = [gan._made(9, player, positions, IMAGE, 10) for player in ("generator", "critic")]
-        draws = (
-            tuple(gan.adversarial.draws(9, name, positions) for name in "abc")
-            if entry.augment != "none"
-            else (None,) * 3
-        )
-        weight = gan.adversarial.r1_weight(
-            positions.start // entry.optimisation.batch, entry.r1.gamma, entry.r1.interval
-        )
-        along = (made[0][0], entry.consistency.levels.draw(9, positions)) if entry.consistency else None
-        return (image, label), *made, draws, weight, along
-
-    return read
+    return partial(gan.batch_of, entry, made_up_images())
 
 
-def run_of(entry, folder, **changes):
-    """Return a run of both players, its losses, and the players."""
-    optimisation = replace(entry.optimisation, **changes)
-    net, teacher, critic = players(entry)
-    run = Run(net, optimisation, 0, "id", folder, CPU, ("discriminator", critic, entry.discriminator_lr))
-    return run, gan.losses_of(entry, net, critic, teacher), (net, teacher, critic)
+def run_of(entry, folder, discriminator_loss=None, **values):
+    """Return a run of a student and its discriminator, the student's loss, and the networks."""
+    optimisation = changed(entry.optimisation, **values)
+    net, teacher, discriminator = networks(entry)
+    loss = discriminator_loss or gan.discriminator_loss_of(entry, net, teacher)
+    adversary = Adversary("discriminator", discriminator, entry.discriminator_lr, loss)
+    run = Run(net, optimisation, 0, folder, CPU, adversary)
+    return run, gan.generator_loss_of(entry, discriminator, teacher), (net, teacher, discriminator)
 
 
 def test_a_consistency_loss_on_straight_trajectories_has_a_closed_form():
@@ -102,7 +107,7 @@ def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_p
     assert names
     for name in names:
         steps = int(name.rsplit("N", 1)[1])
-        levels = onestep.Levels(steps, 0.002, 80.0, 7.0)
+        levels = onestep.Levels(steps=steps, **LEVELS)
         torch.testing.assert_close(levels.sigmas(), values[name].float().sort().values, rtol=1e-5, atol=0)
     high, low = levels.draw(1, range(100))
     order = levels.sigmas()
@@ -127,118 +132,109 @@ def test_a_student_of_two_steps_goes_where_the_equation_says():
     assert two(noise, None, return_iterates=True).image.shape == (2, 3, *IMAGE)
 
 
-def test_both_players_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):
-    frozen = replace(entry, student=replace(entry.student, freeze="gdd_i"))
-    run, losses_of, (net, teacher, critic) = run_of(frozen, tmp_path, nimg=96, report_nimg=96, snapshots=())
-    before = {
-        key: value.clone()
-        for key, value in (*net.state_dict(prefix="g.").items(), *critic.state_dict(prefix="d.").items())
-    }
-    judge = {key: value.clone() for key, value in teacher.state_dict().items()}
-    list(fit(run, batch_of(frozen), *losses_of))
-    after = {**net.state_dict(prefix="g."), **critic.state_dict(prefix="d.")}
-    trained = {f"{p}.{key}" for p, player in zip("gd", run.players) for key in player.named}
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert not {key for key in moved if "networks" in key or "projectors" in key}
-    assert {key for key in moved if key.startswith("g.")} == {key for key in trained if key.startswith("g.")}
-    assert {key for key in trained if key.startswith("d.")} <= moved
-    assert all(torch.equal(value, judge[key]) for key, value in teacher.state_dict().items())
-    still = [
-        p
-        for layer in gdd.layers(net)
-        if layer.group in gdd.VARIANTS["gdd_i"]
-        for p in layer.module.parameters()
-    ]
+def test_both_networks_move_and_what_is_frozen_stays_without_gradient_or_moments(entry, tmp_path):
+    frozen = changed(entry, student=changed(entry.student, freeze="gdd_i"))
+    run, loss, (net, teacher, discriminator) = run_of(frozen, tmp_path, nimg=96, report_nimg=96, snapshots=())
+    named = {"generator": net, "discriminator": discriminator}
+    before = {key: copy.deepcopy(network.state_dict()) for key, network in named.items()}
+    before_teacher = copy.deepcopy(teacher.state_dict())
+    list(fit(run, batch_of(frozen), loss))
+    for trainable, (key, network) in zip(run.trainables, named.items()):
+        after = network.state_dict()
+        moved = {name for name, value in before[key].items() if not torch.equal(value, after[name])}
+        assert set(trainable.named) <= moved
+        assert not {name for name in moved if "networks" in name or "projectors" in name}
+        if key == "generator":
+            assert moved == set(trainable.named)
+    assert all(torch.equal(value, before_teacher[key]) for key, value in teacher.state_dict().items())
+    layers = [layer.module for layer in gdd.layers(net) if layer.group in gdd.VARIANTS["gdd_i"]]
+    still = [parameter for layer in layers for parameter in layer.parameters()]
     assert still and all(p.grad is None and not p.requires_grad for p in still)
-    assert not {id(p) for p in still} & {id(p) for p in run.players[0].optimizer.state}
+    assert not {id(p) for p in still} & {id(p) for p in run.trainables[0].optimizer.state}
     assert list(run.log[0]) == ["nimg", "loss", "lr", "loss_discriminator"]
 
 
 def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(entry, tmp_path):
-    run, losses_of, (_, _, critic) = run_of(
+    run, loss, (_, _, discriminator) = run_of(
         entry, tmp_path, nimg=32, report_nimg=32, batch=32, micro_batch=32, snapshots=()
     )
-    (network,), calls = critic.discriminator.networks, []
+    (network,), calls = discriminator.discriminator.networks, []
     original = network.features
     network.features = lambda image: calls.append(len(image)) or original(image)
-    assert batch_of(entry)(range(32))[-2] > 0  # R1 is due
-    list(fit(run, batch_of(entry), *losses_of))
-    assert calls == [
-        32,
-        32,
-        32,
-    ]  # generated ones for the generator; real and generated ones for the discriminator
+    assert batch_of(entry)(range(32)).r1_weight > 0  # R1 is due
+    list(fit(run, batch_of(entry), loss))
+    assert calls == [32] * 3  # generated for the generator; real and generated for the discriminator
 
 
 @pytest.mark.parametrize("name", ["gdd", "gdd-i-2"])
-def test_a_run_of_two_players_that_stops_continues_bit_for_bit(sections, tmp_path, name):
-    entry = __main__._config(sections, "gan", name, SMOKE)[0]
+def test_a_run_of_two_networks_that_stops_continues_bit_for_bit(sections, tmp_path, name):
+    entry = config_of(sections, "gan", name)
     sizes = {"nimg": 256, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
-    whole, losses_of, _ = run_of(entry, tmp_path / "whole", **sizes)
-    list(fit(whole, batch_of(entry), *losses_of))
-    stopped, losses_of, _ = run_of(entry, tmp_path / "stopped", **sizes)
-    for step in fit(stopped, batch_of(entry), *losses_of):
+    whole, loss, _ = run_of(entry, tmp_path / "whole", **sizes)
+    list(fit(whole, batch_of(entry), loss))
+    stopped, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
+    for step in fit(stopped, batch_of(entry), loss):
         if step.nimg == 160:
             break
-    resumed, losses_of, _ = run_of(entry, tmp_path / "stopped", **sizes)
+    resumed, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
     assert resumed.nimg == 128
-    list(fit(resumed, batch_of(entry), *losses_of))
+    list(fit(resumed, batch_of(entry), loss))
     assert resumed.log == whole.log
-    for ours, theirs in zip(resumed.players, whole.players):
+    for ours, theirs in zip(resumed.trainables, whole.trainables):
         expected = theirs.state()
         assert all(torch.equal(value, expected[key]) for key, value in ours.state().items())
     assert all(torch.equal(value, whole.ema[key]) for key, value in resumed.ema.items())
 
 
-def test_the_probability_of_augmentation_follows_the_logits(sections, tmp_path):
-    entry = __main__._config(sections, "gan", "gdd-i-2", SMOKE)[0]
-    _, _, critic = players(entry)
-    assert critic.probability == 0
-    critic.adapt((torch.ones(4, 3),), 1000)
-    torch.testing.assert_close(critic.probability.item(), 0.1)
-    critic.adapt((-torch.ones(4, 3),), 500)
-    torch.testing.assert_close(critic.probability.item(), 0.05)
+def test_what_a_batch_holds_depends_on_its_positions_alone(sections):
+    entry = config_of(sections, "gan", "gdd-i-2")
+    whole, part = (batch_of(entry)(positions) for positions in (range(32), range(8, 16)))
+    for name, value in part._asdict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, getattr(whole, name)[8:16], rtol=0, atol=0)
+    assert torch.equal(part.consistency_sigmas[0], whole.consistency_sigmas[0][8:16])
 
 
-def test_a_collapsed_discriminator_and_a_loss_that_is_no_number_stop_the_run_and_keep_its_last_state(
-    entry, tmp_path
-):
-    entry = replace(entry, collapse=0.5)
+def test_the_probability_of_augmentation_follows_the_logits(sections):
+    _, _, discriminator = networks(config_of(sections, "gan", "gdd-i-2"))
+    assert discriminator.probability == 0
+    discriminator.adapt((torch.ones(4, 3),), 1000)
+    torch.testing.assert_close(discriminator.probability.item(), 0.1)
+    discriminator.adapt((-torch.ones(4, 3),), 500)
+    torch.testing.assert_close(discriminator.probability.item(), 0.05)
+
+
+def test_a_collapsed_discriminator_stops_the_run_and_keeps_its_last_state(entry, tmp_path):
+    entry = changed(entry, collapse=0.5)
     assert gan.collapsed(entry, {"loss_discriminator": 0.6}) is None
-    run, (generate, _), _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
+    assert isinstance(gan.collapsed(entry, {"loss_discriminator": 0.4}), Halt)
     known = {"fall": 1.0}
 
-    def criticise(critic, batch):
+    def falling(discriminator, batch):
         known["fall"] *= 0.8
-        return critic(*batch[0], None)[0].mean() * 0 + known["fall"], torch.tensor(known["fall"])
+        value = discriminator(batch.real, batch.label, None)[0].mean() * 0 + known["fall"]
+        return Logged(value, torch.tensor(known["fall"]))
 
-    with pytest.raises(
-        config.UserError,
-        match=r"the discriminator has collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma",
-    ):
-        list(fit(run, batch_of(entry), generate, criticise, watch=lambda row: gan.collapsed(entry, row)))
-    assert (
-        Run(
-            players(entry)[0], run.config, 0, "id", tmp_path, CPU, ("discriminator", players(entry)[2], 1e-3)
-        ).nimg
-        == 64
-    )
-    with pytest.raises(
-        config.UserError,
-        match="the loss became nan at step.*lower optimisation.lr or discriminator_lr or clip",
-    ):
-        list(
-            fit(
-                run,
-                batch_of(entry),
-                generate,
-                lambda critic, batch: critic(*batch[0], None)[0].mean() * float("nan"),
-            )
-        )
+    run, loss, _ = run_of(entry, tmp_path, falling, nimg=256, report_nimg=64, snapshots=())
+    sentence = r"collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma"
+    with pytest.raises(config.UserError, match=sentence):
+        list(fit(run, batch_of(entry), loss, partial(gan.collapsed, entry)))
+    resumed, _, _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
+    assert resumed.nimg == 64
+
+
+def test_a_loss_that_is_no_number_names_both_learning_rates(entry, tmp_path):
+    def broken(discriminator, batch):
+        return discriminator(batch.real, batch.label, None)[0].mean() * float("nan")
+
+    run, loss, _ = run_of(entry, tmp_path, broken, nimg=256, report_nimg=64, snapshots=())
+    sentence = "the loss became nan at step.*lower optimisation.lr or discriminator_lr"
+    with pytest.raises(config.UserError, match=sentence):
+        list(fit(run, batch_of(entry), loss))
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch, sections):
+def given(tmp_path, monkeypatch, sections):
     """The folder of a study with its data, evaluator and teacher, hardly trained."""
     monkeypatch.chdir(tmp_path)
     given = copy.deepcopy(sections)
@@ -270,33 +266,23 @@ def refused(capsys, *command):
         ({"conditional": False}, "gan.gdd.conditional is False, but the teacher's is True"),
         ({"features": ["evaluator"]}, "it would leak into the score"),
         ({"features": ["vgg17"]}, "'vgg17' is unknown, choose among study, vgg16"),
-        ({"features": ["vgg16"]}, "vgg16 takes 3 channels and the images have 1"),
+        ({"features": ["vgg16"]}, "vgg16 takes 3 channels"),
         ({"features": []}, "features must name networks"),
         ({"discriminator": {"side": 4}}, "give a `side` to reach 4x4"),
         ({"student": {"sigmas": [2.0, 80.0]}}, "give levels that fall"),
         ({"student": {"freeze": "gdd_x"}}, "gan.gdd.student.freeze"),
         ({"augment": "ada"}, "adaptive must be given for augment ada"),
-        ({"r1": {"interval": 0}}, "interval is 0"),
-        ({"r1": {"gamma": -1.0}}, "gamma must be >= 0"),
-        ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "ramp_nimg must be >= 1"),
+        ({"r1": {"interval": 0}}, "gan.gdd.r1.interval"),
+        ({"r1": {"gamma": -1.0}}, "gan.gdd.r1.gamma"),
+        ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "gan.gdd.adaptive.ramp_nimg"),
+        ({"consistency": {"weight": 1.0, "levels": {"steps": 0, **LEVELS}}}, "consistency.levels.steps"),
+        ({"consistency": {"weight": 1.0, "levels": {"steps": 10**12, **LEVELS}}}, "consistency.levels.steps"),
         (
-            {
-                "consistency": {
-                    "weight": 1.0,
-                    "levels": {"steps": 0, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0},
-                }
-            },
-            "steps must be >= 1",
-        ),
-        (
-            {
-                "consistency": {
-                    "weight": 1.0,
-                    "levels": {"steps": 4, "sigma_min": 0.01, "sigma_max": 80.0, "rho": 7.0},
-                }
-            },
+            {"consistency": {"weight": 1.0, "levels": {"steps": 4, **LEVELS, "sigma_min": 0.01}}},
             "give the same to both",
         ),
+        ({"discriminator_lr": 1e300}, "gan.gdd.discriminator_lr"),
+        ({"student": {"sigma_min": 1e-300}}, "gan.gdd.student.sigma_min"),
         ({"features": ["study", "study"]}, "names a network twice"),
         ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
     ],
@@ -313,13 +299,13 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(
     assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
 
 
-def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(capsys, study):
+def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(capsys, given):
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "consistency", "cd")
     few = {"nimg": 64, "report_nimg": 32, "decay_start_nimg": 0, "warmup_nimg": 0, "snapshots": []}
-    for entry in (study["evaluator"], study["teacher"], study["features"], *study["gan"].values()):
+    for entry in (given["evaluator"], given["teacher"], given["features"], *given["gan"].values()):
         entry["optimisation"] = {**entry["optimisation"], **few}
-    keep(study)
+    keep(given)
     for stage in ("evaluator", "teacher"):
         assert __main__.main([stage]) == 0
     shutil.copytree("results/evaluator", "results/features")
@@ -330,110 +316,79 @@ def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(ca
     assert __main__.main(["gan", "gdd-i-2"]) == 0
     shares = capsys.readouterr().out
     assert "# convolution" in shares and shares.count("frozen") == 2 and shares.count("trained") == 7
+    metadata = checkpoint.read_metadata(Path("results/gan/gdd-i-2/0/weights.safetensors"))
+    assert (metadata["family"], metadata["run"], metadata["seed"]) == ("gdd", "gdd-i-2", 0)
     assert __main__.main(["gan", "gdd", "--dry-run"]) == 0
     assert "# parameters: 48," in capsys.readouterr().out.replace("\n", " ")
-    test_images = load(Path("results/data"), "test").images
-    assert len(test_images) == 200
-    weights = Path("results/teacher/weights.safetensors")
-    tensors, about = loop.load_tensors(weights)
-    for image, classes in (((3, 8, 8), 10), ((1, 8, 8), 4)):  # teachers that are sound, of other images
-        net = __main__._config(study, "teacher", None, SMOKE)[0].network.build(image, classes)
-        loop.save_tensors(weights, net.state_dict(), {**about, "image": list(image), "classes": classes})
-        assert (
-            f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10; train it again"
-            in refused(capsys, "gan", "gdd")
-        )
-    loop.save_tensors(weights, tensors, about)
+    assert len(load(Path("results/data"), "test").images) == 200
+
+
+@pytest.mark.parametrize(("image", "classes"), [((3, 8, 8), 10), ((1, 8, 8), 4)])
+def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
+    teacher = config_of(given, "teacher")
+    net, weights = teacher.network.build(image, classes), Path("results/teacher/weights.safetensors")
+    about = {"image": image, "classes": classes, "stage": "teacher", "config": teacher}
+    checkpoint.save_tensors(weights, net.state_dict(), about)
+    sentence = f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10"
+    assert sentence in refused(capsys, "gan", "gdd")
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "is damaged" in refused(capsys, "gan", "gdd")
 
 
-def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(study):
-    study["features"] = {key: study["evaluator"][key] for key in ("network", "optimisation")}
-    keep(study)
+def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(given):
+    given["features"] = {key: given["evaluator"][key] for key in ("network", "optimisation")}
+    keep(given)
+    weights = []
     for stage in ("evaluator", "features"):
         assert __main__.main([stage]) == 0
-    one, other = (
-        loop.load_tensors(Path("results", stage, "weights.safetensors"))[0]
-        for stage in ("evaluator", "features")
-    )
-    assert classify.CLASSIFIERS and not any(
-        torch.equal(one[key], other[key]) for key in one if key.endswith("weight") and one[key].ndim > 1
-    )
+        weights.append(checkpoint.load_tensors(Path("results", stage, "weights.safetensors"))[0])
+    drawn = [key for key, value in weights[0].items() if key.endswith("weight") and value.ndim > 1]
+    assert drawn and not any(torch.equal(weights[0][key], weights[1][key]) for key in drawn)
 
 
-def test_an_update_of_both_players_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):
+def test_an_update_of_both_networks_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):
     """R1 included; through heads without a batch norm, those of maps of few pixels."""
+    arguments = {**entry.discriminator.arguments, "mixing": "last"}
+    spec = config.Spec(entry.discriminator.kind, arguments, entry.discriminator.target)
+    alike = changed(entry, discriminator=spec)
     moved = {}
-    alike = replace(
-        entry,
-        discriminator=replace(
-            entry.discriminator, arguments={**entry.discriminator.arguments, "mixing": "last"}
-        ),
-    )
     for micro in (32, 8):
-        run, both, (net, _, critic) = run_of(
+        run, loss, (net, _, discriminator) = run_of(
             alike, tmp_path / str(micro), micro_batch=micro, nimg=32, report_nimg=32, snapshots=()
         )
-        assert not [
-            m
-            for m in critic.modules()
-            if isinstance(m, torch.nn.BatchNorm2d)
-            and m.training
-            and m not in [*critic.discriminator.networks.modules()]
-        ]
+        heads = discriminator.discriminator.heads
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in heads.modules())
         for _ in range(200):  # the spectral norms, a power iteration closer at each pass, are done
-            critic(torch.zeros(2, *IMAGE), torch.zeros(2, dtype=torch.int64), None)
-        for player in run.players:  # moves by the gradient, not by its sign
-            player.optimizer = torch.optim.SGD(player.named.values(), lr=1.0)
-        for _ in fit(run, batch_of(alike), *both):
-            pass
-        moved[micro] = torch.cat(
-            [p.detach().flatten() for player in (net, critic) for p in player.parameters()]
-        )
-    start = torch.cat(
-        [
-            p.detach().flatten()
-            for player in (players(alike)[0], players(alike)[2])
-            for p in player.parameters()
-        ]
-    )
-    assert (moved[32] - start).norm() > 1e-5 and (moved[8] - moved[32]).norm() <= 1e-3 * (
-        moved[32] - start
-    ).norm()
+            discriminator(torch.zeros(2, *IMAGE), torch.zeros(2, dtype=torch.int64), None)
+        for trainable in run.trainables:  # moves by the gradient, not by its sign
+            trainable.optimizer = torch.optim.SGD(trainable.named.values(), lr=1.0)
+        list(fit(run, batch_of(alike), loss))
+        moved[micro] = flat(net, discriminator)
+    net, _, discriminator = networks(alike)
+    start = flat(net, discriminator)
+    assert (moved[32] - start).norm() > 1e-5
+    assert (moved[8] - moved[32]).norm() <= 1e-3 * (moved[32] - start).norm()
+
+
+def flat(*modules):
+    return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
 
 
 def test_a_student_without_classes_is_trained_in_bf16(entry, tmp_path):
-    alone = replace(
-        entry,
-        conditional=False,
-        optimisation=replace(entry.optimisation, precision="bf16", nimg=64, report_nimg=64, snapshots=()),
-    )
-    torch.manual_seed(0)
-    net = alone.network.build(IMAGE, 0)
-    teacher = EDM(copy.deepcopy(net).eval().requires_grad_(False), sigma_data=0.5)
-    gdd.prepare(net, "gdd")
-    critic = gan.critic_of(alone, "gdd", IMAGE, 0, lambda name: features(), pretrained=False)
-    run = Run(
-        net, alone.optimisation, 0, "id", tmp_path, CPU, ("discriminator", critic, alone.discriminator_lr)
-    )
-    before = [p.detach().clone() for p in net.parameters()]
-
-    def read(positions):
-        image = torch.from_numpy(rng.noise(9, "real", positions, IMAGE)).tanh()
-        made = [gan._made(9, player, positions, IMAGE, 0) for player in ("generator", "critic")]
-        return (
-            (image, None),
-            *made,
-            (None,) * 3,
-            gan.adversarial.r1_weight(positions.start // 32, 1e-4, 2),
-            None,
-        )
-
-    rows = [
-        step.report for step in fit(run, read, *gan.losses_of(alone, net, critic, teacher)) if step.report
-    ]
+    alone = changed(entry, conditional=False)
+    run, loss, (net, _, _) = run_of(alone, tmp_path, precision="bf16", nimg=64, report_nimg=64, snapshots=())
+    before = flat(net)
+    rows = [step.report for step in fit(run, batch_of(alone), loss) if step.report]
     assert len(rows) == 1 and rows[0]["loss_discriminator"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters())) and {
-        p.dtype for p in net.parameters()
-    } == {torch.float32}
+    assert not torch.equal(before, flat(net))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_updates_are_counted_where_the_features_network_is_given(sections, entry):
+    features = config_of(sections, "features").network
+    assert gan.cost(entry, IMAGE, 10).train_flops_image is None
+    counted = gan.cost(entry, IMAGE, 10, features)
+    assert counted.train_flops_image > 3 * counted.image.flops()
+    assert counted.parameters_trained == counted.parameters
+    other = changed(entry, seed=5, optimisation=changed(entry.optimisation, lr=1.0))
+    assert gan.cost(other, IMAGE, 10, features) is counted

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
 from equilab.claims import HERE
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, Outcome, better, cheaper, no_worse, ordered
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, Outcome, better, cheaper, no_worse, ordered
 from equilab.core.config import Params, UserError, parse, read
 
 if TYPE_CHECKING:
@@ -37,13 +38,12 @@ class Claim(Params):
     published: str
     comparison: str  # of the params section `comparisons`; a study without it does not list the claim
     test: Literal["better", "cheaper", "no worse", "ordered"]
-    measure: str | None = (
-        "fd"  # a column; fd and rise: against training and against held-out images; null: cost alone
-    )
+    # a column; fd and rise are taken against training and against held-out images; null: cost alone
+    measure: str | None = "fd"
     cost: str | None = None  # of cheaper: a column
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
     margin: Annotated[float, Field(ge=0)] = (
-        0.0  # of cheaper and no worse: how much worse, relatively, is still as good
+        0.0  # of cheaper and no worse: relatively so much worse is as good
     )
     hypotheses: Hypotheses
 
@@ -95,7 +95,7 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     rows = results.compare(claim.comparison)
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
-    return agreed([test(claim, rows, column, confidence) for column in columns(claim, rows)])
+    return agreed([tested(claim, rows, column, confidence) for column in columns(claim, rows)])
 
 
 def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
@@ -115,7 +115,7 @@ def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
     return found
 
 
-def test(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: float) -> Outcome:
+def tested(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: float) -> Outcome:
     """Return what comes of the claim's test in one column."""
     match claim.test:
         case "better":
@@ -129,10 +129,14 @@ def test(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: float
 
 
 def agreed(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return what the references come to together: their verdict if they agree; if one holds and one fails, that it depends on them."""
+    """Return what the references come to together: what they agree on, or that it depends on them where one holds and one fails."""
     verdicts = {outcome.verdict for outcome in outcomes}
-    together = DEPENDS if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
-    verdict = verdicts.pop() if len(verdicts) == 1 else together
+    if len(verdicts) == 1:
+        verdict = outcomes[0].verdict
+    elif NONE in verdicts:
+        verdict = NONE
+    else:
+        verdict = DEPENDS if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
     effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
-    low, high = min(outcome.low for outcome in outcomes), min(outcome.high for outcome in outcomes)
+    low, high = np.min([(outcome.low, outcome.high) for outcome in outcomes], axis=0)
     return Outcome(verdict, low, high, effects, outcomes[0].seeds)

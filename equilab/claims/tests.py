@@ -162,7 +162,9 @@ def short(value: float) -> str:
 def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:
     """Return a ratio for each pair; the intervals of all are right at once with this confidence."""
     each = 1 - (1 - confidence) / rows["pair"].nunique()
-    return [_ratio(pair, column, each) for _, pair in rows.groupby("pair")]
+    needed = ["pair", "side", "point", "of", "seed", column, f"{column}_min", f"{column}_max"]
+    narrow = rows[[name for name in needed if name in rows]]  # of a hundred columns
+    return [_ratio(pair, column, each) for _, pair in narrow.groupby("pair")]
 
 
 def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
@@ -192,7 +194,7 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
     told = min(deciding, key=lambda ratio: ratio.value if np.isnan(ratio.low) else ratio.low)
     among = f" (decisive of {len(ratios)} pairs)" if len(ratios) > 1 else ""
     effect = f"{told.points[0]} against {told.points[1]}{among}", f"{named(column)} {told}"
-    low, high = min(ratio.low for ratio in ratios), min(ratio.high for ratio in ratios)
+    low, high = np.min([(ratio.low, ratio.high) for ratio in ratios], axis=0)
     seeds = [ratio.seeds for ratio in ratios if ratio.seeds is not None]
     return Outcome(verdict, low, high, (effect,), min(seeds, default=None))
 

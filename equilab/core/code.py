@@ -30,8 +30,7 @@ def closure(modules: Iterable[str]) -> set[str]:
         module = waiting.pop()
         if module not in found:
             found.add(module)
-            behind = {module.rpartition(".")[0], *_imports(_nodes(module))} - {"", *IGNORED}
-            waiting += behind
+            waiting += _behind(module)
     return found
 
 
@@ -42,7 +41,7 @@ def of_script(source: str) -> set[str]:
     named = {f"{node.value.id}.{node.attr}" for node in nodes if _is_attribute_of_name(node)}
     named |= _names(nodes)
     found = _imports(nodes)
-    for node in _tree(_file(FRONT_DOOR)).body:
+    for node in ast.parse(_file(FRONT_DOOR).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and f"{FRONT_DOOR}.{node.name}" in named:
             found |= {FRONT_DOOR, *_imports(ast.walk(node))}
     return found
@@ -93,10 +92,12 @@ def _imports(nodes: Iterable[ast.AST]) -> set[str]:
     return {name for name in _names(nodes) if name.split(".")[0] == PACKAGE.name and _file(name).exists()}
 
 
-def _nodes(module: str) -> Iterable[ast.AST]:
-    """Return where the imports of a module are: anywhere, but of the front door above its functions."""
-    tree = _tree(_file(module))
-    return tree.body if module == FRONT_DOOR else ast.walk(tree)
+@functools.cache
+def _behind(module: str) -> set[str]:
+    """Return the modules that one imports, anywhere in it, but the front door above its functions; and its package."""
+    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
+    nodes = tree.body if module == FRONT_DOOR else ast.walk(tree)
+    return {module.rpartition(".")[0], *_imports(nodes)} - {"", *IGNORED}
 
 
 def _files(module: str) -> list[Path]:
@@ -107,6 +108,7 @@ def _files(module: str) -> list[Path]:
     return [file, *(data for pattern in DATA for data in file.parent.glob(pattern))]
 
 
+@functools.cache
 def _digest(file: Path) -> str:
     if file.suffix == ".py":
         return meaning(file.read_text(encoding="utf-8"))
@@ -116,8 +118,3 @@ def _digest(file: Path) -> str:
 def _file(module: str) -> Path:
     path = PACKAGE.parent.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-@functools.cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))

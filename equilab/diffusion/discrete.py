@@ -1,8 +1,9 @@
 """Discrete diffusion: an image turns to noise in T timesteps, and what is known of the way back.
 
-At timestep t the state is x = sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise, alpha_bar falling with t; its signal
-to noise ratio is alpha_bar / (1 - alpha_bar). A Chain is some of the timesteps; `chain.at(position)` is the Level that
-the equations below take. They compute in float64 and return the dtype of their first argument.
+At timestep t the state is x = sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise, alpha_bar falling with t;
+its signal to noise ratio is alpha_bar / (1 - alpha_bar). A Chain is some of the timesteps;
+`chain.at(position)` is the Level that the equations below take. They compute in float64 and return the dtype
+of their first argument.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from equilab.core.config import Params
 
 
 class Diffusion(Params):
-    """A diffusion of `timesteps` steps, and what a network tells of it.
+    """A diffusion of `timesteps` steps, and what a network predicts of it.
 
-    "learned" variance: the network returns twice the channels, the prediction and then a value in about -1..1 that
-    moves the variance between its bounds, the "small" one (of x one step before, if the image is known) and the "large"
-    one (beta).
+    "learned" variance: the network returns twice the channels, the prediction and then a value in about -1..1
+    that moves the variance between its bounds, the "small" one (of x one step before, if the image is known)
+    and the "large" one (beta).
 
-    Raises: ValueError for betas that are no diffusion, an SNR that does not fall or ends at 0 where it must not, or an
-        unknown prediction or variance.
+    Raises: ValueError for betas that are no diffusion, an SNR that does not fall or ends at 0 where it must
+        not, or an unknown prediction or variance.
     Source: DiT, section 3.1, for betas and variance; FPDM, section 4.1, for v and zero terminal SNR.
     """
 
@@ -103,9 +104,9 @@ def evenly(timesteps: int, steps: int) -> list[int]:
 class Level(NamedTuple):
     """Where samples stand in a chain: numbers of each, (B, 1, 1, 1) float64.
 
-    `before` is alpha_bar of the next cleaner timestep of the chain, 1 at the cleanest. `log_small` is the log variance
-    of x one step before, if the image is known (0 at the cleanest, so there it is that of the second), `log_large` that
-    of the step itself: log beta.
+    `before` is alpha_bar of the next cleaner timestep of the chain, 1 at the cleanest. `log_small` is the log
+    variance of x one step before, if the image is known (0 at the cleanest, so there it is that of the
+    second), `log_large` that of the step itself: log beta.
     """
 
     alpha_bar: Tensor
@@ -118,7 +119,7 @@ class Chain(NamedTuple):
     """Timesteps of a diffusion, from the cleanest to the noisiest."""
 
     diffusion: Diffusion
-    t: Int64[Tensor, s]  # what the network is told
+    t: Int64[Tensor, s]  # what the network is called with
     levels: Float64[Tensor, "4 s"]  # the numbers of a Level, at each
 
     def at(self, position: Int64[Tensor, b]) -> Level:

@@ -1,7 +1,7 @@
 """Training losses of a discrete diffusion: a function per equation, a number for each sample.
 
-`image`, `noise`, the output of the network for `noised(image, noise, level)`, and the level go in; the network is the
-caller's.
+`image`, `noise`, the output of the network for `noised(image, noise, level)`, and the level go in; the
+network is the caller's.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def error(
 def v_weight(level: Level) -> Float[Tensor, b]:
     """Return the published weights alpha_bar sqrt(1 - alpha_bar) of the squared error of v.
 
-    They are SNR sqrt(1 - alpha_bar) for the error of the image that v implies. At SNR 0 the weight is exactly 0: with
-    zero terminal SNR the prediction that every sampling starts from is not trained.
+    They are SNR sqrt(1 - alpha_bar) for the error of the image that v implies. At SNR 0 the weight is exactly
+    0: with zero terminal SNR the prediction that every sampling starts from is not trained.
 
     Source: the published code of FPDM; not in the paper.
     """
@@ -59,8 +59,8 @@ def bound(
 ) -> Float[Tensor, b]:
     """Return the variational bound of a step back in bits per pixel, which trains the learned variance.
 
-    Divergence of the step from the true one, the image known; at the cleanest timestep, minus the log likelihood of
-    the image. The prediction is held constant, so that only the variance gets a gradient.
+    Divergence of the step from the true one, the image known; at the cleanest timestep, minus the log
+    likelihood of the image. The prediction is held constant, so that only the variance gets a gradient.
 
     Raises: ValueError if the variance is not learned.
     Source: "Improved denoising diffusion probabilistic models" (Nichol 2021), equations 4 to 7 and section 3.1.
@@ -87,8 +87,8 @@ def log_likelihood(
     """Return the log probability of each pixel's bin of 256 in -1..1 under a normal distribution; the last are open.
 
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equation 13.
-    Differs: as in the published code the normal distribution function is its tanh approximation, off by up to 0.0002,
-        and a probability below 1e-12 counts as 1e-12.
+    Differs: as in the published code the normal distribution function is its tanh approximation, off by up to
+        0.0002, and a probability below 1e-12 counts as 1e-12.
     """
     scale = (-log_variance / 2).exp()
     below = _normal_cdf(scale * (image - mean - 1 / 255))

@@ -1,10 +1,10 @@
 """Samplers of a discrete diffusion: from noise to an image along a chain, a step at a time.
 
-They call `predict(x, t, label, carry, iterations) -> (output, solution)`: t (B,) int64, the state `carry` to start a
-fixed point from or None, the `iterations` for it or None; the Solution of an explicit network is None. A network
-becomes one by `explicit` or `implicit`, then perhaps `guided`. The samplers draw nothing: `noises(step)` gives the
-fresh unit noise of a step, steps counted from 0, the noisiest. No gradients flow through them, though they do through
-a single `ddpm_step` or `ddim_step`.
+They call `predict(x, t, label, carry, iterations) -> (output, solution)`: t (B,) int64, the state `carry` to
+start a fixed point from or None, the `iterations` for it or None; the Solution of an explicit network is
+None. A network becomes one by `explicit` or `implicit`, then perhaps `guided`. The samplers draw nothing:
+`noises(step)` gives the fresh unit noise of a step, steps counted from 0, the noisiest. No gradients flow
+through them, though they do through a single `ddpm_step` or `ddim_step`.
 """
 
 from __future__ import annotations
@@ -41,17 +41,12 @@ def ddpm_step(
     image: Float[Tensor, "b c h w"],
     x: Float[Tensor, "b c h w"],
     level: Level,
-    log_variance: Float[
-        Tensor,
-        (
-            b  # c #h #w
-        ),
-    ],
+    log_variance: Float[Tensor, "_ _ _ _"],
     noise: Float[Tensor, "b c h w"] | None,
 ) -> Float[Tensor, "b c h w"]:
-    """Return the state one step before `x`, drawn by the unit `noise` from its normal distribution if the image is known.
+    """Return the state one step before `x`, drawn by unit `noise` from its normal distribution given the image.
 
-    Without noise, as in the last step of a chain, it is the mean.
+    Without noise, as in the last step of a chain, it is the mean. `log_variance` is that of `Chain.log_variance`.
 
     Source: "Denoising diffusion probabilistic models" (Ho 2020), equations 6 and 7 and algorithm 2, line 4.
     """
@@ -68,8 +63,8 @@ def ddim_step(
 ) -> Float[Tensor, "b c h w"]:
     """Return the state one step before `x`, along the predicted image and the noise that it leaves in `x`.
 
-    `eta` 0 is deterministic, 1 makes room for as much fresh unit `noise` as DDPM of "small" variance adds; without
-    noise, as in the last step of a chain, none is added.
+    `eta` 0 is deterministic, 1 makes room for as much fresh unit `noise` as DDPM of "small" variance adds;
+    without noise, as in the last step of a chain, none is added.
 
     Source: "Denoising diffusion implicit models" (Song 2021), equations 12 and 16.
     """
@@ -92,13 +87,13 @@ def ddpm(
 ) -> Iterator[Step]:
     """Sample every step back along `chain` from its normal distribution; yields a Step per step, float64.
 
-    With `reuse`, each step starts its fixed point from the last one's solution; with `clamp`, predicted images are
-    held in -1..1; `budget` says how many iterations each step gets (None: what the solver of `predict` has).
-    A sample diverges where its solver does or its prediction is not finite. From then on it stands still: it keeps the
-    last state that was sound, which then stands for its image.
+    With `reuse`, each step starts its fixed point from the last one's solution; with `clamp`, predicted
+    images are held in -1..1; `budget` says how many iterations each step gets (None: what the solver of
+    `predict` has). A sample diverges where its solver does or its prediction is not finite. From then on it
+    stands still: it keeps the last state that was sound, which then stands for its image.
 
-    Raises: on the way, ValueError if the budget does not fit the chain, or if `predict` returns no solution to reuse
-        or measure, or one of other samples.
+    Raises: on the way, ValueError if the budget does not fit the chain, or if `predict` returns no solution
+        to reuse or measure, or one of other samples.
     Source: "Denoising diffusion probabilistic models" (Ho 2020), algorithm 2; FPDM, section 3.3, for reuse and budget.
     """
 
@@ -153,7 +148,7 @@ def explicit(net: Callable) -> Callable:
     """Return the `predict` of a network `net(x, t, label) -> output`."""
 
     def predict(
-        x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None
+        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
     ) -> tuple[Tensor, None]:
         return net(x, t, label), None
 
@@ -163,8 +158,8 @@ def explicit(net: Callable) -> Callable:
 def implicit(net: Callable, solver: Solver) -> Callable:
     """Return the `predict` of `net(x, t, label, carry, solve) -> (output, Solution)`, solved by `solver`.
 
-    Raises: when called, ValueError for a carry of other samples, or one that samples at different timesteps would
-        start from.
+    Raises: when called, ValueError for a carry of other samples, or one that samples at different timesteps
+        would start from.
     """
 
     def predict(
@@ -185,9 +180,9 @@ def implicit(net: Callable, solver: Solver) -> Callable:
 def guided(predict: Callable, scale: float, null: int, channels: str) -> Callable:
     """Return `predict` with classifier-free guidance: from that of the class `null` towards the label's, and beyond.
 
-    `scale` 0 is the null class, 1 the label, larger is guidance (1 + w in the paper).
-    Both are predicted in one call of twice the samples, those with their label first; carry and Solution are of both.
-    `channels` "all" guides the prediction of all image channels, "first_three" the first three, as published. The
+    `scale` 0 is the null class, 1 the label, larger is guidance (1 + w in the paper). Both are predicted in
+    one call of twice the samples, those with their label first; carry and Solution are of both. `channels`
+    "all" guides the prediction of all image channels, "first_three" the first three, as published. The
     others, and a learned variance, are those with the label.
 
     Raises: ValueError for unknown channels; when called, if there is no label.

@@ -53,15 +53,15 @@ def consistency(
     sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
     label: Int64[Tensor, b] | None,
 ) -> Float[Tensor, ""]:
-    """Return the squared error between the student at sigma and, without gradient, at the level below it, where Heun's
-    step along the teacher leads: its mean over pixels and samples.
+    """Return the squared error between the student at sigma and at the level below it, mean over pixels and samples.
 
+    Heun's step along the teacher leads to the state at the level below, where the student gets no gradient.
     `sigmas` are the levels of each sample and those below them, all > 0.
 
     Source: GDD (Zheng 2024), table 5, CD; after "Consistency models" (Song 2023), algorithm 2.
     Differs: the target is the student itself, as in table 5, not its average; the distance is squared, not LPIPS.
     """
-    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1)
+    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1) each
     x = image + sigma * noise
     with torch.no_grad():
         slope = (x - teacher(x, sigmas[0], label).image) / sigma

@@ -1,8 +1,9 @@
 """Samplers of noise levels: follow a denoiser from noise to an image, a step at a time.
 
-A sampler calls `denoise(x, sigma, label, carry)`, hands each call the carry of the call before, and yields a Step
-after every step: progress, pictures and stopping early are the caller's. It draws nothing: `noises(step)` gives the
-fresh unit noise of a step. No gradients flow through it, though they do through a single `euler_step` or `heun_step`.
+A sampler calls `denoise(x, sigma, label, carry)`, hands each call the carry of the call before, and yields a
+Step after every step: progress, pictures and stopping early are the caller's. It draws nothing:
+`noises(step)` gives the fresh unit noise of a step. No gradients flow through it, though they do through a
+single `euler_step` or `heun_step`.
 """
 
 from __future__ import annotations

@@ -117,40 +117,6 @@ def inception_extractor(device: torch.device) -> Extractor:
     return Extractor(network, "fid", key, device)
 
 
-def register(extractor: Extractor) -> str:
-    """Make the extractor known to torch-fidelity; returns its name for `calculate_metrics(feature_extractor=...)`.
-
-    The name carries the key, because torch-fidelity caches by name.
-    """
-    from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    class Registered(FeatureExtractorBase):
-        def __init__(self, name, features_list, **_):
-            super().__init__(name, features_list)
-
-        @staticmethod
-        def get_provided_features_list():
-            return "features", "logits"
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "logits" if metric == "isc" else "features"
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        def forward(self, image):
-            features, logits = extractor.network(image)
-            return tuple({"features": features, "logits": logits}[name] for name in self.features_list)
-
-    name = f"equilab-{digest(extractor.key)}"
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, Registered)
-    return name
-
-
 def extract(
     images: Images, extractor: Extractor
 ) -> Iterator[tuple[Float32[Tensor, "b d"], Float32[Tensor, "b k"]]]:

@@ -25,11 +25,11 @@ from equilab.models.layers import (
 from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import Sinusoid
 
-# DiT (Peebles and Xie 2023), table 1: width, depth, heads and patch are those of ViT
+# DiT (Peebles and Xie 2023), table 1: width, depth and heads are those of ViT
 SIZES = {
-    name.replace("ViT", "DiT"): {key: size for key, size in sizes.items() if key != "conditioning"}
-    | {"learned_variance": True}
-    for name, sizes in vit.SIZES.items()
+    f"DiT-{name}/{patch}": {**backbone, "patch": patch, "learned_variance": True}
+    for name, backbone in vit.BACKBONES.items()
+    for patch in (2, 4, 8)
 }
 
 # our key's beginning -> the published one, of DiT and FPDM
@@ -48,7 +48,7 @@ PUBLISHED = vit.PUBLISHED | {
 
 
 class Condition(nn.Module):
-    """What the blocks are told: the embeddings of the timestep and of the class.
+    """What the blocks are conditioned on: the embeddings of the timestep and of the class.
 
     256 sinusoids of the timestep pass two linear maps; a class is a row of a table, its last row the null class.
 
@@ -59,9 +59,10 @@ class Condition(nn.Module):
         super().__init__()
         self.classes = classes
         self.sinusoid = Sinusoid(256, open_end=True)
-        self.fc1, self.fc2 = Linear(256, width), Linear(width, width)
-        for layer in (self.fc1, self.fc2):
-            nn.init.normal_(layer.weight, std=0.02)
+        self.fc1 = Linear(256, width)
+        self.fc2 = Linear(width, width)
+        nn.init.normal_(self.fc1.weight, std=0.02)
+        nn.init.normal_(self.fc2.weight, std=0.02)
         self.embedding = vit.class_embedding(classes + 1 if classes else 0, width)
 
     def forward(
@@ -72,7 +73,8 @@ class Condition(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         check_label(label, self.classes)
-        timestep = self.fc2(F.silu(self.fc1(self.sinusoid(t.float()))))[:, None]  # (B, 1, D)
+        embedded = self.sinusoid(t.float())  # (B, 256)
+        timestep = self.fc2(F.silu(self.fc1(embedded)))[:, None]  # (B, 1, D)
         if self.classes == 0:
             return timestep, torch.zeros_like(timestep)
         alone = self.embedding(label)[:, None]  # (B, 1, D)
@@ -82,8 +84,8 @@ class Condition(nn.Module):
 class DiT(nn.Module):
     """A vision transformer whose blocks are modulated by the timestep and the class: the explicit baseline of FPDM.
 
-    With `learned_variance` it returns twice the channels: the prediction, then the values that a variance between its
-    bounds is made of. `image` is (channels, height, width); `classes` 0 means unconditional.
+    With `learned_variance` it returns twice the channels: the prediction, then the values that a variance
+    between its bounds is made of. `image` is (channels, height, width); `classes` 0 means unconditional.
 
     Raises: ValueError for sizes that do not fit each other.
     Source: DiT (Peebles and Xie 2023), section 3.2, adaLN-Zero.
@@ -125,15 +127,18 @@ class DiT(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         condition, _ = self.condition(t, label)  # (B, 1, D)
-        z, added = self.patches(x) + self.positions, {}  # (B, N, D)
+        z = self.patches(x) + self.positions  # (B, N, D)
+        activations = {}
         for k, block in enumerate(self.stack):
-            before, z = z, block(z, condition)
-            added |= {f"block.{k}": z - before} if return_activations else {}
-        out = unpatchify(self.final(z, condition), self.output)
-        return (out, added) if return_activations else out
+            before = z
+            z = block(z, condition)  # (B, N, D)
+            if return_activations:
+                activations[f"block.{k}"] = z - before
+        out = unpatchify(self.final(z, condition), self.output)  # (B, O, H, W)
+        return (out, activations) if return_activations else out
 
     def blocks(self) -> int:
-        """Return the transformer blocks applied in a call (block_evals)."""
+        """Return the transformer blocks applied in a call: its block_evals."""
         return len(self.stack)
 
 

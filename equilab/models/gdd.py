@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from equilab.core.config import nearest
 from equilab.diffusion.protocols import Denoised, Generated
 from equilab.models import precond
 from equilab.models.family import Family
@@ -42,7 +44,7 @@ VARIANTS = {
 
 
 def check_levels(sigma_min: float, sigmas: Sequence[float]) -> None:
-    """Refuse noise levels that a student cannot step through.
+    """Raise unless a student can step through these noise levels.
 
     Raises: ValueError unless they fall and 0 < sigma_min < the last of them.
     """
@@ -63,16 +65,18 @@ def coefficients(
     Source: GDD (Zheng 2024), appendix B.4, "Parameterization"; c_in and c_noise as in EDM.
     Differs: the paper says that c_out is about 1 at sigma_max; by its equation it is about sigma_data.
     """
-    above, total = sigma - sigma_min, (sigma**2 + sigma_data**2).sqrt()
-    return sigma_data**2 / (above**2 + sigma_data**2), sigma_data * above / total, 1 / total, sigma.log() / 4
+    above = sigma - sigma_min
+    total = (sigma**2 + sigma_data**2).sqrt()
+    c_skip = sigma_data**2 / (above**2 + sigma_data**2)
+    return c_skip, sigma_data * above / total, 1 / total, sigma.log() / 4
 
 
 class GDD(nn.Module):
     """A generator of few steps: the consistency function f of the teacher's network `net`, applied at `sigmas` in turn.
 
-    One noise level makes it a one-step generator. From a level t to the next, s, it goes to f + s/t (x - f), after the
-    last to f. Build `net` with dropout 0, as published. `generate` is the generator protocol, `denoise` the denoiser's,
-    for losses that compare the consistency function at several noise levels.
+    One noise level makes it a one-step generator. From a level t to the next, s, it goes to f + s/t (x - f),
+    after the last to f. Build `net` with dropout 0, as published. `generate` is the generator protocol,
+    `denoise` the denoiser's, for losses that compare the consistency function at several noise levels.
 
     Raises: ValueError unless `sigmas` fall and 0 < sigma_min < the last of them.
     Source: GDD (Zheng 2024), section 3.1 and appendix B.4; several steps as section 2.2 and table 5.
@@ -82,7 +86,8 @@ class GDD(nn.Module):
     def __init__(self, net: nn.Module, *, sigma_data: float, sigma_min: float, sigmas: Sequence[float]):
         super().__init__()
         check_levels(sigma_min, sigmas)
-        self.net, self.sigma_data, self.sigma_min, self.sigmas = net, sigma_data, sigma_min, tuple(sigmas)
+        self.net, self.sigmas = net, tuple(sigmas)
+        self.sigma_data, self.sigma_min = sigma_data, sigma_min
 
     def forward(
         self, noise: Float[Tensor, "b c h w"], label: Int64[Tensor, b] | None, return_iterates: bool = False
@@ -93,11 +98,12 @@ class GDD(nn.Module):
 
         Raises: ValueError for a label given to an unconditional network.
         """
-        x, images = self.sigmas[0] * noise, []
+        x = self.sigmas[0] * noise  # (B, C, H, W)
+        images = []
         for sigma, after in zip(self.sigmas, (*self.sigmas[1:], 0.0)):
-            image = self.denoise(x, sigma, label).image
+            image = self.denoise(x, sigma, label).image  # (B, C, H, W)
             x = image + after / sigma * (x - image) if after else image
-            images += [image] if return_iterates else []
+            images.append(image)
         return Generated(torch.stack(images) if return_iterates else x, None)
 
     generate = forward
@@ -109,19 +115,9 @@ class GDD(nn.Module):
         label: Int64[Tensor, b] | None,
         carry: None = None,
     ) -> Denoised:
-        """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None); sigma of the batch or of each sample.
-
-        Coefficients and result are float32 whatever the dtype of x, as those of EDM.
-        """
-        x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))[
-            :, None, None, None
-        ]
-        c_skip, c_out, c_in, c_noise = coefficients(
-            sigma, sigma_data=self.sigma_data, sigma_min=self.sigma_min
-        )
-        out = self.net(c_in * x, c_noise.flatten(), label)  # (B, C, H, W)
-        return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
+        """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None); sigma of the batch or of each sample."""
+        at_sigma = partial(coefficients, sigma_data=self.sigma_data, sigma_min=self.sigma_min)
+        return precond.preconditioned(self.net, at_sigma, x, sigma, label)
 
 
 class Layer(NamedTuple):
@@ -150,12 +146,12 @@ def layers(net: nn.Module) -> Iterator[Layer]:
         if next(module.parameters(recurse=False), None) is None:
             continue
         last = name.rpartition(".")[2]
-        group = next((group for group, pattern in GROUPS.items() if re.fullmatch(pattern, last)), None)
-        if group is None:
+        groups = [group for group, pattern in GROUPS.items() if re.fullmatch(pattern, last)]
+        if not groups:
             raise ValueError(
-                f"layer {name!r} belongs to no group of a U-Net's layers; give one of equilab.models.unet"
+                f"layer {name!r} belongs to no group of a U-Net's layers; give an equilab.models.unet"
             )
-        yield Layer(name, group, module)
+        yield Layer(name, groups[0], module)
 
 
 def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
@@ -165,13 +161,12 @@ def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
     """
     found = list(layers(net))
     chosen = [frozen(layer) for layer in found]
-    if not any(chosen) or all(chosen):
-        extent = "every one" if any(chosen) else "none"
+    if sum(chosen) in (0, len(found)):
         raise ValueError(
-            f"the predicate freezes {extent} of the {len(found)} layers; let it choose some of them"
+            f"{sum(chosen)} of the {len(found)} layers would be frozen; choose some of them, not all"
         )
-    for layer, choice in zip(found, chosen):
-        layer.module.requires_grad_(not choice)
+    for layer, freezes in zip(found, chosen):
+        layer.module.requires_grad_(not freezes)
 
 
 def prepare(net: nn.Module, variant: str) -> None:
@@ -180,12 +175,14 @@ def prepare(net: nn.Module, variant: str) -> None:
     Raises: ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
-        near = difflib.get_close_matches(variant, VARIANTS, 1, 0)[0]
-        raise ValueError(
-            f"variant {variant!r} is unknown, choose one of {', '.join(VARIANTS)} (nearest: {near})"
-        )
-    if VARIANTS[variant]:
-        freeze(net, lambda layer: layer.group in VARIANTS[variant])
+        raise ValueError(f"variant {variant!r} is unknown{nearest(variant, VARIANTS)}")
+    groups = VARIANTS[variant]
+
+    def frozen(layer: Layer) -> bool:
+        return layer.group in groups
+
+    if groups:
+        freeze(net, frozen)
     else:
         net.requires_grad_(True)
 
@@ -196,8 +193,12 @@ def table(net: nn.Module) -> list[Share]:
     for layer in layers(net):
         for parameter in layer.module.parameters(recurse=False):
             counts[layer.group, parameter.requires_grad] += parameter.numel()
-    rows = [(group, on) for group in GROUPS for on in (True, False) if counts[group, on]]
-    return [Share(group, counts[group, on], counts[group, on] / counts.total(), on) for group, on in rows]
+    rows = []
+    for group, trained in itertools.product(GROUPS, (True, False)):
+        parameters = counts[group, trained]
+        if parameters:
+            rows.append(Share(group, parameters, parameters / counts.total(), trained))
+    return rows
 
 
 def from_published(
@@ -212,7 +213,7 @@ def from_published(
 
     Sizes are read as those of EDM's networks; the noise levels are the published ones unless given.
 
-    Raises: ValueError if a tensor that tells a size is missing.
+    Raises: ValueError if a tensor that determines a size is missing.
     """
     teacher = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
     settings = {"sigma_data": sigma_data, "sigma_min": sigma_min, "sigmas": [sigma_max]}

@@ -26,24 +26,13 @@ from equilab.models.published_keys import Described, Published, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
 # GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
+SHARED = {"patch": 2, "expansion": 4, "equilibrium_depth": 3, "normalise": False}
 SIZES = {
-    f"GET-{name}": {
-        "width": width,
-        "depth": depth,
-        "heads": width // 64,
-        "patch": 2,
-        "expansion": 4,
-        "equilibrium_depth": 3,
-        "equilibrium_expansion": expansion,
-        "normalise": False,
-    }
-    for name, depth, width, expansion in (
-        ("T/2", 6, 256, 6),
-        ("M/2", 6, 384, 6),
-        ("S/2", 6, 512, 8),
-        ("B/2", 1, 768, 12),
-        ("B/2+", 6, 768, 8),
-    )
+    "GET-T/2": {"width": 256, "depth": 6, "heads": 4, "equilibrium_expansion": 6, **SHARED},
+    "GET-M/2": {"width": 384, "depth": 6, "heads": 6, "equilibrium_expansion": 6, **SHARED},
+    "GET-S/2": {"width": 512, "depth": 6, "heads": 8, "equilibrium_expansion": 8, **SHARED},
+    "GET-B/2": {"width": 768, "depth": 1, "heads": 12, "equilibrium_expansion": 12, **SHARED},
+    "GET-B/2+": {"width": 768, "depth": 6, "heads": 12, "equilibrium_expansion": 8, **SHARED},
 }
 
 
@@ -56,8 +45,9 @@ class GET(nn.Module):
 
     Raises: ValueError for sizes that do not fit each other.
     Source: GET (Geng 2023), section 3, equations (6) to (9).
-    Differs: with `normalise`, z passes a LayerNorm without parameters after each application of the weight-tied stack.
-        This is not in the paper, where z grows along a direction and the residual falls like 1/k only.
+    Differs: with `normalise`, z passes a LayerNorm without parameters after each application of the
+        weight-tied stack. This is not in the paper, where z grows along a direction and the residual falls
+        like 1/k only.
     """
 
     def __init__(
@@ -84,9 +74,8 @@ class GET(nn.Module):
         self.embedding = class_embedding(classes, 3 * width)
         self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
         self.injection = Linear(width, 3 * width * equilibrium_depth, bias=False)
-        self.equilibrium = nn.ModuleList(
-            Block(width, heads, equilibrium_expansion) for _ in range(equilibrium_depth)
-        )
+        tied = [Block(width, heads, equilibrium_expansion) for _ in range(equilibrium_depth)]
+        self.equilibrium = nn.ModuleList(tied)
         self.final = Final(width, patch * patch * image[0])
 
     @property
@@ -103,19 +92,19 @@ class GET(nn.Module):
         condition = self.embedding(label)[:, None] if self.classes else None  # (B, 1, 3D)
         h = self.patches(noise) + self.positions  # (B, N, D)
         for block in self.stack:
-            h = block(h, condition)
-        injections = self.injection(h).chunk(len(self.equilibrium), 2)  # each (B, N, 3D)
+            h = block(h, condition)  # (B, N, D)
+        injections = self.injection(h).chunk(len(self.equilibrium), 2)  # (B, N, 3D) each
         return injections if condition is None else tuple(u + condition for u in injections)
 
     def step(self, z: Float[Tensor, "b n d"], injections: tuple[Tensor, ...]) -> Float[Tensor, "b n d"]:
         """Return the state after one application of the weight-tied stack: the map whose fixed point is sought."""
         for block, injection in zip(self.equilibrium, injections):
-            z = block(z, injection)
+            z = block(z, injection)  # (B, N, D)
         return normalised(z) if self.normalise else z
 
     def decode(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b c h w"]:
         """Return the images of states."""
-        return unpatchify(self.final(z), self.image)
+        return unpatchify(self.final(z), self.image)  # (B, C, H, W)
 
     def forward(
         self,
@@ -127,8 +116,9 @@ class GET(nn.Module):
     ) -> Generated:
         """Return the image generated from `noise`, and the Solution of its state.
 
-        `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows), where
-        `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H, W) of all iterates.
+        `init` is the state to start from (None: zeros), `solve(f, init)` finds the fixed point of f(z, rows),
+        where `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H,
+        W) of all iterates.
 
         Raises: ValueError if a label is missing or superfluous, or iterates are asked of a solver that does not record.
         """
@@ -137,7 +127,9 @@ class GET(nn.Module):
         def f(z: Tensor, rows: Tensor | None) -> Tensor:
             return self.step(z, injections if rows is None else tuple(u[rows] for u in injections))
 
-        solution = solve(f, noise.new_zeros(len(noise), *self.state_shape) if init is None else init)
+        if init is None:
+            init = noise.new_zeros(len(noise), *self.state_shape)
+        solution = solve(f, init)
         if not return_iterates:
             return Generated(self.decode(solution.z), solution)
         if not solution.iterates:
@@ -148,7 +140,7 @@ class GET(nn.Module):
         return Generated(images.unflatten(0, (-1, len(noise))), solution)  # (K, B, C, H, W)
 
     def blocks(self, iterations: int | float | Tensor) -> int | float | Tensor:
-        """Return the transformer blocks applied for an image (block_evals) at these iterations."""
+        """Return the transformer blocks applied for an image at these iterations: its block_evals."""
         return len(self.stack) + len(self.equilibrium) * iterations
 
 

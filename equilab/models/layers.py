@@ -60,10 +60,10 @@ class Attention(nn.Module):
         qkv = self.qkv(z)  # (B, N, 3D)
         if injection is not None:
             qkv = qkv + injection
-        q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)
-        )  # (B, H, N, D/H)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        parts = [part.unflatten(2, (self.heads, -1)) for part in qkv.chunk(3, 2)]  # (B, N, H, D/H) each
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, N, D/H) each
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -97,8 +97,8 @@ class Block(nn.Module):
         self, z: Float[Tensor, "b n d"], injection: Float[Tensor, "b m 3*d"] | None = None
     ) -> Float[Tensor, "b n d"]:
         """Return the tokens after one block."""
-        z = z + self.attn(self.norm1(z), injection)
-        return z + self.mlp(self.norm2(z))
+        z = z + self.attn(self.norm1(z), injection)  # (B, N, D)
+        return z + self.mlp(self.norm2(z))  # (B, N, D)
 
 
 class AdaLNBlock(nn.Module):
@@ -120,10 +120,10 @@ class AdaLNBlock(nn.Module):
     def modulated(
         self, z: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6*d"]
     ) -> Float[Tensor, "b n d"]:
-        """Return the tokens after one block under a `modulation`, which a block that is applied many times needs once."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 2)  # each (B, 1, D)
-        z = z + gate1 * self.attn(modulate(z, shift1, scale1))
-        return z + gate2 * self.mlp(modulate(z, shift2, scale2))
+        """Return the tokens after one block; of a block that is applied many times, the modulation is the same."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, 2)  # (B, 1, D) each
+        z = z + gate1 * self.attn(modulate(z, shift1, scale1))  # (B, N, D)
+        return z + gate2 * self.mlp(modulate(z, shift2, scale2))  # (B, N, D)
 
 
 class Final(nn.Module):
@@ -139,7 +139,7 @@ class Final(nn.Module):
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n o"]:
         """Return a patch for each token."""
-        return self.linear(self.norm(z))
+        return self.linear(self.norm(z))  # (B, N, O)
 
 
 class AdaLNFinal(nn.Module):
@@ -155,8 +155,8 @@ class AdaLNFinal(nn.Module):
 
     def forward(self, z: Float[Tensor, "b n d"], condition: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b n o"]:
         """Return a patch for each token."""
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, 2)  # each (B, 1, D)
-        return self.linear(modulate(z, shift, scale))
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, 2)  # (B, 1, D) each
+        return self.linear(modulate(z, shift, scale))  # (B, N, O)
 
 
 def modulate(
@@ -178,24 +178,25 @@ def sine_cosine_table(width: int, rows: int, columns: int) -> Float[Tensor, "1 n
     """
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [index.reshape(-1, 1) * frequencies for index in (column, row)]  # each (N, D/4)
-    return torch.cat([g(angle) for angle in angles for g in (torch.sin, torch.cos)], 1)[
-        None
-    ].float()  # (1, N, D)
+    by_column = column.reshape(-1, 1) * frequencies  # (N, D/4)
+    by_row = row.reshape(-1, 1) * frequencies  # (N, D/4)
+    table = torch.cat([by_column.sin(), by_column.cos(), by_row.sin(), by_row.cos()], 1)  # (N, D)
+    return table[None].float()  # (1, N, D)
 
 
 def unpatchify(patches: Float[Tensor, "b n o"], image: tuple[int, int, int]) -> Float[Tensor, "b c h w"]:
     """Return the image (channels, height, width) that the patches make up; channels run fastest within a patch."""
     channels, height, width = image
     patch = round((patches.shape[2] / channels) ** 0.5)
-    grid = patches.unflatten(2, (patch, patch, channels)).unflatten(1, (height // patch, width // patch))
+    pixels = patches.unflatten(2, (patch, patch, channels))  # (B, N, P, P, C)
+    grid = pixels.unflatten(1, (height // patch, width // patch))  # (B, H/P, W/P, P, P, C)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)  # (B, C, H, W)
 
 
 def check_sizes(
     image: tuple[int, int, int], classes: int, width: int, heads: int, patch: int, **depths: int
 ) -> None:
-    """Return nothing if a transformer of these sizes can be built.
+    """Raise unless a transformer of these sizes can be built.
 
     Raises: ValueError naming the size that does not fit.
     """
@@ -211,9 +212,9 @@ def check_sizes(
 
 
 def check_label(label: Tensor | None, classes: int) -> None:
-    """Return nothing if there is a label exactly where a model has classes.
+    """Raise unless there is a label exactly where a model has classes.
 
-    Raises: ValueError otherwise.
+    Raises: ValueError for a label that is missing, or given to an unconditional model.
     """
     if (label is None) != (classes == 0):
         given = "no label is given" if label is None else "a label is given"

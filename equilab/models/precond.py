@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,27 @@ def coefficients(sigma: Float[Tensor, "*b"], sigma_data: float) -> tuple[Tensor,
     """
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+
+
+def preconditioned(
+    net: nn.Module,
+    coefficients: Callable[[Tensor], tuple[Tensor, ...]],
+    x: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, b] | Float[Tensor, ""] | float,
+    *conditions: Tensor | None,
+) -> Denoised:
+    """Return Denoised(c_skip x + c_out F(c_in x; c_noise), None, None) of a network F and its coefficients at sigma.
+
+    Coefficients and result are float32 whatever the dtype of x: a sampler that keeps its state in float64
+    converts the result.
+
+    Source: EDM, equation 7.
+    """
+    x = x.float()
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))  # (B,)
+    c_skip, c_out, c_in, c_noise = coefficients(sigma[:, None, None, None])  # (B, 1, 1, 1) each
+    out = net(c_in * x, c_noise.flatten(), *conditions)  # (B, C, H, W)
+    return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
 
 
 class EDM(nn.Module):
@@ -45,16 +67,10 @@ class EDM(nn.Module):
     ) -> Denoised:
         """Return Denoised(D(x; sigma), None, None); sigma > 0 of the whole batch or of each sample.
 
-        Coefficients and result are float32 whatever the dtype of x, the network runs in float32 or under the caller's
-        autocast: a sampler that keeps its state in float64 converts the result.
+        The network runs in float32 or under the caller's autocast; the rest as in `preconditioned`.
         """
-        x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))  # (B,)
-        c_skip, c_out, c_in, c_noise = coefficients(
-            sigma[:, None, None, None], self.sigma_data
-        )  # (B, 1, 1, 1) each
-        out = self.net(c_in * x, c_noise.flatten(), label, augment_label)  # (B, C, H, W)
-        return Denoised(torch.addcmul(c_skip * x, c_out, out.float()), None, None)
+        at_sigma = partial(coefficients, sigma_data=self.sigma_data)
+        return preconditioned(self.net, at_sigma, x, sigma, label, augment_label)
 
     denoise = forward
 
@@ -64,27 +80,30 @@ def from_published(
 ) -> Described:
     """Return the denoiser that published weights of EDM describe.
 
-    Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as published,
-    a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
+    Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as
+    published, a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
 
-    Raises: ValueError if a tensor that tells a size is missing.
+    Raises: ValueError if a tensor that determines a size is missing.
     """
-    heights = sorted({int(m[1]) for key in weights if (m := re.match(r"enc\.(\d+)x", key))}, reverse=True)
+    matches = [re.match(r"enc\.(\d+)x", key) for key in weights]
+    heights = sorted({int(match[1]) for match in matches if match}, reverse=True)
     if not heights:
         raise ValueError("no published key starts with 'enc.'; give the state dict of an EDM network")
-    names = [f"enc.{r}x{r}_block" for r in heights]
-    adm, ncsnpp = "out_conv.weight" in weights, "map_noise.freqs" in weights
+    stages = [f"enc.{r}x{r}_block" for r in heights]
+    first_blocks = [key for key in weights if re.fullmatch(rf"{re.escape(stages[0])}\d+\.conv1\.weight", key)]
+    adm = "out_conv.weight" in weights
+    ncsnpp = "map_noise.freqs" in weights
+    if head_channels is None:
+        head_channels = 64 if adm else 0
     channels = need(weights, f"enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
     width = need(weights, "map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
     sizes = {
         "architecture": "adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
         "width": width,
-        "multipliers": [need(weights, f"{name}0.conv1.weight", 4).shape[0] // width for name in names],
-        "blocks": sum(
-            bool(re.fullmatch(re.escape(names[0]) + r"\d+\.conv1\.weight", key)) for key in weights
-        ),
-        "attention": [r for r, name in zip(heights, names) if f"{name}0.qkv.weight" in weights],
-        "head_channels": (64 if adm else 0) if head_channels is None else head_channels,
+        "multipliers": [need(weights, f"{stage}0.conv1.weight", 4).shape[0] // width for stage in stages],
+        "blocks": len(first_blocks),
+        "attention": [r for r, stage in zip(heights, stages) if f"{stage}0.qkv.weight" in weights],
+        "head_channels": head_channels,
         "dropout": 0.0,
         "augment": _inputs(weights, "map_augment.weight"),
     }

@@ -14,9 +14,9 @@ ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
 class Sinusoid(nn.Module):
-    """Embeds noise labels (B,) as cosines, then sines, of frequencies 10000^(-k/n); returns (B, channels).
+    """Embeds noise labels as cosines, then sines, of channels/2 frequencies 10000^(-k/n).
 
-    n is the index of the last of the channels/2 frequencies, so that it is 1/10000, or their number if `open_end`.
+    n is the index of the last frequency, which is 1/10000 then; with `open_end` it is their number.
     """
 
     def __init__(self, channels: int, *, open_end: bool):
@@ -24,21 +24,22 @@ class Sinusoid(nn.Module):
         self.count, self.open_end = channels // 2, open_end
 
     def forward(self, noise_label: Float[Tensor, b]) -> Float[Tensor, "b d"]:
-        k = torch.arange(self.count, dtype=torch.float32, device=noise_label.device)
-        phase = noise_label.outer(
-            10000 ** -(k / (self.count if self.open_end else self.count - 1))
-        )  # (B, D/2)
+        """Return the embedding of the noise labels."""
+        k = torch.arange(self.count, dtype=torch.float32, device=noise_label.device)  # (D/2,)
+        n = self.count if self.open_end else self.count - 1
+        phase = noise_label.outer(10000 ** -(k / n))  # (B, D/2)
         return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
 
 
 class Fourier(nn.Module):
-    """Embeds noise labels (B,) as cosines, then sines, of fixed random frequencies; returns (B, channels)."""
+    """Embeds noise labels as cosines, then sines, of channels/2 fixed random frequencies."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(channels // 2))
 
     def forward(self, noise_label: Float[Tensor, b]) -> Float[Tensor, "b d"]:
+        """Return the embedding of the noise labels."""
         phase = noise_label.outer(2 * math.pi * self.freqs)  # (B, D/2)
         return torch.cat([phase.cos(), phase.sin()], dim=1)  # (B, D)
 
@@ -52,6 +53,7 @@ class Resample(nn.Module):
         self.register_buffer("resample_filter", _filter(taps))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Return x at twice or half its size."""
         return _resample(x, self.resample_filter, self.direction)
 
 
@@ -64,6 +66,7 @@ class ResampleConv(nn.Conv2d):
         self.register_buffer("resample_filter", _filter(taps))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        """Return the convolution of x at twice or half its size."""
         return super().forward(_resample(x, self.resample_filter, self.direction))
 
 
@@ -71,13 +74,14 @@ class ConvDown(ResampleConv):
     """Convolves, then halves height and width; zeros surround the image before both, none are added in between."""
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        """Return the convolution of x at half its size."""
         margin = self.padding[0] + (self.resample_filter.shape[-1] - 1) // 2
         x = F.conv2d(x, self.weight, self.bias, padding=margin)  # (B, D, H + 2, W + 2)
         return _resample(x, self.resample_filter, "down", padding=0)  # (B, D, H/2, W/2)
 
 
 class Block(nn.Module):
-    """A residual block conditioned on the embedding (B, E), with resampling before and attention after it if asked.
+    """A residual block conditioned on an embedding, with resampling before and attention after it if asked.
 
     DDPM++ and NCSN++ add the embedding and scale each sum by sqrt(1/2); ADM modulates the normalised features by it.
     """
@@ -99,9 +103,10 @@ class Block(nn.Module):
         self.scale = 1.0 if adm else math.sqrt(0.5)
         eps = 1e-5 if adm else 1e-6
         self.norm0 = _norm(cin, eps)
-        self.conv0 = (
-            ResampleConv(cin, cout, 3, resample, taps) if resample else nn.Conv2d(cin, cout, 3, padding=1)
-        )
+        if resample:
+            self.conv0 = ResampleConv(cin, cout, 3, resample, taps)
+        else:
+            self.conv0 = nn.Conv2d(cin, cout, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * cout if adm else cout)
         self.norm1 = _norm(cout, eps)
         self.conv1 = nn.Conv2d(cout, cout, 3, padding=1)
@@ -115,9 +120,12 @@ class Block(nn.Module):
             self.proj = nn.Conv2d(cout, cout, 1)
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"], told: list[Tensor] | None = None
+        self,
+        x: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        activations: list[Tensor] | None = None,
     ) -> Float[Tensor, "b d h2 w2"]:
-        """Return the map; the last convolution's output is appended to `told`, if that is given."""
+        """Return the map; the last convolution's output is appended to `activations`, if that is given."""
         h = self.conv0(F.silu(self.norm0(x), inplace=True))  # (B, D, H', W')
         condition = self.affine(embedding)[:, :, None, None]  # (B, D or 2D, 1, 1)
         if self.adm:
@@ -125,28 +133,28 @@ class Block(nn.Module):
             h = torch.addcmul(shift, self.norm1(h), scale + 1)
         else:
             h = self.norm1(h.add_(condition))
-        h = self.conv1(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))
-        if told is not None:
-            told.append(h.clone())  # what follows writes into it
+        h = self.conv1(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))  # (B, D, H', W')
+        if activations is not None:
+            activations.append(h.clone())  # what follows writes into it
         x = h.add_(self.skip(x)).mul_(self.scale)
         return self._attention(x).add_(x).mul_(self.scale) if self.heads else x
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
-        qkv = (
-            self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.heads, -1, 3))
-        )  # (B, heads, C/heads, 3, HW)
+        qkv = self.qkv(self.norm2(x)).flatten(2)  # (B, 3C, HW)
+        qkv = qkv.unflatten(1, (self.heads, -1, 3))  # (B, heads, C/heads, 3, HW)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C/heads) each
         z = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C/heads)
-        return self.proj(z.transpose(2, 3).reshape(b, c, height, width))
+        return self.proj(z.transpose(2, 3).reshape(b, c, height, width))  # (B, C, H, W)
 
 
 class UNet(nn.Module):
     """Maps a scaled noisy image and its noise label to F(x; c_noise) of EDM's preconditioning; returns the shape of x.
 
-    Layers are found by name in `enc` and `dec`, in the order of their use; state-dict keys equal the published ones.
-    `attention` lists the heights at which blocks attend; the first block of the decoder always does. Weights are drawn
-    from torch's global generator, distributed as the published ones. Fastest in channels-last memory format.
+    Layers are found by name in `enc` and `dec`, in the order of their use; state-dict keys equal the
+    published ones. `attention` lists the heights at which blocks attend; the first block of the decoder
+    always does. Weights are drawn from torch's global generator, distributed as the published ones. Fastest
+    in channels-last memory format.
 
     Raises: ValueError for sizes that cannot be built.
     Source: EDM, appendix F, "architecture"; names of keys and order of layers as in the published weights.
@@ -170,10 +178,11 @@ class UNet(nn.Module):
         _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment)
         channels, height, _ = image
         resolutions = [height >> level for level in range(len(multipliers))]
-        self.classes, self.augment = classes, augment
-        self.adm, ncsnpp = architecture == "adm", architecture == "ncsnpp"
+        self.classes, self.augment, self.adm = classes, augment, architecture == "adm"
+        ncsnpp = architecture == "ncsnpp"
         taps = (1, 3, 3, 1) if ncsnpp else (1, 1)
-        embedding, noise_channels = 4 * width, 2 * width if ncsnpp else width
+        noise_channels = 2 * width if ncsnpp else width
+        embedding = 4 * width
 
         self.map_noise = Fourier(noise_channels) if ncsnpp else Sinusoid(noise_channels, open_end=self.adm)
         if classes:
@@ -189,8 +198,10 @@ class UNet(nn.Module):
                 cin, cout, embedding, adm=self.adm, heads=heads, dropout=dropout, resample=resample, taps=taps
             )
 
-        self.enc, skips = nn.ModuleDict(), []  # skips: channels of each stored activation
-        cout, side = width * multipliers[0] if self.adm else width, channels
+        self.enc = nn.ModuleDict()
+        skips = []  # channels of each activation that the decoder takes up
+        side = channels  # of NCSN++'s second path
+        cout = width * multipliers[0] if self.adm else width
         for r, multiplier in zip(resolutions, multipliers):
             if r == height:
                 self.enc[f"{r}x{r}_conv"] = nn.Conv2d(channels, cout, 3, padding=1)
@@ -206,7 +217,7 @@ class UNet(nn.Module):
                 skips.append(cout)
 
         self.dec = nn.ModuleDict()
-        for r, multiplier in reversed(list(zip(resolutions, multipliers))):
+        for r, multiplier in zip(reversed(resolutions), reversed(multipliers)):
             if r == resolutions[-1]:
                 self.dec[f"{r}x{r}_in0"] = block(cout, cout, True)
                 self.dec[f"{r}x{r}_in1"] = block(cout, cout)
@@ -214,12 +225,15 @@ class UNet(nn.Module):
                 self.dec[f"{r}x{r}_up"] = block(cout, cout, resample="up")
             for i in range(blocks + 1):
                 cin, cout = cout + skips.pop(), width * multiplier
-                self.dec[f"{r}x{r}_block{i}"] = block(cin, cout, r in attention and (self.adm or i == blocks))
-        norm, conv = _norm(cout, 1e-5 if self.adm else 1e-6), nn.Conv2d(cout, channels, 3, padding=1)
+                attend = r in attention and (self.adm or i == blocks)
+                self.dec[f"{r}x{r}_block{i}"] = block(cin, cout, attend)
+        norm = _norm(cout, 1e-5 if self.adm else 1e-6)
+        conv = nn.Conv2d(cout, channels, 3, padding=1)
         if self.adm:
             self.out_norm, self.out_conv = norm, conv
         else:
-            self.dec[f"{height}x{height}_aux_norm"], self.dec[f"{height}x{height}_aux_conv"] = norm, conv
+            self.dec[f"{height}x{height}_aux_norm"] = norm
+            self.dec[f"{height}x{height}_aux_conv"] = conv
         self._initialise()
 
     def forward(
@@ -230,36 +244,36 @@ class UNet(nn.Module):
         augment_label: Float[Tensor, "b a"] | None = None,
         return_activations: bool = False,
     ) -> Float[Tensor, "b c h w"] | tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
-        """Return F(x) (B, C, H, W); None as `label` or `augment_label` is no class or augmentation for the whole batch.
+        """Return F(x); None as `label` or `augment_label` is no class or augmentation for the whole batch.
 
-        With `return_activations`, also the output (B, D, H', W') of the last convolution of each block, by "enc" or "dec" and its name.
+        With `return_activations`, also the output (B, D, H', W') of the last convolution of each block, by
+        "enc." or "dec." and its name.
 
         Raises: ValueError for a label or an augmentation label that the network was not built for.
         """
         embedding = self._embed(noise_label, label, augment_label)  # (B, E)
-        skips, side, told = [], x, [] if return_activations else None
+        activations = [] if return_activations else None
+        skips, side = [], x
         for layer in self.enc.values():
             if isinstance(layer, ConvDown):
-                x = skips[-1] = side = (x + layer(side)) * math.sqrt(0.5)
+                x = side = (x + layer(side)) * math.sqrt(0.5)  # (B, C', H', W')
+                skips.pop()
+            elif isinstance(layer, Block):
+                x = layer(x, embedding, activations)  # (B, C', H', W')
             else:
-                x = layer(x, embedding, told) if isinstance(layer, Block) else layer(x)  # (B, C', H', W')
-                skips.append(x)
+                x = layer(x)  # (B, C', H, W)
+            skips.append(x)
         for name, layer in self.dec.items():
             if "block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, C' + C'', H', W')
             if isinstance(layer, Block):
-                x = layer(x, embedding, told)  # (B, C', H', W')
+                x = layer(x, embedding, activations)  # (B, C', H', W')
         norm, conv = (self.out_norm, self.out_conv) if self.adm else list(self.dec.values())[-2:]
         out = conv(F.silu(norm(x)))  # (B, C, H, W)
-        if not return_activations:
+        if activations is None:
             return out
-        names = [
-            f"{part}.{name}"
-            for part in ("enc", "dec")
-            for name, one in getattr(self, part).items()
-            if isinstance(one, Block)
-        ]
-        return out, dict(zip(names, told, strict=True))
+        blocks = [name for name, layer in self.named_modules() if isinstance(layer, Block)]
+        return out, dict(zip(blocks, activations, strict=True))
 
     def _embed(self, noise_label: Tensor, label: Tensor | None, augment_label: Tensor | None) -> Tensor:
         """Return the embedding (B, E) of the noise level, the class and the augmentation."""
@@ -270,11 +284,10 @@ class UNet(nn.Module):
         x = self.map_noise(noise_label)  # (B, D)
         if not self.adm:
             x = x.roll(x.shape[1] // 2, dims=1)  # sines first
-        if self.classes:
-            if label is None:
-                one_hot = x.new_zeros(len(x), self.classes)  # (B, classes)
-            else:
-                one_hot = F.one_hot(label, self.classes).to(x.dtype)  # (B, classes)
+        if self.classes and label is None:
+            one_hot = x.new_zeros(len(x), self.classes)  # (B, classes)
+        elif self.classes:
+            one_hot = F.one_hot(label, self.classes).to(x.dtype)  # (B, classes)
         if self.classes and not self.adm:
             x = x + self.map_label(one_hot * math.sqrt(self.classes))
         if augment_label is not None:
@@ -291,9 +304,8 @@ class UNet(nn.Module):
                 continue
             last = name.endswith(("conv1", "proj", "aux_conv", "out_conv"))
             if not self.adm:
-                nn.init.xavier_uniform_(
-                    layer.weight, 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0
-                )
+                gain = math.sqrt(0.2) if name.endswith("qkv") else 1.0
+                nn.init.xavier_uniform_(layer.weight, 1e-5 if last else gain)
             elif name == "map_label":
                 nn.init.normal_(layer.weight)
             elif last or name == "map_augment":
@@ -309,13 +321,12 @@ def _filter(taps: Sequence[int]) -> Tensor:
 
 def _resample(x: Tensor, kernel: Tensor, direction: str, padding: int | None = None) -> Tensor:
     """Filter every channel of x with `kernel` (1, 1, k, k) and keep every second row and column, or double them."""
+    channels = x.shape[1]
     padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
-    kernel = kernel.expand(x.shape[1], -1, -1, -1)  # (C, 1, k, k)
+    kernel = kernel.expand(channels, -1, -1, -1)  # (C, 1, k, k)
     if direction == "up":
-        return F.conv_transpose2d(
-            x, 4 * kernel, stride=2, padding=padding, groups=x.shape[1]
-        )  # (B, C, 2H, 2W)
-    return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])  # (B, C, H/2, W/2)
+        return F.conv_transpose2d(x, 4 * kernel, None, 2, padding, groups=channels)  # (B, C, 2H, 2W)
+    return F.conv2d(x, kernel, None, 2, padding, groups=channels)  # (B, C, H/2, W/2)
 
 
 def _norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -337,16 +348,14 @@ def _heads(channels: int, head_channels: int) -> int:
 
 
 def _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment) -> None:
-    levels, (_, height, across) = len(multipliers), image
+    levels = len(multipliers)
+    _, height, across = image
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}"
         )
-    if (
-        min(*image, width, blocks, levels, *multipliers) < 1
-        or min(classes, augment) < 0
-        or not 0 <= dropout < 1
-    ):
+    positive = min(*image, width, blocks, levels, *multipliers) >= 1
+    if not positive or min(classes, augment) < 0 or not 0 <= dropout < 1:
         raise ValueError(
             f"image={image}, width={width}, blocks={blocks} and multipliers={multipliers} must be positive, "
             f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct that"

@@ -24,21 +24,15 @@ from equilab.models.layers import (
 from equilab.models.published_keys import Described, Published, need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
+BACKBONES = {
+    "S": {"width": 384, "depth": 12, "heads": 6, "expansion": 4},
+    "B": {"width": 768, "depth": 12, "heads": 12, "expansion": 4},
+    "L": {"width": 1024, "depth": 24, "heads": 16, "expansion": 4},
+    "XL": {"width": 1152, "depth": 28, "heads": 16, "expansion": 4},
+}
 SIZES = {
-    f"ViT-{name}/{patch}": {
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "patch": patch,
-        "expansion": 4,
-        "conditioning": "additive",
-    }
-    for name, width, depth, heads in (
-        ("S", 384, 12, 6),
-        ("B", 768, 12, 12),
-        ("L", 1024, 24, 16),
-        ("XL", 1152, 28, 16),
-    )
+    f"ViT-{name}/{patch}": {**backbone, "patch": patch, "conditioning": "additive"}
+    for name, backbone in BACKBONES.items()
     for patch in (2, 4, 8)
 }
 
@@ -58,10 +52,11 @@ PUBLISHED = {
 class ViT(nn.Module):
     """A vision transformer that maps noise (and a class) to an image in one pass: the explicit baseline of GET.
 
-    Two ways to tell it the class (GET, appendix A): "additive" adds an embedding to query, key and value of every
-    block; "adaln_zero" modulates norms and gates as DiT does. The 128.9M parameters that table 6 gives ViT-B for the
-    latter follow (128,944,908) if the class embedding alone drives six chunks a block and two in the decoder, the norms
-    lose their own parameters, and the position table is counted, as everywhere in the paper.
+    Two ways to condition it on the class (GET, appendix A): "additive" adds an embedding to query, key and
+    value of every block; "adaln_zero" modulates norms and gates as DiT does. The 128.9M parameters that table
+    6 gives ViT-B for the latter follow (128,944,908) if the class embedding alone drives six chunks a block
+    and two in the decoder, the norms lose their own parameters, and the position table is counted, as
+    everywhere in the paper.
 
     `image` is (channels, height, width); `classes` 0 means unconditional.
 
@@ -106,16 +101,14 @@ class ViT(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         check_label(label, self.classes)
-        condition = (
-            self.embedding(label)[:, None] if self.classes else None
-        )  # (B, 1, 3D), or (B, 1, D) for adaln_zero
+        condition = None
+        if self.classes:
+            condition = self.embedding(label)[:, None]  # (B, 1, 3D); of adaln_zero (B, 1, D)
         z = self.patches(noise) + self.positions  # (B, N, D)
         for block in self.stack:
-            z = block(z, condition)
-        patches = (
-            self.final(z) if self.conditioning == "additive" else self.final(z, condition)
-        )  # (B, N, P*P*C)
-        return Generated(unpatchify(patches, self.image), None)
+            z = block(z, condition)  # (B, N, D)
+        patches = self.final(z) if self.conditioning == "additive" else self.final(z, condition)
+        return Generated(unpatchify(patches, self.image), None)  # (B, C, H, W)
 
     def blocks(self) -> int:
         """Return the transformer blocks applied for an image."""

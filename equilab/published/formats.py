@@ -22,7 +22,9 @@ from equilab.published.tensors import MAGIC, Storage, StoredTensor, read_legacy,
 
 AVERAGED, RAW = "ema", ("model", "net", "state_dict")  # under which entry of a checkpoint weights are
 MOST_LEVELS = 50  # of modules within modules
-LARGEST_HEADER = 2**26  # bytes of what tells where numbers are: a pickle in a zip archive, or the JSON of safetensors
+LARGEST_HEADER = (
+    2**26
+)  # bytes of what tells where numbers are: a pickle in a zip archive, or the JSON of safetensors
 SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -202,12 +204,12 @@ def _tensors(module: Any, prefix: str, levels: int, seen: set[int]) -> Iterator[
     seen.add(id(module))
     left_out = module.state.get("_non_persistent_buffers_set", ())
     for part in ("_parameters", "_buffers"):
-        for name, tensor in module.state.get(part, {}).items():
-            if tensor is None or name in left_out:
+        for name, value in module.state.get(part, {}).items():
+            if value is None or name in left_out:
                 continue
-            if not isinstance(tensor, StoredTensor):
+            if not isinstance(value, StoredTensor):
                 raise ValueError("a module has a parameter that is no tensor")
-            yield f"{prefix}{name}", tensor
+            yield f"{prefix}{name}", value
     for name, child in module.state["_modules"].items():
         if child is not None:
             yield from _tensors(child, f"{prefix}{name}.", levels - 1, seen)

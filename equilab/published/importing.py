@@ -21,10 +21,16 @@ def command(arguments: list[str]) -> int:
     """Read published weights of a family, and keep them in the results."""
     parser = argparse.ArgumentParser(prog="equilab import", description=__doc__)
     parser.add_argument("family", metavar="FAMILY", help="the family of the model, such as get")
-    parser.add_argument("file", metavar="FILE", type=Path, help="what its authors published (docs/checkpoints.md)")
-    parser.add_argument("config", metavar="KEY=VALUE", nargs="*", help="what the file does not tell, such as heads=6")
-    parser.add_argument("--out", metavar="NAME", help="the folder in results/imported; the name of the file if left out")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="what its authors published (docs/checkpoints.md)"
+    )
+    parser.add_argument(
+        "config", metavar="KEY=VALUE", nargs="*", help="what the file does not tell, such as heads=6"
+    )
+    parser.add_argument(
+        "--out", metavar="NAME", help="the folder in results/imported; the name of the file if left out"
+    )
+    given = parser.parse_intermixed_args(arguments)
     path = run(given.family, given.file, given.out or given.file.stem, _config(given.config))
     print(path)
     return 0
@@ -66,5 +72,7 @@ def _config(entries: list[str]) -> dict[str, Any]:
         try:
             config[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"{entry!r}: the value is no number, word or list; write it as in params") from None
+            raise UserError(
+                f"{entry!r}: the value is no number, word or list; write it as in params"
+            ) from None
     return config

@@ -28,7 +28,16 @@ PREFIXES = (
     "model.",
 )  # by DDP, torch.compile, and the classes around networks
 
-INITIALISERS = ("uniform_", "normal_", "zero_", "zeros_", "ones_", "fill_", "xavier_uniform_", "kaiming_uniform_")
+INITIALISERS = (
+    "uniform_",
+    "normal_",
+    "zero_",
+    "zeros_",
+    "ones_",
+    "fill_",
+    "xavier_uniform_",
+    "kaiming_uniform_",
+)
 
 
 class Loaded(NamedTuple):
@@ -86,7 +95,10 @@ def load_network(
         raise UserError(f"{name}: {error}") from None
     if contents.others:
         others = ", ".join(contents.others)
-        print(f"equilab: {name}: the weights under {contents.entry} are read, not those under {others}", file=sys.stderr)
+        print(
+            f"equilab: {name}: the weights under {contents.entry} are read, not those under {others}",
+            file=sys.stderr,
+        )
     return Loaded(reading, network, described, contents.entry)
 
 

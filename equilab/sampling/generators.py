@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from equilab.core.config import UserError, parse
+from equilab.core.config import UserError, parse, read
 from equilab.core.job import Job
 from equilab.core.machine import precision
 from equilab.data import latents
@@ -28,6 +28,7 @@ from equilab.sampling.runs import (
     Student,
     Teacher,
 )
+from equilab.sampling.settings import Setting
 from equilab.training import consistency, diffusion, distill, gan, teacher
 
 
@@ -59,6 +60,7 @@ class Generator:
     metadata: dict[str, Any]  # kept with the weights
     device: torch.device
     precision: str  # of its networks while it samples: fp32, tf32 or bf16
+    study: Path  # the folder of the study that trained it
 
     def inputs(self, seed: int, indices: np.ndarray, setting: Any) -> Inputs:
         """Return what the evaluation's images at `indices` are made from: the same for every run."""
@@ -68,6 +70,28 @@ class Generator:
         """Return the images (B, C, H, W) of `inputs`; with `return_iterates`, those of all iterates or steps (K, B, C, H, W)."""
         with precision(self.precision, self.device)():
             return self.run.sample(self.model, inputs, setting, return_iterates)
+
+    def headline(self) -> Setting | None:
+        """Return the first setting at which the study evaluates the run; None of a run that takes none.
+
+        Raises: UserError if the study's params list no setting for it.
+        """
+        if self.run.setting is None:
+            return None
+        params = self.study / "params.yaml"
+        for name, entry in (read(params).get("evaluate") or {}).items():
+            if entry.get("of") == self.run.of and entry.get(self.run.listed):
+                place = f"{params}: evaluate.{name}.{self.run.listed}[0]"
+                return parse(self.run.setting, entry[self.run.listed][0], place)
+        raise UserError(f"{params} evaluates no {self.run.of}; give a setting")
+
+    def make(self, count: int, seed: int = 0, setting: Setting | None = None) -> Samples:
+        """Return images of so many noises, which are functions of the seed and their number, at a setting (None: the headline).
+
+        Raises: UserError if no setting is given and the study's params list none.
+        """
+        setting = setting or self.headline()
+        return self.sample(self.inputs(seed, np.arange(count), setting), setting)
 
     def cost(self, setting: Any = None, iterations: int | float | None = None) -> Counts:
         """Return what an image costs at a setting, and at this mean number of iterations (None: all that it allows)."""
@@ -122,7 +146,8 @@ def load(
         config = parse(training.Config, metadata["config"], f"{path}: config")
     run = _class(stage, config)(of, config, tuple(metadata["image"]), metadata["classes"], training.cost)
     net = net.to(device)
-    return Generator(run, net, run.model(net, metadata), metadata, torch.device(device), precision)
+    model = run.model(net, metadata)
+    return Generator(run, net, model, metadata, torch.device(device), precision, Path(study))
 
 
 def _stage_and_name(of: str) -> tuple[str, str]:

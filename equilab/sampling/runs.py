@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,14 +17,13 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.job import folder_of
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import finish
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.precond import EDM
-from equilab.sampling.settings import ChainSampler, Sampler, Solve
+from equilab.sampling.settings import ChainSampler, Sampler, Setting, Solve
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
@@ -49,9 +47,7 @@ class Inputs(NamedTuple):
 class Samples(NamedTuple):
     """Images in -1..1, float32, and what was done for them."""
 
-    image: Float[
-        Tensor, "*k b c h w"
-    ]  # with a first axis where iterates (or the predictions of all steps) were asked for
+    image: Float[Tensor, "*k b c h w"]  # one more dimension where iterates or all steps were asked for
     solutions: tuple[Solution, ...] = ()  # of each call of an implicit network
     diverged: Bool[Tensor, b] | None = None  # of a chain
 
@@ -63,7 +59,8 @@ class Run(ABC):
     0 for none; `counted` counts it.
     """
 
-    listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "": it has one setting, None
+    setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing
+    listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "" where it takes none
     latent: ClassVar[bool] = False  # works in latents where the study has them
     paired: ClassVar[bool] = False  # trained on the teacher's pairs
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
@@ -79,11 +76,6 @@ class Run(ABC):
     def counted(self) -> Cost:
         """Parameters and FLOPs, counted by shape."""
         return self._count(self.config, self.shape, self.classes)
-
-    def folder(self, seed: int | None) -> Path:
-        """Return the results folder of a replicate; a stage without runs has one, whatever the seed."""
-        stage, _, name = self.of.partition("/")
-        return folder_of(stage, name, seed) if name else folder_of(stage)
 
     def check(self, setting: Any) -> None:  # noqa: B027, most kinds take every setting
         """Refuse a setting that does not fit the run.
@@ -151,7 +143,7 @@ class Run(ABC):
 class Teacher(Run):
     """A denoiser of noise levels, followed by a Sampler."""
 
-    listed = "sampler"
+    setting, listed = Sampler, "sampler"
 
     def model(self, net, metadata):
         """Return the denoiser that the network is."""
@@ -185,7 +177,7 @@ class OneStep(Run):
 class ImplicitOneStep(OneStep):
     """One call of a network whose state is solved for, as a Solve says."""
 
-    listed = "solver"
+    setting, listed = Solve, "solver"
     can_diverge = True
 
     @torch.inference_mode()
@@ -231,7 +223,7 @@ class Student(Run):
 class Denoiser(Run):
     """A denoiser of discrete timesteps, followed along a chain as a ChainSampler says."""
 
-    listed = "chain"
+    setting, listed = ChainSampler, "chain"
     latent = True
     can_diverge = True
 

@@ -10,7 +10,7 @@ from equilab.core.config import Params, plain
 from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
 
-__all__ = ["ChainSampler", "FixedPointAlongChain", "Guidance", "Sampler", "Solve"]
+__all__ = ["ChainSampler", "FixedPointAlongChain", "Guidance", "Sampler", "Setting", "Solve"]
 
 Method = Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -119,3 +119,6 @@ class ChainSampler(Params):
         for key, value in fixed_point.items():
             columns["solver" if key == "method" else key] = value
         return columns
+
+
+Setting = Sampler | Solve | ChainSampler

@@ -1,7 +1,7 @@
 """Iteration budgets: how the applications of a fixed-point map are spread over the steps of a sampler.
 
-Steps are in the order of sampling, the noisiest first. Every step gets 1 iteration or more, and all of them together
-exactly the total; whether they are all applied is the solver's: tolerance 0 applies them all.
+Steps are in the order of sampling, the noisiest first. Every step gets 1 iteration or more, and all of them
+together exactly the total; whether they are all applied is the solver's: tolerance 0 applies them all.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def constant(steps: int, total: int) -> list[int]:
 def increasing(steps: int, total: int) -> list[int]:
     """Return the iterations of each step, more and more of them towards the image.
 
-    They lie on a line from half their mean to one and a half times it (from 1, if the mean is below 2), rounded by
-    largest remainder.
+    They lie on a line from half their mean to one and a half times it (from 1, if the mean is below 2),
+    rounded by largest remainder.
 
     Raises: ValueError if total < steps.
     Source: FPDM, section 3.3 and figure 3, which gives no numbers.
-    Differs: the published code has nearly this line, each step within 1, but misses some totals, and its names are
-        swapped: its "increasing" gives most iterations to the noisiest steps, where the sampling starts.
+    Differs: the published code has nearly this line, each step within 1, but misses some totals, and its
+        names are swapped: its "increasing" gives most iterations to the noisiest steps, where the sampling
+        starts.
     """
     _check(steps, total)
     rise = min(total, 2 * (total - steps))  # of the line, from the first step to the last, times their number
@@ -63,10 +64,11 @@ def adaptive(traces: Sequence[Trace], steps: int, total: int) -> int:
     """Return the iterations of the next step, given the traces of the steps before it: more where residuals are large.
 
     If an iteration divides residuals by exp(rate), a step with n iterations and residual r would have needed
-    n + log(r) / rate of them for residual 1. The next step is taken to need as many more than the mean of the steps
-    so far as the last one did. That is added to an equal share of what is left, rounded, and held between 1 and twice
-    the share, and to what leaves 1 for each step to come; the last step gets the rest. The rate is that of all traces
-    together; while it is unknown, not above 0, or the last residual not finite, the next step gets the share.
+    n + log(r) / rate of them for residual 1. The next step is taken to need as many more than the mean of the
+    steps so far as the last one did. That is added to an equal share of what is left, rounded, and held
+    between 1 and twice the share, and to what leaves 1 for each step to come; the last step gets the rest.
+    The rate is that of all traces together; while it is unknown, not above 0, or the last residual not
+    finite, the next step gets the share.
 
     Raises: ValueError if total < steps, or a trace is empty.
     Source: FPDM, section 3.3, names adaptive allocation; this rule is ours.
@@ -123,8 +125,8 @@ FIXED = {"constant": constant, "increasing": increasing, "decreasing": decreasin
 class Budget:
     """So many iterations in total for an image; called with the traces of the steps made, it returns those of the next.
 
-    "constant", "increasing" and "decreasing" depend on the number of steps alone; "adaptive" on the residuals of the
-    batch too, so its images depend on what they are sampled with.
+    "constant", "increasing" and "decreasing" depend on the number of steps alone; "adaptive" on the residuals
+    of the batch too, so its images depend on what they are sampled with.
 
     Raises: ValueError for an unknown kind; when called, for a total smaller than the number of steps.
     Source: FPDM, section 3.3 and figure 3.

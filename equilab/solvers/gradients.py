@@ -1,4 +1,4 @@
-"""How a solution is differentiated: a choice of its own, beside how it is found."""
+"""How a solution is differentiated: a choice of its own, separate from how it is found."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from equilab.solvers.record import Record, Solution
 def propose(method: str, f: Callable, record: Record, memory: int | None, mixing: float | None) -> Solution:
     """Return the solution over the points that torchdeq's Broyden, fixed-point or Anderson method visits.
 
-    Its own stopping test looks at the whole batch and its counts are not those of f, so both are switched off: it runs
-    in float32 at least, over the full batch, in which its methods treat the samples separately, while f is applied to
-    the samples that still run, as often as asked for. Not differentiated.
+    Its own stopping test looks at the whole batch and its counts are not those of f, so both are switched
+    off: it runs in float32 at least, over the full batch, in which its methods treat the samples separately,
+    while f is applied to the samples that still run, as often as asked for. Not differentiated.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -48,9 +48,10 @@ def anderson(f: Callable, record: Record, memory: int, mixing: float) -> Solutio
 def combine(
     states: Float[Tensor, "b m n d"], steps: Float[Tensor, "b m n d"], mixing: float
 ) -> Float[Tensor, "b n d"]:
-    """Return sum_i a_i (x_i + mixing g_i) of states x and steps g = f(x) - x: a minimises |sum_i a_i g_i|, sum_i a_i = 1.
+    """Return sum_i a_i (x_i + mixing g_i) of states x and their steps g = f(x) - x.
 
-    With H = G G^T the minimiser is a = H^-1 1 / (1^T H^-1 1); H is scaled to a unit diagonal before it is solved.
+    The weights a, which sum to 1, minimise |sum_i a_i g_i|: with H = G G^T they are a = H^-1 1 / (1^T H^-1 1).
+    H is scaled to a unit diagonal before it is solved.
     """
     with torch.autocast(steps.device.type, enabled=False):
         g = steps.flatten(2)  # (B, M, N*D)

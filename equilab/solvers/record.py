@@ -15,9 +15,9 @@ GROWTH = 1e6  # a sample whose state has grown by this factor since the start co
 class Solution(NamedTuple):
     """A solved batch: the state of each sample and how it was reached.
 
-    Iterate k (1..K) of a sample is what its k-th application of f returned, K the iterations asked for. A stopped
-    sample keeps its iterate; a diverged one keeps the last iterate before it broke. Residuals are the norm of f(z) - z
-    over the norm of f(z): inf where the sample broke, nan where f was not applied.
+    Iterate k (1..K) of a sample is what its k-th application of f returned, K the iterations asked for. A
+    stopped sample keeps its iterate; a diverged one keeps the last iterate before it broke. Residuals are the
+    norm of f(z) - z over the norm of f(z): inf where the sample broke, nan where f was not applied.
     """
 
     z: Float[Tensor, "b n d"]  # the iterate chosen by the solver's `pick`

@@ -10,12 +10,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from equilab.core import rng
+from equilab.core import machine, rng
+from equilab.core.config import Params
 
 Logits = tuple[Float[Tensor, "b _"], ...]
 DRAWS = 10  # uniform numbers that `augment` needs for an image
+
+
+class Adaptive(Params):
+    """How the probability of augmentation follows the discriminator's overfitting."""
+
+    target: float = Field(ge=-1, le=1)  # of the mean sign of the logits of real images
+    ramp_nimg: int = Field(ge=1, le=10**12)  # images that it takes from 0 to 1
 
 
 def generator_loss(fake: Logits) -> Float[Tensor, ""]:
@@ -145,3 +154,37 @@ def _integer(uniform: Float[Tensor, b], count: int) -> Int64[Tensor, b]:
 def _along(values: Int64[Tensor, "b n"] | Bool[Tensor, "b n"], axis: int) -> Tensor:
     """Return (B, n) values as (B, 1, n, 1) or (B, 1, 1, n)."""
     return values[:, None, :, None] if axis == 2 else values[:, None, None, :]
+
+
+class AugmentedDiscriminator(nn.Module):
+    """A discriminator behind an augmentation, whose probability it keeps, as training continues from it."""
+
+    def __init__(self, discriminator: nn.Module, augment: str, adaptive: Adaptive | None):
+        super().__init__()
+        self.discriminator, self.augment, self.adaptive = discriminator, augment, adaptive
+        self.register_buffer("probability", torch.tensor(1.0 if augment == "diffaugment" else 0.0))
+
+    def forward(
+        self,
+        image: Float[Tensor, "b c h w"],
+        label: Int64[Tensor, b] | None,
+        draws: Float[Tensor, "b 10"] | None,
+    ) -> Logits:
+        """Return the logits of images after augmentation."""
+        if self.augment != "none":
+            image = augment(image, draws, self.probability)
+        return self.discriminator(image, label)
+
+    def adapt(self, real: Logits, nimg: int) -> None:
+        """Move the probability by the logits of `nimg` real images, those of all processes."""
+        if self.adaptive is None:
+            return
+        known = machine.total(overfitting(real).detach().float()) / machine.world()
+        probability = adapt(
+            self.probability.item(),
+            known.item(),
+            target=self.adaptive.target,
+            nimg=nimg,
+            ramp_nimg=self.adaptive.ramp_nimg,
+        )
+        self.probability.fill_(probability)

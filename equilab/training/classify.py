@@ -55,13 +55,7 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
         items = rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(data.images))
         return Batch(to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items]))
 
-    counted = cost(config.network, shape, classes)
-    about = {
-        "image": shape,
-        "classes": classes,
-        "parameters": counted.parameters,
-        "flops_image": counted.image.flops(),
-    }
+    about = loop.about(shape, classes, cost(config.network, shape, classes))
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
     loop.train(job, config, inputs, net, batch_of, loss, about)
     net, _ = load_network(job.out / "weights.safetensors", config)

@@ -106,9 +106,8 @@ def loss_of(config: Config, teacher: EDM) -> loop.Loss:
 
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the student, counted on the meta device; an update has three calls without gradient, one with."""
-    return _cost(
-        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
-    )  # the same for any
+    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache

@@ -32,8 +32,8 @@ DROPS = 1 << 20  # label dropout is drawn in so many parts
 class Iterations(NamedTuple):
     """Applications of the fixed-point layer in an update: first some without gradient, then some with it."""
 
-    no_grad: float
-    grad: float
+    no_grad: int | float
+    grad: int | float
 
 
 class FixedPoint(Params):
@@ -128,7 +128,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     _require_classes(config, job, job.classes)
     shape = latents.shape_of(job.read, job.image)
-    _on_meta(config, shape, job.classes)  # refuses sizes that do not fit
+    network_on_meta(config.network, shape, job.classes if config.conditional else 0)  # refuses sizes
     return lambda: loop.plan(config.optimisation, cost(config, shape, job.classes))
 
 
@@ -163,13 +163,8 @@ def run(config: Config, job: Job) -> None:
 
     counted = cost(config, shape, data.classes)
     mean = config.fixed_point.mean() if config.fixed_point else Iterations(0.0, 0.0)
-    about = {
-        "image": shape,
-        "classes": classes,
-        "parameters": counted.parameters,
-        "flops_image": counted.image.flops(mean.no_grad + mean.grad),
-        "train_flops_image": counted.train_flops_image,
-    }
+    about = loop.about(shape, classes, counted, mean.no_grad + mean.grad)
+    about["train_flops_image"] = counted.train_flops_image
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
@@ -214,14 +209,13 @@ def solver_of(iterations: Iterations) -> Callable:
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    return _cost(
-        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
-    )  # the same for any
+    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache
 def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
-    net, loss = _on_meta(config, image, classes), loss_of(config)
+    net, loss = network_on_meta(config.network, image, classes if config.conditional else 0), loss_of(config)
     x, label = inputs_on_meta(image, config.conditional)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     count = parameters(net)
@@ -236,7 +230,3 @@ def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     no_grad, grad = update(Iterations(1, 1)) - once, update(Iterations(0, 2)) - once  # of an iteration more
     mean = config.fixed_point.mean()
     return Cost(count, count, call, once + no_grad * mean.no_grad + grad * (mean.grad - 1))
-
-
-def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
-    return network_on_meta(config.network, image, classes if config.conditional else 0)

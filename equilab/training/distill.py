@@ -83,7 +83,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     Raises: UserError if the study's pairs cannot train it, or the network's sizes do not fit.
     """
     _require_pairs(config, job, job.read("pairs").count, job.classes)
-    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    network_on_meta(config.network, job.image, job.classes if config.conditional else 0)  # refuses sizes
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -107,13 +107,9 @@ def run(config: Config, job: Job) -> None:
         return Batch(noise, image, label if config.conditional else None, init)
 
     counted = cost(config, pairs.shape, pairs.classes)
-    about = {
-        "image": pairs.shape,
-        "classes": classes,
-        "parameters": counted.parameters,
-        "flops_image": counted.image.flops(config.equilibrium.iterations if config.equilibrium else 0),
-        "train_flops_image": counted.train_flops_image,
-    }
+    iterations = config.equilibrium.iterations if config.equilibrium else 0
+    about = loop.about(pairs.shape, classes, counted, iterations)
+    about["train_flops_image"] = counted.train_flops_image
     loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
 
 
@@ -164,34 +160,28 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    return _cost(
-        config.model_copy(update={"seed": 0, "optimisation": None}), image, classes
-    )  # the same for any
+    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache
 def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
-    net = _on_meta(config, image, classes)
+    net = network_on_meta(config.network, image, classes if config.conditional else 0)
     noise, label = inputs_on_meta(image, config.conditional)
-    batch = Batch(noise, noise, label, None)
-    count = parameters(net)
+    count, batch = parameters(net), Batch(noise, noise, label, None)
+
+    def update(config: Config) -> int:
+        return flops(lambda: loss_of(config)(net, batch).backward())
+
     if config.equilibrium is None:
-        generated, adjoint = Work(flops(lambda: net(noise, label))), 0
-    else:
+        return Cost(count, count, Work(flops(lambda: net(noise, label))), update(config))
 
-        def generate(iterations: int) -> None:
-            net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
+    def generate(iterations: int) -> None:
+        net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
 
-        generated, adjoint = work(generate), 0
-        if (
-            config.equilibrium.gradient == "implicit"
-        ):  # the last application's gradient, and the adjoint's products
-            adjoint = config.equilibrium.iterations * generated.per_iteration
-            jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})
-            config = config.model_copy(update={"equilibrium": jfb})
-    update = flops(lambda: loss_of(config)(net, batch).backward())
-    return Cost(count, count, generated, update + adjoint)
-
-
-def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
-    return network_on_meta(config.network, image, classes if config.conditional else 0)
+    generated = work(generate)
+    if config.equilibrium.gradient != "implicit":
+        return Cost(count, count, generated, update(config))
+    jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})  # the same, but for the adjoint
+    adjoint = config.equilibrium.iterations * generated.per_iteration
+    return Cost(count, count, generated, update(config.model_copy(update={"equilibrium": jfb})) + adjoint)

@@ -19,13 +19,14 @@ from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
-from equilab.models import discriminators
 from equilab.models.checkpoint import checksum, load_network, load_tensors
-from equilab.models.discriminators import FeatureNetwork
+from equilab.models.classifier import Classifier
+from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
 from equilab.models.family import Family, family
+from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
-from equilab.training.adversarial import Logits
+from equilab.training.adversarial import Adaptive, AugmentedDiscriminator
 from equilab.training.loop import Adversary, Halt, LearningRate, Logged
 from equilab.training.onestep import Levels
 
@@ -33,7 +34,7 @@ STUDY_FEATURES = "study"  # the name of the feature network that the stage `feat
 
 
 def _discriminators() -> dict[str, type[nn.Module]]:
-    return {"features": discriminators.FeatureDiscriminator, "stylegan2": discriminators.StyleGAN2}
+    return {"features": FeatureDiscriminator, "stylegan2": StyleGAN2}
 
 
 Discriminator = choice(_discriminators)
@@ -45,13 +46,6 @@ class R1(Params):
     # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
     gamma: float = Field(ge=0, le=1e6)
     interval: int = Field(ge=1, le=10**6)  # updates from one to the next
-
-
-class Adaptive(Params):
-    """How the probability of augmentation follows the discriminator's overfitting."""
-
-    target: float = Field(ge=-1, le=1)  # of the mean sign of the logits of real images
-    ramp_nimg: int = Field(ge=1, le=10**12)  # images that it takes from 0 to 1
 
 
 class Consistency(Params):
@@ -70,7 +64,7 @@ class Config(onestep.Config):
     """
 
     discriminator: Discriminator
-    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.discriminators
+    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.feature_networks
     discriminator_lr: LearningRate
     r1: R1 | None
     augment: Literal["none", "diffaugment", "ada"]
@@ -95,7 +89,7 @@ class Config(onestep.Config):
             )
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
-        known = [STUDY_FEATURES, *discriminators.NETWORKS]
+        known = [STUDY_FEATURES, *NETWORKS]
         for name in self.features:
             if name == "evaluator":
                 raise ValueError(
@@ -130,40 +124,6 @@ class Batch(NamedTuple):
     consistency_sigmas: tuple[Tensor, Tensor] | None  # (B,) each, a noise level and the one below it
 
 
-class AugmentedDiscriminator(nn.Module):
-    """A discriminator behind an augmentation, whose probability it keeps, as training continues from it."""
-
-    def __init__(self, discriminator: nn.Module, augment: str, adaptive: Adaptive | None):
-        super().__init__()
-        self.discriminator, self.augment, self.adaptive = discriminator, augment, adaptive
-        self.register_buffer("probability", torch.tensor(1.0 if augment == "diffaugment" else 0.0))
-
-    def forward(
-        self,
-        image: Float[Tensor, "b c h w"],
-        label: Int64[Tensor, b] | None,
-        draws: Float[Tensor, "b 10"] | None,
-    ) -> Logits:
-        """Return the logits of images after augmentation."""
-        if self.augment != "none":
-            image = adversarial.augment(image, draws, self.probability)
-        return self.discriminator(image, label)
-
-    def adapt(self, real: Logits, nimg: int) -> None:
-        """Move the probability by the logits of `nimg` real images, those of all processes."""
-        if self.adaptive is None:
-            return
-        overfitting = machine.total(adversarial.overfitting(real).detach().float()) / machine.world()
-        probability = adversarial.adapt(
-            self.probability.item(),
-            overfitting.item(),
-            target=self.adaptive.target,
-            nimg=nimg,
-            ramp_nimg=self.adaptive.ramp_nimg,
-        )
-        self.probability.fill_(probability)
-
-
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """Check the config against the study; return what estimates the cost.
 
@@ -172,10 +132,10 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     onestep.check(config, job)
     onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
     features = _study_features(config, job)
-    try:  # refuses what does not fit
-        _discriminator_on_meta(config, features, job.image, job.classes)
-    except (ValueError, UserError) as error:
-        raise UserError(f"gan.{job.run}.discriminator: {error}") from None
+    try:
+        _discriminator_on_meta(config, features, job.image, job.classes)  # refuses what does not fit
+    except ValueError as error:
+        raise UserError(f"gan.{job.run}.features: {error}") from None
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes, features)
@@ -207,10 +167,15 @@ def run(config: Config, job: Job) -> None:
         "data": sha256_of(folder_of("data") / "meta.json"),
         "teacher": sha256_of(folder_of("teacher") / "weights.safetensors"),
     }
+    torch.manual_seed(rng.torch_seed(config.seed, "discriminator weights"))
+    classifier = None
     if STUDY_FEATURES in config.features:
         inputs["features"] = _require_own_features()
-    torch.manual_seed(rng.torch_seed(config.seed, "discriminator weights"))
-    networks = feature_networks(config, job)
+        classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
+    try:
+        networks = feature_networks(config.features, classifier, pretrained=True)
+    except ValueError as error:
+        raise UserError(f"gan.{job.run}.features: {error}") from None
     discriminator = build_discriminator(config, networks, shape, data.classes).to(machine.device_of(job))
     if set(config.features) - {STUDY_FEATURES}:
         inputs["networks"] = checksum(discriminator.discriminator.networks.state_dict())
@@ -249,21 +214,19 @@ def _require_own_features() -> str:
     return sha256_of(path)
 
 
-def feature_networks(config: Config, job: Job) -> list[FeatureNetwork]:
-    """Return the trained networks that the discriminator looks through.
+def feature_networks(
+    names: Sequence[str], classifier: Classifier | None, pretrained: bool
+) -> list[FeatureNetwork]:
+    """Return what the discriminator looks through: networks of ImageNet, and the study's `classifier`.
 
-    Raises: UserError if one is missing, damaged or of another configuration.
+    Raises: ValueError if the weights of one cannot be had.
     """
     networks = []
-    for name in config.features:
+    for name in names:
         if name == STUDY_FEATURES:
-            classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
-            networks.append(discriminators.classifier_network(classifier))
+            networks.append(classifier_network(classifier))
         else:
-            try:
-                networks.append(discriminators.feature_network(name, pretrained=True))
-            except ValueError as error:
-                raise UserError(f"gan.{job.run}.features: {error}") from None
+            networks.append(feature_network(name, pretrained=pretrained))
     return networks
 
 
@@ -279,32 +242,23 @@ def build_discriminator(
     return AugmentedDiscriminator(discriminator, config.augment, config.adaptive)
 
 
-@functools.cache
-def _networks_on_meta(
-    features: tuple[str, ...], study: Spec | None, image: tuple[int, ...]
-) -> list[FeatureNetwork]:
-    """Return feature networks on the meta device; kept, as large ones take seconds to build.
-
-    `study` builds the one that the study trains.
-    """
-    networks = []
-    with torch.device("meta"):
-        for name in features:
-            if name == STUDY_FEATURES:  # the discriminator does not see its logits, however many they are
-                networks.append(discriminators.classifier_network(study.build(image, 2)))
-            else:
-                networks.append(discriminators.feature_network(name, pretrained=False))
-    return networks
-
-
 def _discriminator_on_meta(
     config: Config, features: Spec | None, image: tuple[int, ...], classes: int
 ) -> AugmentedDiscriminator:
     """Return the discriminator on the meta device, where there are no numbers that its augmentation could adapt to."""
     networks = _networks_on_meta(config.features, features, image)
-    alike = config.model_copy(update={"adaptive": None})
     with torch.device("meta"):
-        return build_discriminator(alike, networks, image, classes)
+        return build_discriminator(config.model_copy(update={"adaptive": None}), networks, image, classes)
+
+
+@functools.cache
+def _networks_on_meta(
+    names: tuple[str, ...], features: Spec | None, image: tuple[int, ...]
+) -> list[FeatureNetwork]:
+    """Return feature networks on the meta device; kept, as large ones take seconds to build."""
+    with torch.device("meta"):
+        classifier = features.build(image, 2) if features else None  # its logits, one a class, are not seen
+        return feature_networks(names, classifier, pretrained=False)
 
 
 def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
@@ -412,8 +366,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
     discriminator sees that network and it is not given, updates are not counted.
     """
-    # the same for any seed and optimisation
-    alike = config.model_copy(update={"seed": 0, "optimisation": None, "discriminator_lr": 1.0})
+    alike = config.model_copy(update={"seed": 0, "optimisation": None, "r1": None})  # none makes a difference
     return _cost(alike, image, classes, features)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import Params, Spec, UserError, plain
-from equilab.core.files import require_disk, scratch, write, write_json
+from equilab.core.files import require_disk, scratch, write_json, write_table
 from equilab.core.job import Job, Plan
 from equilab.core.machine import (
     barrier,
@@ -32,7 +32,7 @@ from equilab.core.progress import bar
 from equilab.metrics.counting import Cost
 from equilab.models.checkpoint import load_tensors, save_tensors
 
-Images = Annotated[int, Field(ge=1, le=10**12)]  # a number of images seen
+ImageCount = Annotated[int, Field(ge=1, le=10**12)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
 LearningRate = Annotated[float, Field(gt=0, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -53,9 +53,7 @@ class Halt(NamedTuple):
 
 
 Row = dict[str, int | float]  # of the log
-BatchOf = Callable[
-    [range], Any
-]  # positions in the endless stream of images -> what the loss needs, on the CPU
+BatchOf = Callable[[range], Any]  # positions in the endless stream of images -> a batch, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor | Logged]  # (network, batch) -> mean over the images of the batch
 Watch = Callable[[Row], Halt | None]
 
@@ -63,7 +61,7 @@ Watch = Callable[[Row], Halt | None]
 class Optimisation(Params):
     """How a run is optimised; every count is in images seen (`nimg`)."""
 
-    nimg: Images  # in all
+    nimg: ImageCount  # in all
     batch: BatchSize  # images in an update
     micro_batch: BatchSize  # images in a forward pass; batch / micro_batch passes are accumulated
     lr: LearningRate  # peak learning rate of AdamW
@@ -74,13 +72,11 @@ class Optimisation(Params):
     decay: Literal["none", "linear", "cosine"]  # to 0 at nimg
     decay_start_nimg: int = Field(ge=0, le=10**12)  # where the decay starts
     ema_half_life_nimg: float = Field(gt=0, le=1e12)  # half-life of the averaged weights
-    ema_warmup: float = Field(
-        ge=0, le=1
-    )  # the half-life is at most this share of the images seen; 0: no limit
+    ema_warmup: float = Field(ge=0, le=1)  # the half-life's largest share of the images seen; 0: no limit
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
-    report_nimg: Images  # between two reports; at each the loss is checked and the state saved
-    snapshots: tuple[Images, ...]  # counts at which the averaged weights are kept, for learning curves
+    report_nimg: ImageCount  # between two reports; at each the loss is checked and the state saved
+    snapshots: tuple[ImageCount, ...]  # counts at which the averaged weights are kept, for learning curves
 
     @model_validator(mode="after")
     def _fits(self):
@@ -167,13 +163,11 @@ class Trainable:
             step = ours.get(f"optimizer.step.{key}")
             if step is None:
                 continue  # it has had no gradient yet
-            kept = {"step": step.to(parameter.device)}
-            for name in (
-                "exp_avg",
-                "exp_avg_sq",
-            ):  # in the memory format of the parameter, as the kernel needs
-                kept[name] = torch.empty_like(parameter).copy_(ours[f"optimizer.{name}.{key}"]).detach()
-            self.optimizer.state[parameter] = kept
+            moments = {"step": step.to(parameter.device)}
+            for name in ("exp_avg", "exp_avg_sq"):
+                like_parameter = torch.empty_like(parameter)  # in its memory format, as the kernel needs
+                moments[name] = like_parameter.copy_(ours[f"optimizer.{name}.{key}"]).detach()
+            self.optimizer.state[parameter] = moments
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -196,6 +190,7 @@ class Run:
         adversary: Adversary | None = None,
     ):
         self.config, self.seed, self.folder, self.device = config, seed, folder, device
+        self.adversary = adversary
         self.trainables = [Trainable(net, config, device, "", config.lr)]
         if adversary is not None:
             self.trainables.append(Trainable(adversary.net, config, device, adversary.name, adversary.lr))
@@ -232,12 +227,12 @@ class Progress(NamedTuple):
     report: Row | None
 
 
-def fit(run: Run, batch_of: BatchOf, *losses: Loss, watch: Watch | None = None) -> Iterator[Progress]:
+def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> Iterator[Progress]:
     """Train `run` to its end from wherever it stands; yields after every update, saves at every report.
 
-    `losses` are one for each network; an update moves the networks in turn, on the same batch. Each process of a
-    distributed run takes its share of every batch. The batch of the next update is read while this one is computed.
-    `watch` looks at every row of the log and returns why the run must stop, or None.
+    `loss` is the first network's. An update moves the networks in turn, on the same batch. Each process of a distributed
+    run takes its share of every batch. The batch of the next update is read while this one is computed. `watch` looks at
+    every row of the log and returns why the run must stop, or None.
 
     Raises: UserError with the step and the loss, if a loss is not finite; the last good state is kept.
     """
@@ -246,6 +241,7 @@ def fit(run: Run, batch_of: BatchOf, *losses: Loss, watch: Watch | None = None) 
         raise UserError(
             f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})"
         )
+    losses = [loss] if run.adversary is None else [loss, run.adversary.loss]
     nets = [torch.compile(each.net) if config.compile else each.net for each in run.trainables]
     context = precision(config.precision, run.device)
     updates = config.report_nimg // config.batch  # between two reports
@@ -382,6 +378,16 @@ def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
     return spec.build(*given).to(memory_format=torch.channels_last)
 
 
+def about(image: tuple[int, ...], classes: int, cost: Cost, iterations: int | float = 0) -> dict[str, Any]:
+    """Return what is kept with weights: what the network is of, and what it costs at so many iterations."""
+    return {
+        "image": image,
+        "classes": classes,
+        "parameters": cost.parameters,
+        "flops_image": cost.image.flops(iterations),
+    }
+
+
 def train(
     job: Job,
     config: Any,
@@ -399,12 +405,11 @@ def train(
     what the run depends on beside its config (checksums); `about` is kept with the weights.
     """
     optimisation = config.optimisation
-    losses = [loss] if adversary is None else [loss, adversary.loss]
     _require_disk(job, net, optimisation, about["parameters"], adversary)
     with scratch(job, identity(job, config, inputs)) as folder:
         run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)
         with bar(job.name, optimisation.nimg, done=run.nimg) as progress:
-            for step in fit(run, batch_of, *losses, watch=watch):
+            for step in fit(run, batch_of, loss, watch):
                 progress.update(step.nimg - progress.n)
                 if step.report:
                     progress.set_postfix(loss=f"{step.report['loss']:.4g}")
@@ -436,20 +441,10 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
     save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    write(job.out / "log.csv", _csv(run.log))
+    first = ("nimg", "loss", "lr")
+    write_table(job.out / "log.csv", [{**{key: row[key] for key in first}, **row} for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
     write_json(job.out / "summary.json", {**about, **found})
-
-
-def _csv(log: list[Row]) -> str:
-    """Return the log as CSV: images seen, loss and learning rate first, in 9 digits."""
-    first = ["nimg", "loss", "lr"]
-    columns = [*first, *sorted(set(log[0]) - set(first))]
-    lines = [",".join(columns)]
-    for row in log:
-        values = [row[key] for key in columns]
-        lines.append(",".join(f"{v:.9g}" if isinstance(v, float) else str(v) for v in values))
-    return "\n".join(lines) + "\n"
 
 
 def plan(config: Optimisation, cost: Cost, note: str = "") -> Plan:

@@ -138,12 +138,9 @@ def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
 def about(teacher: EDM, shape: tuple[int, ...], classes: int, cost: Cost) -> dict[str, object]:
     """Return what is kept with a student's weights."""
     return {
-        "image": shape,
-        "classes": classes,
+        **loop.about(shape, classes, cost),
         "sigma_data": teacher.sigma_data,
-        "parameters": cost.parameters,
         "parameters_trained": cost.parameters_trained,
-        "flops_image": cost.image.flops(),
         "train_flops_image": cost.train_flops_image,
     }
 

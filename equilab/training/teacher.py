@@ -56,7 +56,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the network's sizes do not fit.
     """
-    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    network_on_meta(config.network, job.image, job.classes if config.conditional else 0)  # refuses sizes
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -79,13 +79,7 @@ def run(config: Config, job: Job) -> None:
         label = torch.from_numpy(data.labels[items]) if config.conditional else None
         return Batch(image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label)
 
-    counted = cost(config, shape, data.classes)
-    about = {
-        "image": shape,
-        "classes": classes,
-        "parameters": counted.parameters,
-        "flops_image": counted.image.flops(),
-    }
+    about = loop.about(shape, classes, cost(config, shape, data.classes))
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
     loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
@@ -103,12 +97,13 @@ def loss_of(config: Config) -> loop.Loss:
 
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
-    return _cost(config.model_copy(update={"optimisation": None}), image, classes)  # the same for any
+    alike = config.model_copy(update={"optimisation": None})  # it makes no difference
+    return _cost(alike, image, classes)
 
 
 @functools.cache
 def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
-    net = _on_meta(config, image, classes)
+    net = network_on_meta(config.network, image, classes if config.conditional else 0)
     x, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
     count = parameters(net)
@@ -118,7 +113,3 @@ def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
         Work(flops(lambda: net(x, sigma, label))),
         flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward()),
     )
-
-
-def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
-    return network_on_meta(config.network, image, classes if config.conditional else 0)

@@ -1,0 +1,58 @@
+"""Studies for tests: smoke, with what a test changes, in a folder of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from equilab.core import config
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "studies/smoke/params.yaml"
+
+
+def write_study(folder, changes=None):
+    """Write smoke's params.yaml into a folder, with other values at some paths ("study.seed"; ... takes a key away)."""
+    params = config.read(SMOKE)
+    for path, value in {"study.root": str(ROOT), **(changes or {})}.items():
+        *above, last = path.split(".")
+        place = params
+        for key in above:
+            place = place[key]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.dump(params, Dumper=Plain, sort_keys=False), encoding="utf-8")
+    return folder
+
+
+class Plain(yaml.SafeDumper):
+    """YAML without aliases: a change of one run changes no other."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def start(
+    folder, *arguments, environment=None, script="from equilab import __main__; sys.exit(__main__.main())"
+):
+    """Start a command of the study in a folder as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys\n{script}", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder, *arguments, **options):
+    """Run a command of the study in a folder; return its exit status and what it printed, stdout and stderr."""
+    process = start(folder, *arguments, **options)
+    out, err = process.communicate()
+    return process.returncode, out, err
