@@ -57,7 +57,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}")
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {IMPORT}")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
     parser.add_argument(
         "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
@@ -113,6 +113,7 @@ def stages(given: argparse.Namespace) -> int:
     return 0
 
 
+IMPORT = "import: read published weights into results (import --help)"
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
 
 

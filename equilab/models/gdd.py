@@ -216,8 +216,8 @@ def from_published(
     Raises: ValueError if a tensor that determines a size is missing.
     """
     teacher = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
-    settings = {"sigma_data": sigma_data, "sigma_min": sigma_min, "sigmas": [sigma_max]}
-    return teacher._replace(settings=settings)
+    levels = {"sigma_min": float(sigma_min), "sigmas": [float(sigma_max)]}
+    return teacher._replace(settings=teacher.settings | levels)
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def from_published(
         "augment": _inputs(weights, "map_augment.weight"),
     }
     image = (channels, heights[0], heights[0])
-    return Described(image, _inputs(weights, "map_label.weight"), sizes, {"sigma_data": sigma_data})
+    return Described(image, _inputs(weights, "map_label.weight"), sizes, {"sigma_data": float(sigma_data)})
 
 
 def published_keys(network: nn.Module) -> dict[str, str]:

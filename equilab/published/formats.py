@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import struct
 import zipfile
@@ -13,30 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from equilab.core.config import UserError
 from equilab.published.pickles import DAMAGE, Object, Refused
-from equilab.published.tensors import MAGIC, Storage, StoredTensor, read_legacy, reader, stored, tensor
+from equilab.published.tensors import (
+    MAGIC,
+    SAFETENSORS,
+    Storage,
+    StoredTensor,
+    read_legacy,
+    reader,
+    stored,
+    tensor,
+)
 
 AVERAGED, RAW = "ema", ("model", "net", "state_dict")  # under which entry of a checkpoint weights are
 MOST_LEVELS = 50  # of modules within modules
 LARGEST_HEADER = (
     2**26
-)  # bytes of what tells where numbers are: a pickle in a zip archive, or the JSON of safetensors
-SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+)  # bytes that tell where numbers are: a pickle in a zip archive, the JSON of safetensors
 
 # how a file begins that is none of the formats: what it is, and the remedy
 FOREIGN = {
@@ -47,7 +42,6 @@ FOREIGN = {
     b"\xfd7zXZ": "is compressed by xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first",
 }
-FORMATS = "safetensors, files by torch, or pickles by NVIDIA's code"
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,9 @@ def read(path: Path) -> Contents:
         elif start.startswith(b"\x80"):
             content = _pickle(path)
         else:
-            raise UserError(f"{path} is in no format that is read here: {FORMATS}")
+            raise UserError(
+                f"{path} is in none of the formats that are read: safetensors, files by torch, pickles by NVIDIA's code"
+            )
         return _contents(path, content)
     except Refused as error:
         raise UserError(f"{path} is refused, and nothing in it was run: {error}; do not trust it") from None
@@ -108,12 +104,12 @@ def _safetensors(path: Path, size: int, header: int) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     weights = {}
     for name, entry in entries.items():
-        dtype, shape = SAFETENSORS[entry["dtype"]], entry["shape"]
+        dtype = SAFETENSORS[entry["dtype"]]
         begin, end = (8 + header + offset for offset in entry["data_offsets"])
         if not 8 + header <= begin <= end <= size:
             raise ValueError("it ends before its numbers do")
-        stride = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
-        weights[name] = tensor(Storage(dtype, (end - begin) // dtype.itemsize, path, begin), 0, shape, stride)
+        storage = Storage(dtype, (end - begin) // dtype.itemsize, path, begin)
+        weights[name] = tensor(storage, 0, entry["shape"])
     return weights
 
 
@@ -202,10 +198,9 @@ def _tensors(module: Any, prefix: str, levels: int, seen: set[int]) -> Iterator[
     if levels == 0 or id(module) in seen:
         raise Refused("its modules lie within each other, or too deep")
     seen.add(id(module))
-    left_out = module.state.get("_non_persistent_buffers_set", ())
     for part in ("_parameters", "_buffers"):
         for name, value in module.state.get(part, {}).items():
-            if value is None or name in left_out:
+            if value is None:
                 continue
             if not isinstance(value, StoredTensor):
                 raise ValueError("a module has a parameter that is no tensor")

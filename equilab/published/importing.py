@@ -11,6 +11,7 @@ import yaml
 
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of
+from equilab.core.job import checked_name
 from equilab.models.checkpoint import save_tensors
 from equilab.published.loading import load_network
 
@@ -41,10 +42,12 @@ def run(family: str, file: Path, name: str, config: Mapping[str, Any]) -> Path:
 
     `equilab.models.checkpoint.load_network` gives the network back, with its image, classes and config.
 
-    Raises: UserError as `equilab.published.load`, or for a name that is none of a folder.
+    Raises: UserError as `equilab.published.load`, or for a name that no run could have.
     """
-    if Path(name).name != name or name.startswith("."):
-        raise UserError(f"--out: {name!r} is not the name of a folder; give one without a path")
+    try:
+        checked_name(name)
+    except ValueError as error:
+        raise UserError(f"--out: {error}") from None
     loaded = load_network(family, file, config)
     described, weights = loaded.described, loaded.network.state_dict()
     about = {

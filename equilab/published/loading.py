@@ -21,23 +21,9 @@ from equilab.published import formats
 from equilab.published.formats import Contents
 from equilab.published.tensors import StoredTensor
 
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "net.",
-    "model.",
-)  # by DDP, torch.compile, and the classes around networks
-
-INITIALISERS = (
-    "uniform_",
-    "normal_",
-    "zero_",
-    "zeros_",
-    "ones_",
-    "fill_",
-    "xavier_uniform_",
-    "kaiming_uniform_",
-)
+PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
+COMPILED = "_orig_mod."  # of torch.compile, at any place in a key
+FILLS = ("uniform_", "normal_", "zero_", "zeros_", "ones_", "fill_", "xavier_uniform_", "kaiming_uniform_")
 
 
 class Loaded(NamedTuple):
@@ -75,7 +61,6 @@ def load_network(
     Raises: UserError as `load` does.
     """
     reading = _family(family)
-    _check_config(reading, config)
     if isinstance(weights, Mapping):
         name, contents, limit = "the weights", Contents(dict(weights)), None
     else:
@@ -86,8 +71,8 @@ def load_network(
         contents.weights.clear()  # what is read is forgotten
         _check_family(reading, bare, contents.module)
         shapes = {key: torch.empty(value.shape, device="meta") for key, value in bare.items()}
-        described = _described(reading, shapes, reading.published.config(contents.settings) | dict(config))
-        network = _network(reading, described, name)
+        described = _described(reading, shapes, reading.published.config(contents.settings), config)
+        network = _network(reading, described, f"{name}: network")
         _check_keys(network, reading, shapes)
         _check_memory(bare, limit)
         _fill(network, reading, bare)
@@ -111,25 +96,11 @@ def _family(name: str) -> Family:
     return family_of(name)
 
 
-def _check_config(family: Family, config: Mapping[str, Any]) -> None:
-    known = _entries(family)
-    for name in config:
-        if name not in known:
-            takes = ", ".join(known) or "nothing"
-            raise UserError(f"{family.name} takes no {name!r}{nearest_key(name, known)}; it takes {takes}")
-
-
-def _entries(family: Family) -> dict[str, inspect.Parameter]:
-    """Return what a family takes as config."""
-    parameters = inspect.signature(family.published.describe).parameters
-    return {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-
-
 def _bare(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
     """Return the weights by their keys within the network."""
     bare = {}
     for key, tensor in weights.items():
-        short = key.replace("_orig_mod.", "")
+        short = key.replace(COMPILED, "")
         while short.startswith(PREFIXES):
             short = short.partition(".")[2]
         if short in bare:
@@ -159,14 +130,24 @@ def _has_signs(keys: Mapping[str, Any], signs: tuple[str, ...]) -> bool:
     return all(any(key.startswith(sign) for key in keys) for sign in signs)
 
 
-def _described(family: Family, shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> Described:
-    """Return what the weights describe, by their shapes."""
-    for name, entry in _entries(family).items():
-        if entry.default is entry.empty and name not in config:
+def _described(
+    family: Family, shapes: Mapping[str, Tensor], told: Mapping[str, Any], config: Mapping[str, Any]
+) -> Described:
+    """Return what the weights describe by their shapes, with what the file told beside them and what is given."""
+    describe = family.published.describe
+    entries = list(inspect.signature(describe).parameters.values())[1:]
+    known = [entry.name for entry in entries]
+    for name in config:
+        if name not in known:
+            takes = ", ".join(known)
+            raise ValueError(f"{family.name} takes no {name!r}{nearest_key(name, known)}; it takes {takes}")
+    config = {**told, **config}
+    for entry in entries:
+        if entry.default is entry.empty and entry.name not in config:
             raise ValueError(
-                f"{family.name} needs {name}, which its tensors do not determine; give {name}=..."
+                f"{family.name} needs {entry.name}, which its tensors do not determine; give {entry.name}=..."
             )
-    return family.published.describe(shapes, **config)
+    return describe(shapes, **config)
 
 
 def _network(family: Family, described: Described, path: str) -> nn.Module:
@@ -180,7 +161,7 @@ class _Unfilled(TorchFunctionMode):
     """Networks are built without drawing their weights, which nobody would look at; their memory stays untouched."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in INITIALISERS:
+        if function.__name__ in FILLS:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
@@ -205,7 +186,7 @@ def _check_keys(network: nn.Module, family: Family, shapes: Mapping[str, Tensor]
 def _check_memory(weights: Mapping[str, Tensor | StoredTensor], limit: int | None) -> None:
     """Refuse tensors that share what is stored: together they can be larger than any memory."""
     stored = [tensor for tensor in weights.values() if isinstance(tensor, StoredTensor)]
-    if limit is not None and sum(tensor.extent * tensor.dtype.itemsize for tensor in stored) > limit:
+    if limit is not None and sum(tensor.nbytes for tensor in stored) > limit:
         raise ValueError("the weights are larger than the file, which no checkpoint's are; do not trust it")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any
 
-MOST_OPCODES = 2_000_000  # in a file; the largest published network has about 300,000
+MOST_OPCODES = 2_000_000  # in a file; a network of the largest published size has about 100,000
 LARGEST_KEY = 2**31  # of a dictionary with numbers for keys: larger ones can be chosen to collide
 
 SCALARS = {
@@ -46,31 +46,29 @@ class Refused(ValueError):
 class Name:
     """A class or a function that a file names, such as "collections.OrderedDict"; never the thing itself."""
 
-    name: str
+    full: str
 
 
 @dataclass
 class Object:
-    """An object of a class that a file names, as data: what it would be made with, and its state."""
+    """An object of a class that a file names, as data: its class and its state."""
 
     name: str
-    arguments: tuple
     state: Any = None
 
 
 class Reader:
     """Reads the pickles of one file.
 
-    `makers` are the names that the file may use, each with the function that makes data of its arguments, or None for one
-    that is never called. A name that ends in "." stands for all that begin with it, and makes an `Object`.
+    `makers` are functions that make data, by the names that the file calls them; `inert` are the beginnings of other names
+    that it may use, calls of which make an `Object` that nothing comes of.
     """
 
-    def __init__(self, makers: Mapping[str, Callable[..., Any] | None]):
-        self.makers, self.left = makers, MOST_OPCODES
-        self.families = tuple(name for name in makers if name.endswith("."))
+    def __init__(self, makers: Mapping[str, Callable[..., Any]], inert: tuple[str, ...]):
+        self.makers, self.inert, self.left = makers, inert, MOST_OPCODES
 
     def read(self, file: BufferedIOBase, persistent: Callable[[Any], Any] | None = None) -> Any:
-        """Return the data of the pickle at which `file` stands, and leave it behind its end.
+        """Return the data of the pickle at which `file` stands, and leave the file at its end.
 
         `persistent` makes data of a reference to what lies beside the pickle.
 
@@ -105,31 +103,28 @@ class Reader:
                     stack.append(EMPTY[name]())
                 case name if name in TUPLES:
                     stack.append(tuple(above(len(stack) - TUPLES[name])))
-                case "TUPLE":
-                    stack.append(tuple(above(marks.pop())))
                 case "MARK":
                     marks.append(len(stack))
-                case "APPEND":
-                    _extend(above(len(stack) - 1), stack[-1])
-                case "APPENDS":
-                    _extend(above(marks.pop()), stack[-1])
-                case "SETITEM":
-                    _set_items(above(len(stack) - 2), stack[-1])
-                case "SETITEMS":
-                    _set_items(above(marks.pop()), stack[-1])
+                case "TUPLE":
+                    stack.append(tuple(above(marks.pop())))
+                case "APPEND" | "APPENDS" as name:
+                    values = above(marks.pop() if name == "APPENDS" else len(stack) - 1)
+                    list.extend(stack[-1], values)
+                case "SETITEM" | "SETITEMS" as name:
+                    values = above(marks.pop() if name == "SETITEMS" else len(stack) - 2)
+                    dict.update(stack[-1], zip(map(_checked, values[::2]), values[1::2], strict=True))
                 case "ADDITEMS":
-                    _add_items(above(marks.pop()), stack[-1])
+                    values = above(marks.pop())
+                    set.update(stack[-1], map(_checked, values))
                 case "GLOBAL":
                     stack.append(self._name(*argument.split(" ", 1)))
                 case "STACK_GLOBAL":
                     stack.append(self._name(*above(len(stack) - 2)))
                 case "REDUCE" | "NEWOBJ":
-                    stack.append(self._make(*above(len(stack) - 2)))
+                    stack.append(self._made(*above(len(stack) - 2)))
                 case "BUILD":
                     _set_state(stack.pop(), stack[-1])
-                case "BINPERSID":
-                    if persistent is None:
-                        raise Refused("its pickle refers to what lies outside of it")
+                case "BINPERSID" if persistent:
                     stack.append(persistent(stack.pop()))
                 case "STOP":
                     return stack.pop()
@@ -140,45 +135,23 @@ class Reader:
         raise ValueError("it has no end")
 
     def _name(self, module: Any, name: Any) -> Name:
-        """Return the name of a global, if it is one that a file may use."""
+        """Return the name of a global, if it is one that the file may use."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("its pickle asks for something whose name is no word")
         full = f"{module}.{name}"
-        if full not in self.makers and not full.startswith(self.families):
+        if full not in self.makers and not full.startswith(self.inert):
             raise Refused(f"its pickle asks for {full[:80]!r}, which no checkpoint needs")
         return Name(full)
 
-    def _make(self, called: Any, arguments: Any) -> Any:
-        """Return what is made of a name with its arguments: data."""
+    def _made(self, called: Any, arguments: Any) -> Any:
+        """Return the data that a name with arguments stands for."""
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
             raise Refused("its pickle calls something that has no name")
-        if called.name.startswith(self.families):
-            return Object(called.name, arguments)
-        maker = self.makers[called.name]
-        if maker is None:
-            raise Refused(f"its pickle calls {called.name!r}, which no checkpoint does")
-        return maker(*arguments)
+        maker = self.makers.get(called.full)
+        return maker(*arguments) if maker else Object(called.full)
 
 
-def _extend(values: list, container: Any) -> None:
-    if type(container) is not list:
-        raise ValueError("values are appended to what is no list")
-    container.extend(values)
-
-
-def _set_items(values: list, container: Any) -> None:
-    if type(container) is not dict:
-        raise ValueError("items are set in what is no dictionary")
-    container.update(zip(map(checked_key, values[::2]), values[1::2], strict=True))
-
-
-def _add_items(values: list, container: Any) -> None:
-    if type(container) is not set:
-        raise ValueError("items are added to what is no set")
-    container.update(map(checked_key, values))
-
-
-def checked_key(key: Any) -> Any:
+def _checked(key: Any) -> Any:
     """Return a key of a dictionary, or an item of a set.
 
     Raises: Refused unless it is a word, a small number or None: to find the place of anything else may take any time.
@@ -189,8 +162,8 @@ def checked_key(key: Any) -> Any:
 
 
 def _set_state(state: Any, target: Any) -> None:
-    """Keep the state of an object as data; what a dictionary carries beside its items is left out."""
+    """Keep the state of an object; what a dictionary carries beside its items is left out."""
     if isinstance(target, Object):
         target.state = state
-    elif type(target) is not dict:
+    elif not isinstance(target, dict):
         raise Refused("its pickle sets the state of what has none")

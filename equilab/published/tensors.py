@@ -1,11 +1,11 @@
-"""Tensors as checkpoints store them, and the names by which pickles make them: data until they are asked for."""
+"""Tensors as checkpoints store them, and the names by which pickles make them: data until they are read."""
 
 from __future__ import annotations
 
 import io
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -15,32 +15,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equilab.published.pickles import Name, Object, Reader, Refused, checked_key
+from equilab.published.pickles import Name, Object, Reader, Refused
 
 MAGIC = (
     0x1950A86A20F9469CFC6C  # the first pickle of a file by torch before 1.6, and of a storage within a pickle
 )
 MOST_DIMENSIONS = 8
 
-STORED = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
+TYPES = {  # by the names of torch's storages, and by those in safetensors
+    ("Double", "F64"): torch.float64,
+    ("Float", "F32"): torch.float32,
+    ("Half", "F16"): torch.float16,
+    ("BFloat16", "BF16"): torch.bfloat16,
+    ("Long", "I64"): torch.int64,
+    ("Int", "I32"): torch.int32,
+    ("Short", "I16"): torch.int16,
+    ("Char", "I8"): torch.int8,
+    ("Byte", "U8"): torch.uint8,
+    ("Bool", "BOOL"): torch.bool,
 }
-NUMBERS = {
-    "f8": "<d",
-    "f4": "<f",
-    "i8": "<q",
-    "i4": "<i",
-    "b1": "?",
-}  # numpy's types in the words of `struct`
+STORAGES = {f"torch.{place}{name}Storage": TYPES[name, _] for name, _ in TYPES for place in ("", "cuda.")}
+SAFETENSORS = {name: TYPES[_, name] for _, name in TYPES}
+
+# what a checkpoint may name beside tensors: modules, options and their values, of which nothing but the state is looked at
+INERT = (
+    *(
+        "torch.nn.modules.",
+        "torch.Size",
+        "torch.device",
+        "argparse.Namespace",
+        "builtins.set",
+        "__builtin__.set",
+    ),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    *STORAGES,
+    *map(str, TYPES.values()),
+)
 
 
 @dataclass
@@ -50,7 +60,7 @@ class Storage:
     dtype: torch.dtype
     count: int
     source: Path | bytes
-    start: int | None = None  # None while it is not found
+    start: int
 
     def read(self, first: int, count: int) -> Tensor:
         """Return `count` of the numbers, in memory of their own."""
@@ -72,23 +82,42 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type of its numbers."""
-        return self.storage.dtype
-
-    @property
     def extent(self) -> int:
         """How many stored numbers there are from its first to its last."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the storage it needs."""
+        return self.extent * self.storage.dtype.itemsize
+
     def read(self) -> Tensor:
         """Return the tensor, in memory of its own."""
         if self.extent == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.storage.dtype)
         content = self.storage.read(self.offset, self.extent)
         return content.as_strided(self.shape, self.stride).contiguous()
+
+
+def tensor(storage: Any, offset: Any, shape: Any, stride: Any = None, *_: Any) -> StoredTensor:
+    """Return a tensor of stored numbers, one after another unless a stride is given.
+
+    Raises: Refused or ValueError for one that the storage cannot hold.
+    """
+    if not isinstance(storage, Storage):
+        raise Refused("its pickle makes a tensor of something that is no storage")
+    shape = tuple(shape[: MOST_DIMENSIONS + 1])
+    if stride is None:
+        stride = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    stride = tuple(stride[: MOST_DIMENSIONS + 1])
+    if len(shape) > MOST_DIMENSIONS or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+        raise ValueError("a tensor has a shape that none can have")
+    found = StoredTensor(storage, offset, shape, stride)
+    if math.prod(shape) > found.extent or offset + found.extent > storage.count:
+        raise ValueError("a tensor is larger than what is stored of it")
+    return found
 
 
 def stored(value: Any) -> tuple[torch.dtype, str, int]:
@@ -99,11 +128,9 @@ def stored(value: Any) -> tuple[torch.dtype, str, int]:
     kind, name, key, _, count, *view = value
     if kind != "storage" or any(view) or type(key) is not str or type(count) is not int or count < 0:
         raise Refused("its pickle refers to something that is no storage")
-    full = name.name if isinstance(name, Name) else ""
-    dtype = STORED.get(full.removeprefix("torch.").removeprefix("cuda.").removesuffix("Storage"))
-    if dtype is None:
-        raise Refused(f"its pickle stores numbers as {full[:80]!r}, which no checkpoint needs")
-    return dtype, key, count
+    if not isinstance(name, Name) or name.full not in STORAGES:
+        raise Refused("its pickle stores numbers of a type that no checkpoint has")
+    return STORAGES[name.full], key, count
 
 
 def read_legacy(file: BufferedIOBase, source: Path | bytes, reader: Reader) -> Any:
@@ -118,11 +145,13 @@ def read_legacy(file: BufferedIOBase, source: Path | bytes, reader: Reader) -> A
 
     def persistent(value: Any) -> Storage:
         dtype, key, count = stored(value)
-        return storages.setdefault(key, Storage(dtype, count, source))
+        return storages.setdefault(key, Storage(dtype, count, source, 0))
 
     content = reader.read(file, persistent)
     for key in reader.read(file):
-        storage = storages.pop(checked_key(key))
+        if not isinstance(key, str):
+            raise ValueError("a storage has no name")
+        storage = storages.pop(key)
         (count,) = struct.unpack("<q", file.read(8))
         if count != storage.count:
             raise ValueError("a storage has another size than its pickle says")
@@ -136,7 +165,6 @@ def read_legacy(file: BufferedIOBase, source: Path | bytes, reader: Reader) -> A
 
 def reader() -> Reader:
     """Return what reads the pickles of one checkpoint."""
-    found = Reader(dict(MAKERS))
 
     def storage(content: Any) -> Any:
         """Return a storage from the bytes in which a pickle holds it: a file by torch before 1.6."""
@@ -148,82 +176,37 @@ def reader() -> Reader:
         found.makers["torch.storage._load_from_bytes"] = storage
         return read
 
-    found.makers["torch.storage._load_from_bytes"] = storage
+    makers = {
+        "collections.OrderedDict": _dictionary,
+        "dnnlib.util.EasyDict": _dictionary,
+        "_codecs.encode": _bytes,
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": _parameter,
+        "torch.storage._load_from_bytes": storage,
+        "torch_utils.persistence._reconstruct_persistent_obj": _module,
+    }
+    found = Reader(makers, INERT)
     return found
 
 
-def tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-    """Return a tensor of stored numbers.
-
-    Raises: Refused or ValueError for one that the storage cannot hold.
-    """
-    if not isinstance(storage, Storage):
-        raise Refused("its pickle makes a tensor of something that is no storage")
-    shape, stride = tuple(shape), tuple(stride)
-    numbers = (offset, *shape, *stride)
-    if len(numbers) > 1 + 2 * MOST_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("a tensor has a shape that none can have")
-    found = StoredTensor(storage, offset, shape, stride)
-    if math.prod(shape) > found.extent or offset + found.extent > storage.count:
-        raise ValueError("a tensor is larger than what is stored of it")
-    return found
-
-
-def _first(value: Any, *_: Any) -> Any:
-    """Return the tensor that a parameter is."""
-    return value
-
-
-def _dictionary(pairs: Any = ()) -> dict:
-    return {checked_key(key): value for key, value in pairs}
-
-
-def _set(items: Any = ()) -> set:
-    return set(map(checked_key, items))
-
-
-def _number(dtype: Any, content: Any) -> Any:
-    """Return a number of numpy's as one of Python's."""
-    (number,) = struct.unpack(NUMBERS[dtype.arguments[0]], content)
-    return number
+def _dictionary() -> dict:
+    return {}
 
 
 def _bytes(text: Any, encoding: Any) -> bytes:
-    if encoding != "latin1":
-        raise Refused("its pickle encodes text")
+    """Return bytes as pickles of protocol 2 hold them."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise Refused("its pickle encodes something that is no text")
     return text.encode("latin1")
 
 
-def _module(meta: Any) -> Object:
+def _parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _module(meta: Mapping[str, Any]) -> Object:
     """Return a module by NVIDIA's persistence; the source code that is kept with it is left alone."""
     if not isinstance(meta["class_name"], str):
-        raise Refused("its pickle makes a module of a class without a name")
-    return Object(meta["class_name"], (), meta["state"])
-
-
-def _object(name: str) -> Callable[..., Object]:
-    def make(*arguments: Any) -> Object:
-        return Object(name, arguments)
-
-    return make
-
-
-MAKERS: dict[str, Callable[..., Any] | None] = {
-    "collections.OrderedDict": _dictionary,
-    "dnnlib.util.EasyDict": _dictionary,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
-    "torch._utils._rebuild_tensor": tensor,
-    "torch._utils._rebuild_tensor_v2": tensor,
-    "torch._utils._rebuild_parameter": _first,
-    "torch_utils.persistence._reconstruct_persistent_obj": _module,
-    "numpy.core.multiarray.scalar": _number,
-    "numpy._core.multiarray.scalar": _number,
-    "_codecs.encode": _bytes,
-    "torch.Size": tuple,
-    "torch.nn.modules.": None,
-    **{name: _object(name) for name in ("argparse.Namespace", "torch.device", "numpy.dtype")},
-    **{f"torch.{kind}Storage": None for kind in STORED},
-    **{f"torch.cuda.{kind}Storage": None for kind in STORED},
-    **{str(dtype): None for dtype in STORED.values()},
-}
+        raise Refused("its pickle has a module of a class without a name")
+    return Object(meta["class_name"], meta["state"])
