@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from equilab.core.job import Job
-    from equilab.graph import Sections
+    from equilab.study import Sections
 
 # The rest of the package is imported within functions: interrupted while it is, a command answers as it does later.
 
@@ -79,7 +79,7 @@ def check(given: argparse.Namespace) -> int:
 def graph(given: argparse.Namespace) -> int:
     """Write dvc.yaml anew, of this study or of all that the repository has."""
     from equilab.core.code import PACKAGE
-    from equilab.graph import write
+    from equilab.dvc import write
 
     root = PACKAGE.parent
     repository = [root / "params.yaml", *sorted(root.glob("studies/*/params.yaml"))]
@@ -92,7 +92,8 @@ def graph(given: argparse.Namespace) -> int:
 def code(given: argparse.Namespace) -> int:
     """Check params.yaml; write what the stages depend on beside results: their modules, and the params of every job."""
     from equilab.core.files import write
-    from equilab.graph import CODE, code_files
+    from equilab.dvc import code_files
+    from equilab.study import CODE
 
     found = code_files(_entered(given))
     for path, text in found.items():
@@ -105,7 +106,7 @@ def code(given: argparse.Namespace) -> int:
 
 def stages(given: argparse.Namespace) -> int:
     """Print the stages that runs need, in their order; then runs, a line of those that may be made at once."""
-    from equilab.graph import waves
+    from equilab.dvc import waves
     from equilab.study import open_study
 
     for names in waves(open_study(given.params)):
@@ -119,7 +120,8 @@ COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
 
 def stage(given: argparse.Namespace) -> int:
     """Run the jobs of a stage that are asked for, one after another, or say what they would cost."""
-    from equilab.study import job_of, jobs_of, open_study, require_recorded
+    from equilab.dvc import require_recorded
+    from equilab.study import job_of, jobs_of, open_study
 
     sections = open_study(given.params)
     os.chdir(given.params.absolute().parent)
@@ -142,9 +144,9 @@ def _entered(given: argparse.Namespace) -> Sections:
 
     Raises: UserError with a sentence for each mistake.
     """
+    from equilab.check import mistakes
     from equilab.core.config import UserError
-    from equilab.graph import read
-    from equilab.study import mistakes
+    from equilab.study import read
 
     sections = read(given.params)
     os.chdir(given.params.absolute().parent)

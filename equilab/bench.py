@@ -23,11 +23,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Measurement, Timer
 
 from equilab.core import config
 from equilab.core.code import PACKAGE
-from equilab.core.files import write
+from equilab.core.files import write, write_table
 from equilab.core.machine import precision
 from equilab.core.progress import bar
 from equilab.metrics import fidelity
@@ -59,7 +59,7 @@ class Work:
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of the network, in place of the run's own
 
 
-DIGITS, CIFAR, LATENTS = {"cpu": 128, "cuda": 128}, {"cpu": 4, "cuda": 128}, {"cpu": 2, "cuda": 64}
+DIGITS, CIFAR, LATENTS = {"cpu": 128, "cuda": 128}, {"cpu": 2, "cuda": 128}, {"cpu": 2, "cuda": 64}
 S2 = {"width": 384, "heads": 6}  # of DiT-S/2; the paper's XL/2 needs more memory than many a machine has
 WORKS = (
     Work("GET of digits", ".", "distill", "get-m", DIGITS),
@@ -119,8 +119,7 @@ class Subject:
         """Return what makes the next update of the training loop, always on the same batch."""
         with tempfile.TemporaryDirectory() as folder:  # it holds no former state, and none will be saved
             run = loop.Run(self.net, self.config.optimisation, 0, Path(folder), self.device, adversary)
-        losses = (loss,) if adversary is None else (loss, adversary.loss)
-        return partial(next, loop.fit(run, lambda positions: batch, *losses))
+        return partial(next, loop.fit(run, lambda positions: batch, loss))
 
 
 def distilled(subject: Subject) -> dict[str, Call]:
@@ -224,11 +223,15 @@ def peak(device: torch.device, name: str, longest: float) -> float:
         return matmul_peak(device, torch.bfloat16 if name == "bf16" else torch.float32, longest)
 
 
-def timed(call: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Return the columns of a call's time: median and interquartile range, over calls that take so many seconds together."""
+def timed(call: Call, seconds: float) -> dict[str, float]:
+    """Return the columns of a call's time: median and interquartile range, over calls that take so many seconds together.
+
+    They are three calls or more, each after one that is not timed.
+    """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    found = timer.blocked_autorange(min_run_time=seconds)
-    calls = len(found.times) * found.number_per_run
+    parts = [timer.blocked_autorange(min_run_time=seconds / 3) for _ in range(3)]
+    (found,) = Measurement.merge(parts)
+    calls = sum(len(part.times) * part.number_per_run for part in parts)
     return {"seconds": found.median, "seconds_iqr": found.iqr, "calls": calls}
 
 
@@ -271,18 +274,19 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def markdown(name: str, table: pd.DataFrame) -> str:
+def markdown(name: str, rows: list[dict[str, Any]]) -> str:
     """Return the table for people."""
+    table = pd.DataFrame(rows, dtype=object).fillna("")  # whole numbers stay whole where some are missing
     lines = [
         f"# {name}, torch {torch.__version__}",
         "",
-        "`seconds` is the median of so many `calls` after two that are not timed, `seconds_iqr` their interquartile range, "
+        "`seconds` is the median of so many `calls`, after some that are not timed, `seconds_iqr` their interquartile range, "
         "`batch` the images in a call. `flop_s` counts matrix products, convolutions and attention by shape; `peak_share` is "
         "its share of `peak_flop_s`, the best rate of a large matrix product in the same precision, measured right before "
         "and right after. `memory_mib` is the most that a call holds beside weights and optimiser. A CPU that has no "
         "instructions for bf16 has no rows for it.",
         "",
-        table.to_markdown(index=False, floatfmt=".3g", missingval=""),
+        table.to_markdown(index=False, floatfmt=".3g"),
     ]
     return "\n".join(lines) + "\n"
 
@@ -298,15 +302,15 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     with bar("bench", len(names) * len(WORKS), unit="work") as progress:
         for work, name in itertools.product(WORKS, names):
-            about = {"work": work.network, "precision": name, "batch": work.batch[device.type]}
+            about = {"precision": name, "batch": work.batch[device.type]}
             for what, call in calls(work, device, name).items():
-                rows.append({**about, "what": what, **measured(call, device, name, given.seconds)})
+                columns = about | measured(call, device, name, given.seconds)
+                rows.append({"work": work.network, "what": what, **columns})
             progress.update()
-    table = pd.DataFrame([*rows, *others(given.seconds)])
+    rows += others(given.seconds)
     name = machine(device)
-    text = markdown(name, table)
-    path = given.out / slug(name)
-    write(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.9g"))
+    text, path = markdown(name, rows), given.out / slug(name)
+    write_table(path.with_suffix(".csv"), rows)
     write(path.with_suffix(".md"), text)
     print(text, end="")
 

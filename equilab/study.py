@@ -1,21 +1,178 @@
-"""A study as its params say it: checked configs, and the jobs that they make."""
+"""A study as its params say it: its runs and their seeds, its jobs and their configs."""
 
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from equilab import graph
-from equilab.claims.comparisons import check_comparisons
+from pydantic import Field, field_validator
+
 from equilab.core import code, config
-from equilab.core.config import UserError, nearest
-from equilab.core.job import Job
-from equilab.graph import STAGES, Replicate, Sections
+from equilab.core.config import Params, UserError, nearest
+from equilab.core.job import Job, Seed, Study, checked_name
+from equilab.graph import GENERATORS, STAGES
+from equilab.models.registry import FAMILIES
+
+CODE = "results/code"  # what the stages depend on beside the results of others
+
+
+class Replicate(NamedTuple):
+    """A job of a stage: its run and the run's seed, None where the stage has none."""
+
+    run: str | None = None
+    seed: int | None = None
+
+    @property
+    def item(self) -> str:
+        """Its name among the jobs of its stage; "" where the stage has no runs."""
+        if self.run is None:
+            return ""
+        return self.run if self.seed is None else f"{self.run}-{self.seed}"
+
+
+class Seeds(Params):
+    """What the entry of a run that is trained says of its seeds."""
+
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)]
+
+    @field_validator("seeds")
+    @classmethod
+    def _differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} holds a seed twice; give each once")
+        return seeds
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of a study's params as YAML gives them, and what they say of runs, seeds and families."""
+
+    values: Mapping[str, Any]
+    where: str  # the file, for messages
+    folder: Path  # the study's, absolute
+
+    @cached_property
+    def study(self) -> Study:
+        """What all stages share."""
+        return config.parse(Study, self.section("study"), f"{self.where}: study")
+
+    def has(self, stage: str) -> bool:
+        """Return whether the study has a stage: its section, and a run where the stage has runs."""
+        section = self.values.get(stage)
+        return section is not None and (STAGES[stage].jobs == "one" or section != {})
+
+    def section(self, name: str) -> Any:
+        """Return a section.
+
+        Raises: UserError if there is none.
+        """
+        if self.values.get(name) is None:
+            raise UserError(f"{self.where}: missing section {name!r}; give it")
+        return self.values[name]
+
+    def runs(self, stage: str) -> list[str]:
+        """Return the names of a stage's runs."""
+        return list(config.mapping(self.section(stage), f"{self.where}: {stage}"))
+
+    def entry(self, stage: str, run: str | None) -> tuple[Mapping[str, Any], str]:
+        """Return what params say of a run, or of a stage without runs, and its path for messages.
+
+        Raises: UserError if there is no such run, or it has a name that it cannot have.
+        """
+        path = f"{self.where}: {stage}"
+        if STAGES[stage].jobs == "one":
+            if run is not None:
+                raise UserError(f"{stage} has no runs; call it without {run!r}")
+            return config.mapping(self.section(stage), path), path
+        known = self.runs(stage)
+        if run is None:
+            raise UserError(f"{stage} needs the name of a run: {', '.join(known) or 'this study has none'}")
+        if run not in known:
+            raise UserError(f"{path}: no run {run!r}{nearest(run, known)}")
+        try:
+            checked_name(run)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        return config.mapping(self.section(stage)[run], f"{path}.{run}"), f"{path}.{run}"
+
+    def seeds(self, stage: str, run: str) -> tuple[int | None, ...]:
+        """Return the seeds of a run's replicates; (None,) where the runs of the stage have none.
+
+        Raises: UserError naming the key that does not say them.
+        """
+        entry, path = self.entry(stage, run)
+        match STAGES[stage].jobs:
+            case "seeds":
+                said = {key: value for key, value in entry.items() if key in ("seed", "seeds")}
+                return config.parse(Seeds, said, path).seeds
+            case "of":
+                named, of = self.trained(entry.get("of"), f"{path}.of")
+                return (self.study.seed,) if of is None else self.seeds(named, of)
+            case _:
+                return (None,)
+
+    def trained(self, name: Any, path: str) -> tuple[str, str | None]:
+        """Return the stage and the run that `name` ("distill/get-m", "teacher") is of; `path` is of the key that names it.
+
+        Raises: UserError if the study trains no such run.
+        """
+        known = []
+        for stage in filter(self.has, GENERATORS):
+            single = STAGES[stage].jobs == "one"
+            known += [stage] if single else [f"{stage}/{run}" for run in self.runs(stage)]
+        if name not in known:
+            raise UserError(f"{path}: {name!r} is no run that makes images{nearest(name, known)}")
+        stage, _, run = name.partition("/")
+        return stage, run or None
+
+    def jobs(self, stage: str) -> list[Replicate]:
+        """Return the jobs of a stage, in the order of its section."""
+        if STAGES[stage].jobs == "one":
+            return [Replicate()]
+        return [Replicate(run, seed) for run in self.runs(stage) for seed in self.seeds(stage, run)]
+
+    def frozen(self, stage: str, job: Replicate) -> tuple[Mapping[str, Any], str]:
+        """Return what params say of one job, and its path for messages: of a run with seeds the entry with its one seed."""
+        entry, path = self.entry(stage, job.run)
+        if STAGES[stage].jobs != "seeds":
+            return entry, path
+        return {("seed" if key == "seeds" else key): value for key, value in entry.items()} | {
+            "seed": job.seed
+        }, path
+
+    def families(self, stage: str, run: str | None = None) -> list[str]:
+        """Return the names of the families whose code a stage runs, or one of its runs.
+
+        Raises: UserError naming the key that names none.
+        """
+        said = STAGES[stage].family
+        if said in ("", *FAMILIES):
+            return [said] if said else []
+        entry, path = self.entry(stage, run)
+        if said == "network":
+            name = config.mapping(entry.get("network"), f"{path}.network").get("kind")
+            if name not in FAMILIES:
+                raise UserError(f"{path}.network.kind: {name!r} is unknown{nearest(name, FAMILIES)}")
+            return [name]
+        named = [entry.get("of")] if said == "of" else entry.get("runs")
+        if not isinstance(named, list):
+            raise UserError(f"{path}.runs: expected a list, got {named!r}")
+        found = [self.families(*self.trained(name, f"{path}.{said}")) for name in named]
+        return list(dict.fromkeys(name for names in found for name in names))
+
+
+def read(params: Path) -> Sections:
+    """Return the sections of a params file.
+
+    Raises: UserError if it is missing, or no YAML of sections.
+    """
+    return Sections(config.read(params), str(params), params.absolute().parent)
 
 
 def open_study(params: Path) -> Sections:
@@ -23,12 +180,16 @@ def open_study(params: Path) -> Sections:
 
     Raises: UserError if the file is missing or no YAML, or the study lies beside other code than runs.
     """
-    sections = graph.read(params)
-    _refuse_other_code(sections)
+    sections = read(params)
+    refuse_other_code(sections)
     return sections
 
 
-def _refuse_other_code(sections: Sections) -> None:
+def refuse_other_code(sections: Sections) -> None:
+    """Refuse a study that does not lie in the repository whose code runs.
+
+    Raises: UserError with what to do.
+    """
     here, beside = code.PACKAGE.parent.resolve(), (sections.folder / sections.study.root).resolve()
     if beside != here:
         raise UserError(
@@ -37,39 +198,17 @@ def _refuse_other_code(sections: Sections) -> None:
         )
 
 
-def require_recorded(sections: Sections, stage: str, jobs: list[Replicate]) -> None:
-    """Refuse to run jobs for DVC otherwise than it records them: with params or code that changed after its stage `code`.
-
-    Raises: UserError with what to do.
-    """
-    if "DVC_STAGE" not in os.environ:
-        return  # a command of its own
-    recorded, current = (
-        config.read_json(Path(graph.CODE) / "params.json", stage),
-        graph.frozen_params(sections),
-    )
-    names = ["study", *STAGES[stage].params, *([stage] if STAGES[stage].jobs == "one" else [])]
-    same = all(recorded.get(name) == current.get(name) for name in names)
-    for job in jobs:
-        same = same and (job.run is None or recorded[stage].get(job.item) == current[stage][job.item])
-        for path, text in graph.listings(sections, stage, job.run).items():
-            same = same and Path(path).exists() and Path(path).read_text(encoding="utf-8") == text
-    if not same:
-        raise UserError(
-            f"{stage}: params.yaml or the code has changed since DVC looked; run `dvc repro code` first"
-        )
-
-
 def job_of(sections: Sections, stage: str, job: Replicate) -> Job:
     """Return one job of a stage.
 
     Raises: UserError if the params that all stages share are mistaken.
     """
-    data = read(sections, "data")
-    digest = config.digest(graph.listings(sections, stage, job.run))
+    data = config_of(sections, "data")
+    digest = config.digest(listings(sections, stage, job.run))
 
     def read_config(stage: str, run: str | None = None, seed: int | None = None) -> Any:
-        return None if stage == "latents" and not sections.has(stage) else read(sections, stage, run, seed)
+        absent = stage == "latents" and not sections.has(stage)  # the study works in pixels
+        return None if absent else config_of(sections, stage, run, seed)
 
     return Job(
         sections.study,
@@ -84,7 +223,7 @@ def job_of(sections: Sections, stage: str, job: Replicate) -> Job:
     )
 
 
-def read(sections: Sections, stage: str, run: str | None = None, seed: int | None = None) -> Any:
+def config_of(sections: Sections, stage: str, run: str | None = None, seed: int | None = None) -> Any:
     """Return the config of a job, by default that of the run's first seed.
 
     Raises: UserError with a sentence for each mistake in it.
@@ -110,81 +249,35 @@ def jobs_of(sections: Sections, stage: str, run: str | None, seed: int | None) -
     sections.entry(stage, run)
     known = sections.seeds(stage, run) if run is not None else (None,)
     if seed is not None and seed not in known:
-        has = f"it has {', '.join(map(str, known))}" if known != (None,) else "it has none"
-        raise UserError(f"{stage}{f' {run}' if run else ''} has no seed {seed}; {has}")
+        remedy = "call it without --seed" if known == (None,) else f"it has {', '.join(map(str, known))}"
+        raise UserError(f"{stage}{f' {run}' if run else ''} has no seed {seed}; {remedy}")
     return [Replicate(run, each) for each in known if seed is None or each == seed]
 
 
-def mistakes(sections: Sections) -> list[str]:
-    """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
-    those who build the networks can tell."""
-    found = _failures(_readings(sections))
-    return found or _failures(_plans(sections))
+def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str, str]:
+    """Return the files that say which code a job runs, by their paths from the study's folder: that of its stage, or of its
+    notebook, and those of its families."""
+    if stage == "notebook":
+        modules = code.of_script(cells(notebook_file(sections, str(run))))
+        return {f"{CODE}/notebook/{run}.txt": code.listing([STAGES[stage].module, *modules])}
+    found = {f"{CODE}/{stage}.txt": code.listing([STAGES[stage].module])}
+    for name in sections.families(stage, run):
+        found[f"{CODE}/families/{name}.txt"] = code.listing([FAMILIES[name].partition(":")[0]])
+    return found
 
 
-def _failures(checks: Iterable[Callable[[], Any]]) -> list[str]:
-    """Return the sentences of all checks that fail, each once."""
-    found: dict[str, None] = {}
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            found |= dict.fromkeys(str(error).splitlines())
-    return list(found)
+def notebook_file(sections: Sections, name: str) -> Path:
+    """Return the path of a notebook of the repository."""
+    return sections.folder / sections.study.root / "notebooks" / f"{name}.ipynb"
 
 
-def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of what params say, of every section and every run."""
-    yield partial(_refuse_other_code, sections)
-    for name in sections.values:
-        yield partial(_refuse_unknown, sections, name)
-    for stage in STAGES:
-        if sections.has(stage) or not STAGES[stage].optional:
-            yield from _readings_of_stage(sections, stage)
-    yield partial(_refuse_other_graph, sections)
+def cells(notebook: Path) -> str:
+    """Return the code of a notebook.
 
-
-def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], Any]]:
+    Raises: UserError if it is missing or damaged.
+    """
     try:
-        runs = [None] if STAGES[stage].jobs == "one" else sections.runs(stage)
-    except UserError:
-        runs = [""]  # the section is none of runs; reading any says so
-    for run in runs:
-        yield partial(read, sections, stage, run)
-        yield partial(sections.families, stage, run)
-
-
-def _refuse_unknown(sections: Sections, name: str) -> None:
-    known = [*graph.OTHERS, *STAGES]
-    if name not in known:
-        raise UserError(f"{sections.where}: unknown section {name!r}{nearest(name, known)}")
-
-
-def _refuse_other_graph(sections: Sections) -> None:
-    path = sections.folder / "dvc.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != graph.text(sections):
-        raise UserError(f"{path.name} is not what {sections.where} gives; run `python -m equilab graph`")
-
-
-def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of what is compared, and of every run by its stage, which builds its network without memory."""
-    yield partial(_compare, sections)
-    for stage in filter(sections.has, STAGES):
-        for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
-            yield partial(_plan, sections, stage, run)
-
-
-def _compare(sections: Sections) -> None:
-    try:
-        check_comparisons(sections.values)
-    except UserError as error:
-        raise UserError("\n".join(f"{sections.where}: {line}" for line in str(error).splitlines())) from None
-
-
-def _plan(sections: Sections, stage: str, run: str | None) -> None:
-    from equilab.core.machine import device_of  # torch, which what params say does not need
-
-    seed = None if run is None else sections.seeds(stage, run)[0]
-    job = job_of(sections, stage, Replicate(run, seed))
-    device_of(job)
-    module_of(stage).plan(job.read(stage, run, seed), job)
+        found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return "\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "code")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{notebook} is missing or no notebook ({error!r}); restore it") from None

@@ -22,7 +22,11 @@ from equilab.models.registry import FAMILIES
 WIDTH = 7.2  # inches: the text of a printed page
 DPI = 150
 DASHES = ("", (3, 1.2), (1, 1), (5, 1, 1, 1))  # of runs of one size
-SPREAD = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 2, "elinewidth": 0.8}}  # all seeds
+SPREAD = {
+    "errorbar": ("pi", 100),
+    "err_style": "bars",
+    "err_kws": {"capsize": 2, "elinewidth": 0.8},
+}  # all seeds
 
 
 def use() -> None:
@@ -97,8 +101,25 @@ def legend(figure: Figure, columns: int = 4) -> None:
     for ax in figure.axes:
         if ax.get_legend():
             ax.get_legend().remove()
-        handles = dict(zip(*reversed(ax.get_legend_handles_labels()))) | handles
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def table(data: pd.DataFrame) -> None:
+    """Show a table without its index; numbers in four digits, missing ones empty."""
+    from IPython.display import Markdown, display
+
+    shown = pd.DataFrame({column: data[column].map(_number) for column in data})
+    display(Markdown(shown.to_markdown(index=False, disable_numparse=True)))
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        return value
+    if np.isnan(value):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == round(value) else f"{value:.4g}"
 
 
 def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> None:

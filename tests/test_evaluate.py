@@ -16,11 +16,10 @@ from equilab import __main__
 from equilab.core import config as configs
 from equilab.core.config import UserError
 from equilab.core.files import write_arrays, write_table
-from equilab.graph import Replicate
 from equilab.metrics.fidelity import Scorer
 from equilab.sampling import load
 from equilab.sampling.settings import Solve
-from equilab.study import job_of, module_of, open_study
+from equilab.study import Replicate, job_of, module_of, open_study
 
 STAGES = ("data", "evaluator", "teacher", "pairs", "distill", "evaluate")
 

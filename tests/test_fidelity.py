@@ -35,7 +35,7 @@ def study(tmp_path_factory):
         params = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8]}
         data.run(parse(data.Config, {**params, "classes": 10}, "data"), job)
         folder = job.out.resolve()
-    images, labels, _ = data.load(folder, "train")
+    images, labels = data.load(folder, "train")[:2]
     images, labels = data.to_float(torch.from_numpy(np.array(images))), torch.from_numpy(labels)
     torch.manual_seed(0)
     sizes = {"width": 24, "features": 64}
@@ -84,7 +84,7 @@ class Images(Dataset):
 
 def test_a_short_training_classifies_digits_better_than_98_percent(study):
     net, _ = state.load_network(study / "weights.safetensors")
-    images, labels, _ = data.load(study, "test")
+    images, labels = data.load(study, "test")[:2]
     found = net(data.to_float(torch.from_numpy(np.array(images))))[1].argmax(1)
     assert (found.numpy() == labels).mean() > 0.98
 

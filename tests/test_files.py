@@ -1,14 +1,17 @@
 """What is kept on disk: whole files, folders of unfinished work, locks."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from smoke import ROOT
+from smoke import ROOT, write_study
 
+from equilab import __main__
 from equilab.core import config, files
 from equilab.core.config import UserError
 from equilab.core.job import Job, Study
@@ -160,3 +163,73 @@ def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path):
     settings = {**environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=settings, check=True)
     assert (tmp_path / "a.txt").read_bytes() == "größer".encode()
+
+
+@pytest.fixture(params=["simulated", "real"])
+def elsewhere(request, tmp_path, monkeypatch):
+    """A folder that renames and links do not lead into, as on another file system; on one, where the machine has it."""
+    if request.param == "real":
+        if not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+            pytest.skip("no second file system")
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield Path(folder)
+        return
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+
+    def within(path):
+        return Path(os.path.realpath(Path(path).parent)).is_relative_to(folder)
+
+    def guarded(call):
+        def called(source, target, **options):
+            if within(source) != within(target):
+                raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+            return call(source, target, **options)
+
+        return called
+
+    for name in ("rename", "replace", "link"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    yield folder
+
+
+def test_a_file_is_moved_onto_another_file_system(tmp_path, elsewhere):
+    source, target = tmp_path / "a", elsewhere / "b"
+    for content in ("new", "newer"):
+        source.write_text(content)
+        files.replace(source, target)
+        assert target.read_text() == content and not source.exists()
+    source.write_text("linked")
+    files.link(source, elsewhere)
+    assert (elsewhere / "a").read_text() == "linked" and source.exists()
+    assert {path.name for path in elsewhere.iterdir()} == {"a", "b"}
+
+
+def test_a_folder_is_moved_onto_another_file_system_in_place_of_the_former_one(tmp_path, elsewhere):
+    target = elsewhere / "b"
+    for name in ("old", "new"):
+        (tmp_path / "a/deep").mkdir(parents=True)
+        (tmp_path / "a/deep" / name).write_text(name)
+        files.replace(tmp_path / "a", target)
+    assert [path.name for path in target.rglob("*")] == ["deep", "new"]
+    assert [path.name for path in elsewhere.iterdir()] == ["b"] and not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_cannot_be_moved_leaves_the_former_one(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/old").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        files.replace(tmp_path / "nothing", tmp_path / "b")
+    assert (tmp_path / "b/old").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("name", ["results", ".equilab"])
+def test_stages_write_results_onto_another_file_system(name, tmp_path, elsewhere, monkeypatch):
+    monkeypatch.chdir(write_study(tmp_path / "study"))
+    Path(name).symlink_to(elsewhere, target_is_directory=True)
+    for _ in range(2):  # the second time in place of what is there
+        assert __main__.main(["data"]) == 0
+        assert {path.name for path in Path("results/data").iterdir()} == {
+            "meta.json",
+            *(f"{split}_{what}.npy" for split in ("train", "test") for what in ("images", "labels")),
+        }

@@ -133,9 +133,8 @@ def test_a_killed_stage_that_cannot_go_on_says_why(study):
 
 
 def test_a_larger_set_of_pairs_adds_to_what_is_there(study):
-    assert run(study, *STAGES["pairs"])[0] == 0
-    before = content(study / "results/pairs")
     calls = int(calls_of_pairs(study, 200))
+    before = content(study / "results/pairs")
     shutil.rmtree(study / "results/pairs")  # as DVC does before it runs a stage
     assert int(calls_of_pairs(study, 320)) < calls
     after = content(study / "results/pairs")

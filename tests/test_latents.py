@@ -9,7 +9,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 
-from equilab import __main__, graph
+from equilab import __main__, dvc
 from equilab.core import config, rng
 from equilab.data import images as data
 from equilab.data import latents
@@ -168,7 +168,7 @@ def test_samples_are_decoded_to_pixels(study):
 
 
 def test_the_graph_has_the_stages_of_the_study_alone(study):
-    stages = graph.dvc(open_study(Path("params.yaml")))["stages"]
+    stages = dvc.graph(open_study(Path("params.yaml")))["stages"]
     assert list(stages) == [
         "code",
         "data",
@@ -182,7 +182,7 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
     ]
     assert (
         "results/latents" in stages["diffusion"]["do"]["deps"]
-        and "latents" in stages["evaluate"]["do"]["params"][0]["results/code/params.json"]
+        and "${latents.vae}" in stages["evaluate"]["do"]["deps"]
     )
     assert not [
         path
@@ -190,7 +190,7 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
         for path in stage.get("do", stage)["deps"]
         if "pairs/" in path or ("distill" in path and "results" in path)
     ]
-    assert "latents" not in graph.dvc(open_study(SMOKE))["stages"]
+    assert "latents" not in dvc.graph(open_study(SMOKE))["stages"]
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,22 @@ import pytest
 import yaml
 from smoke import ROOT, SMOKE, write_study
 
-from equilab import graph
+from equilab import dvc, graph, study
 from equilab.core import code
 
 STUDIES = [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))]
 HEAVY = {
     "torchdeq": ["equilab.solvers.library"],
     "torch_fidelity": ["equilab.metrics.fidelity"],
-    "torchvision": ["equilab.data.images", "equilab.models.discriminators"],  # a dataset; networks
-    "timm": ["equilab.models.discriminators"],
+    "torchvision": ["equilab.data.images", "equilab.models.feature_networks"],  # a dataset; networks
+    "timm": ["equilab.models.feature_networks"],
     "diffusers": ["equilab.data.latents"],
+    "datasets": ["equilab.data.hub"],
 }
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["study", "graph"],
+    ["check", "dvc", "study", "graph"],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["sampling"],
@@ -96,7 +97,7 @@ def test_no_import_goes_round_in_a_circle():
 @pytest.mark.parametrize("params", STUDIES, ids=lambda params: params.parent.name)
 def test_a_study_has_the_graph_of_its_params(params):
     told = f"{params.parent}/dvc.yaml is stale: run `python -m equilab graph`"
-    assert (params.parent / "dvc.yaml").read_text() == graph.text(graph.read(params)), told
+    assert (params.parent / "dvc.yaml").read_text() == dvc.text(study.read(params)), told
     assert (params.parent / ".dvc/config").read_text() == (ROOT / ".dvc/config").read_text()
 
 
@@ -124,13 +125,13 @@ def test_code_that_means_the_same_is_the_same():
 
 def listings(root):
     """Return what smoke's jobs run, by the code of the package in `root`."""
-    script = "from equilab import graph, study; import sys, json; from pathlib import Path; print(json.dumps(graph.code_files(graph.read(Path(sys.argv[1])))))"  # fmt: skip
+    script = "from equilab import dvc, study; import sys, json; from pathlib import Path; print(json.dumps(dvc.code_files(study.read(Path(sys.argv[1])))))"  # fmt: skip
     folder = write_study(root / "study", {"study.root": str(root)})
     command = [sys.executable, "-c", script, "params.yaml"]
     done = subprocess.run(
         command, cwd=folder, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
     )
-    return {path.removeprefix(f"{graph.CODE}/"): text for path, text in json.loads(done.stdout).items()}
+    return {path.removeprefix(f"{study.CODE}/"): text for path, text in json.loads(done.stdout).items()}
 
 
 @pytest.fixture(scope="module")
@@ -182,31 +183,24 @@ def test_a_notebook_depends_on_what_its_cells_import(tmp_path):
 
 
 def jobs(sections):
-    """Return every job of a study as DVC has it, what it depends on resolved, with the values of its params."""
-    stages, values = graph.dvc(sections)["stages"], graph.frozen_params(sections)
+    """Return every job of a study as DVC has it, `${item}` resolved, with its params."""
+    made = dvc.code_files(sections)
     found = {}
-    for name, entry in stages.items():
+    for name, entry in dvc.graph(sections)["stages"].items():
         for key, item in entry.get("foreach", {"": {}}).items():
             text = yaml.safe_dump(entry.get("do", entry)).replace("${key}", key)
             for word, value in item.items():
                 text = text.replace(f"${{item.{word}}}", str(value))
             job = yaml.safe_load(text)
-            keys = job.get("params", [{f"{graph.CODE}/params.json": []}])[0][f"{graph.CODE}/params.json"]
-            found[f"{name}@{key}" if key else name] = (job, {path: value_at(values, path) for path in keys})
+            params = {path: made[path] for path in job["deps"] if path.startswith(f"{study.CODE}/params/")}
+            found[f"{name}@{key}" if key else name] = (job, params)
     return found
-
-
-def value_at(values, path):
-    """Return the value at a path of keys."""
-    for key in path.split("."):
-        values = values[key]
-    return values
 
 
 def changed(folder, changes):
     """Return which jobs of smoke differ, or are there in one alone, when some of its params change."""
-    before = jobs(graph.read(write_study(folder) / "params.yaml"))
-    after = jobs(graph.read(write_study(folder, changes) / "params.yaml"))
+    before = jobs(study.read(write_study(folder) / "params.yaml"))
+    after = jobs(study.read(write_study(folder, changes) / "params.yaml"))
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
@@ -229,17 +223,17 @@ def test_a_study_without_a_stage_depends_on_none_of_its_results(tmp_path):
     absent = ["features", "gan", "consistency", "relative", "activation"]
     changes = dict.fromkeys([*absent, "evaluate.gdd", "evaluate.gdd-i-2", "evaluate.cd"], ...)
     changes["cost.runs"] = ["teacher", "distill/get"]
-    found = jobs(graph.read(write_study(tmp_path, changes) / "params.yaml"))
+    found = jobs(study.read(write_study(tmp_path, changes) / "params.yaml"))
     for name in absent:
         assert not any(each.partition("@")[0] == name for each in found)
         assert not any(f"results/{name}" in str(job) for job, _ in found.values())
 
 
 def test_what_is_listed_to_run_at_once_needs_only_what_is_listed_before():
-    sections = graph.read(SMOKE)
+    sections = study.read(SMOKE)
     found = {name: job for name, (job, _) in jobs(sections).items()}
     before = ["results/code"]
-    for names in graph.waves(sections):
+    for names in dvc.waves(sections):
         made = []
         for name in names:
             outputs = [

@@ -16,11 +16,11 @@ from equilab.core import config
 from equilab.data.images import Dataset, load
 from equilab.diffusion import losses
 from equilab.diffusion.protocols import Denoised
-from equilab.graph import Sections
 from equilab.models import checkpoint, gdd
 from equilab.models.classifier import Classifier
 from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
+from equilab.study import Sections
 from equilab.training import gan, onestep
 from equilab.training.loop import Adversary, Halt, Logged, Run, fit
 
@@ -40,7 +40,7 @@ def sections():
 
 
 def config_of(sections, stage, run=None):
-    return study.read(Sections(sections, "params.yaml", SMOKE.parent), stage, run)
+    return study.config_of(Sections(sections, "params.yaml", SMOKE.parent), stage, run)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,22 @@
 """The training loop against closed forms: schedule, average, accumulation, resumption; and its refusals."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import golden
 from torch import nn
 
-from equilab.core import files, machine
+from equilab import study
+from equilab.core import config, files, machine
 from equilab.core.config import UserError
 from equilab.models import checkpoint as state
 from equilab.training.loop import Logged, Optimisation, Run, ema_decay, fit, learning_rate
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 BASE = Optimisation(
     nimg=320,
     batch=8,
@@ -186,19 +190,7 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
         state.load_tensors(tmp_path / "none.safetensors")
 
 
-def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused = pytest.raises(UserError, match="another process is working on teacher")
-    with files.locked("teacher"), refused, files.locked("teacher"):
-        pass
-    with files.locked("teacher"):
-        pass
-
-
-def test_an_unwritable_place_and_a_full_disk_are_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written"):
-        files.write(tmp_path / "file" / "log.csv", "text")
+def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(UserError, match="GiB needed, .* GiB free"):
         files.require_disk(tmp_path / "not" / "yet", 2**60)
 
@@ -219,3 +211,33 @@ def test_the_average_decays_as_published(name, batch, half_life):
     nimg, decay = (tensors[f"out.ema.{name}.{key}"] for key in ("images_before_step", "decay"))
     found = [ema_decay(int(seen), batch=batch, half_life_nimg=half_life, warmup=0.05) for seen in nimg]
     assert len(found) == 43 and found == pytest.approx(decay.tolist(), rel=1e-12)
+
+
+def numbers(value, place=()):
+    """Yield every number within a section of params, with its place."""
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            yield from numbers(entry, (*place, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield place, value
+
+
+@pytest.mark.parametrize(
+    "stage", ["evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency"]
+)
+def test_every_number_of_params_has_a_range_that_is_known_before_anything_is_built(stage):
+    params = ROOT / "studies/smoke/params.yaml"
+    found = list(numbers(config.read(params)[stage]))
+    assert found
+    for place, value in found:
+        if "seeds" in place:
+            continue  # any number is one
+        sections = config.read(params)
+        entry = sections[stage]
+        for key in place[:-1]:
+            entry = entry[key]
+        entry[place[-1]] = 10**12 if isinstance(value, int) else 1e300
+        run = place[0] if study.STAGES[stage].jobs == "seeds" else None
+        with pytest.raises(UserError, match=re.escape(str(place[-1]))):
+            study.config_of(study.Sections(sections, "params.yaml", params.parent), stage, run)

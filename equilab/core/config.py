@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 
@@ -30,6 +30,8 @@ class Params(BaseModel):
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
+Size = Annotated[int, Field(ge=1, le=16_384)]  # of a network: of what it is wide
+Depth = Annotated[int, Field(ge=0, le=256)]  # and deep
 
 
 MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed

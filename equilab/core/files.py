@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -108,13 +109,56 @@ def is_intact(path: Path) -> bool:
     return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
 
 
+def replace(source: Path, target: Path) -> None:
+    """Move a file or a folder to `target`, in place of what is there, in full or not at all, also onto another file system."""
+    try:
+        _rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _rename(_copy_beside(source, target), target)
+        shutil.rmtree(source) if source.is_dir() else source.unlink()
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a file, or a folder, which cannot take the place of another: that is put aside until it can be removed."""
+    if not target.is_dir():
+        os.replace(source, target)
+        return
+    aside = target.with_name(f".{target.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(target, aside)
+    try:
+        os.replace(source, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _copy_beside(source: Path, target: Path) -> Path:
+    """Return a copy of a file or a folder beside `target`, on its file system, written to the disk."""
+    copy = target.with_name(f".{target.name}.copy")
+    if source.is_dir():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+    else:
+        shutil.copyfile(source, copy)
+    for path in [copy, *copy.rglob("*")]:
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    return copy
+
+
 def link(path: Path, folder: Path) -> None:
     """Put a file into a folder as well, without a second copy where the disk allows it."""
-    (folder / path.name).unlink(missing_ok=True)
+    target = folder / path.name
+    target.unlink(missing_ok=True)
     try:
-        os.link(path, folder / path.name)
-    except OSError:  # another disk
-        shutil.copyfile(path, folder / path.name)
+        os.link(path, target)
+    except OSError:  # another disk, or one without links
+        os.replace(_copy_beside(path, target), target)
 
 
 def remove_others(folder: Path, names: Collection[str], pattern: str) -> None:

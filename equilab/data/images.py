@@ -5,30 +5,43 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 from tqdm import tqdm
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError
-from equilab.core.files import remove_others, require_disk, scratch, sha256_of, write_array, write_json
-from equilab.core.job import Job, Plan
+from equilab.core.config import Params, UserError, read_json
+from equilab.core.files import (
+    remove_others,
+    replace,
+    require_disk,
+    scratch,
+    sha256_of,
+    write_array,
+    write_json,
+)
+from equilab.core.job import Job, Plan, folder_of
 from equilab.core.progress import bar
+from equilab.data import reading
+from equilab.data.hub import Datasets, locate, open_splits
+from equilab.data.reading import Images, Refusals, RefusedError, expanded
 
 # per source, the keys beside `source` that it reads: all of one group, and no others
-READS = {"digits": [("test",)], "cifar10": [("path",)], "folder": [("path", "test"), ("path", "test_path")]}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+READS = {
+    "digits": [("test",)],
+    "cifar10": [("path",)],
+    "folder": [("path", "test"), ("path", "test_path")],
+    "datasets": [("path", "datasets"), ("path", "test", "datasets")],
+}
 
 Size = Annotated[int, Field(ge=1, le=65_536)]  # channels, or pixels along a side
 
@@ -36,46 +49,64 @@ Size = Annotated[int, Field(ge=1, le=65_536)]  # channels, or pixels along a sid
 class Config(Params):
     """Where a study's real images come from; a key that the source does not read is null.
 
-    `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`) or
-    "folder" (a zip or folder of PNG or JPEG images with an optional dataset.json of labels, reads `path` and one of
-    `test_path` and `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test
-    split, drawn by the study's seed. `image`: (channels, height, width); `classes`: 0 for images without
-    labels; the stage compares both with what it finds.
+    `source`: "digits" (scikit-learn's 1,797 digits, 1x8x8, reads `test`), "cifar10" (torchvision's, reads `path`),
+    "folder" (a zip or folder of images with labels in a dataset.json, in class folders, or none; reads `path` and one of
+    `test_path` and `test`) or "datasets" (Hugging Face's, reads `path`, `datasets` and, without a split for testing,
+    `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test split, drawn by the
+    study's seed. `image`: (channels, height, width); `classes`: 0 for images without labels; the stage compares both with
+    what it finds. `labels`: how those of generated images are drawn, from all classes alike or as frequently as training
+    images have them.
     """
 
-    source: Literal["digits", "cifar10", "folder"]
+    source: Literal["digits", "cifar10", "folder", "datasets"]
     path: str | None
     test_path: str | None
     test: PositiveInt | None
     image: tuple[Size, Size, Size]
-    classes: Annotated[int, Field(ge=0, le=1_000_000)]
+    classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
+    datasets: Datasets | None = None
+    labels: Literal["uniform", "frequency"] = "uniform"
 
     @model_validator(mode="after")
     def _reads(self):
-        given = tuple(key for key in ("path", "test", "test_path") if getattr(self, key) is not None)
+        keys = ("path", "test", "test_path", "datasets")
+        given = tuple(key for key in keys if getattr(self, key) is not None)
         if given not in READS[self.source]:
             wanted = " or ".join(" and ".join(keys) for keys in READS[self.source])
             raise ValueError(
                 f"source {self.source} reads {wanted}, given are {', '.join(given) or 'none'}; "
                 "give the keys that it reads and set the others to null"
             )
+        if self.datasets is not None and (self.datasets.test is None) != (self.test is not None):
+            raise ValueError("give either a split as datasets.test or a number of images to hold out as test")
+        if self.labels == "frequency" and not self.classes:
+            raise ValueError("labels is frequency, but classes is 0; set it to uniform")
         return self
 
 
+class Meta(BaseModel):
+    """What meta.json says of the arrays beside it, as far as it is read."""
+
+    counts: dict[Literal["train", "test"], PositiveInt]
+    shape: tuple[Size, Size, Size]
+    classes: NonNegativeInt
+    sha256: dict[str, str]
+    label_counts: tuple[PositiveInt, ...] | None = None
+
+
 class Dataset(NamedTuple):
-    """One split of a study: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0."""
+    """One split of a study: images (N, C, H, W) memory-mapped, labels (N,) int64 or None, number of classes or 0.
+
+    `label_counts`: how many training images each class has, where labels are drawn by it; None where they are uniform.
+    """
 
     images: UInt8[np.ndarray, "n c h w"]
     labels: np.ndarray | None
     classes: int
+    label_counts: tuple[int, ...] | None = None
 
 
-class Images(NamedTuple):
-    """A source as read: `read(i)` gives image i as uint8 (C, H, W), `names[i]` is what a message calls it."""
-
-    names: Sequence[str]
-    read: Callable[[int], np.ndarray]
-    labels: np.ndarray | None
+Splits = dict[str, tuple[Images, np.ndarray]]  # "train" and "test": the images of a source, and which of them
 
 
 def to_float(image: UInt8[Any, ...]) -> Float[Any, ...]:
@@ -112,25 +143,37 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     """
     folder = Path(folder)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        count, shape, classes, sha256 = meta["counts"][split], meta["shape"], meta["classes"], meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/meta.json is missing or damaged ({error!r}); run the stage data again"
-        ) from error
-    images = _read_array(
-        folder / f"{split}_images.npy", (count, *shape), np.uint8, sha256 if verify else None
-    )
+        meta = Meta.model_validate_json((folder / "meta.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{folder}/meta.json is missing or damaged; run the stage data again") from None
+    count, sha256 = meta.counts[split], meta.sha256 if verify else None
+    images = _read_array(folder / f"{split}_images.npy", (count, *meta.shape), np.uint8, sha256)
     labels = None
-    if classes:
-        labels = np.array(
-            _read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256 if verify else None)
-        )
-    return Dataset(images, labels, classes)
+    if meta.classes:
+        labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256))
+    return Dataset(images, labels, meta.classes, meta.label_counts)
+
+
+def label_counts(job: Job) -> dict[str, list[int]]:
+    """Return how many training images each class has, as `label_counts`, if that decides how labels are drawn; or nothing.
+
+    Raises: UserError if the stage `data` has not written it.
+    """
+    if job.read("data").labels == "uniform":
+        return {}
+    counts = read_json(folder_of("data") / "meta.json", "label_counts")["label_counts"]
+    return {"label_counts": counts}
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what estimates the stage's cost; how many images there are is not known before they are read."""
+    """Return what estimates the stage's cost; how many images there are is not known before they are read.
+
+    Raises: UserError if there is nothing where params say that the images lie.
+    """
+    if config.source == "datasets":
+        locate(config.path)
+    if config.source == "folder":
+        reading.require_paths({key: path for _, key, path in _paths(config)})
     return partial(Plan, disk=None)
 
 
@@ -138,91 +181,194 @@ def run(config: Config, job: Job) -> None:
     """Write train_images.npy, train_labels.npy, test_images.npy, test_labels.npy and meta.json into the stage's folder.
 
     The label files are absent where the source has no labels. The same source and seed give the same bytes. Memory
-    does not grow with the number of images.
+    does not grow with the number of images, but for their names.
 
-    Raises: UserError naming the key or the file that is wrong, and what to do.
+    Raises: UserError naming the key or the file that is wrong, and what to do; images that are refused are counted.
     """
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes the first one does it
-    splits = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[config.source](
-        config, job.study.seed
-    )
-    labels = {
-        split: images.labels[indices]
-        for split, (images, indices) in splits.items()
-        if images.labels is not None
-    }
-    if len(labels) == 1:
-        raise UserError(
-            f"only the {next(iter(labels))} images have labels; give dataset.json to both or to none"
-        )
-    classes = 1 + max((int(found.max()) for found in labels.values()), default=-1)
-    if classes != config.classes:
-        raise UserError(
-            f"data.classes is {config.classes}, the images' labels have {classes}; set it to {classes}"
-        )
-    counts = {split: len(indices) for split, (_, indices) in splits.items()}
-    require_disk(job.out, sum(counts.values()) * math.prod(config.image))
-    sha256 = {}
     with scratch(job) as place:  # what is there stays until everything new is
-        for split, (images, indices) in splits.items():
-            file = place / f"{split}_images.npy"
-            with bar(f"data: {split}", len(indices)) as progress:
-                rows = _rows(images, indices.tolist(), config.image, progress)
-                sha256[file.name] = _write_images(file, (len(indices), *config.image), rows)
+        splits = _open(config, job.study.seed, place)
+        labels = _labels(config, splits)
+        counts = {split: len(indices) for split, (_, indices) in splits.items()}
+        for folder in (place, job.out):  # which may be on two disks
+            require_disk(folder, sum(counts.values()) * math.prod(config.image))
+        sha256 = _write_splits(config, splits, place)
         for split, found in labels.items():
             sha256[f"{split}_labels.npy"] = write_array(place / f"{split}_labels.npy", found)
-        meta = {
-            "source": config.source,
-            "shape": config.image,
-            "classes": classes,
-            "counts": counts,
-            "sha256": sha256,
-        }
         job.out.mkdir(parents=True, exist_ok=True)
         for name in sha256:
-            os.replace(place / name, job.out / name)
+            replace(place / name, job.out / name)
+    meta = {
+        "source": config.source,
+        "shape": config.image,
+        "classes": config.classes,
+        "counts": counts,
+        "sha256": sha256,
+    }
+    if config.labels == "frequency":
+        meta["label_counts"] = np.bincount(labels["train"]).tolist()
+    if (names := splits["train"][0].classes) is not None:
+        meta["class_names"] = names
     write_json(job.out / "meta.json", meta)
     remove_others(job.out, sha256, "*.npy")
+    _tell(config, splits, labels)
 
 
-def _digits(config: Config, seed: int) -> dict:
+def _open(config: Config, seed: int, place: Path) -> Splits:
+    """Return the splits of the source that params name."""
+    match config.source:
+        case "digits":
+            images = {"train": _digits()}
+        case "cifar10":
+            images = {split: _cifar10(config, split) for split in ("train", "test")}
+        case "folder":
+            images = {
+                split: reading.open_images(path, key, bool(config.classes))
+                for split, key, path in _paths(config)
+            }
+        case "datasets":
+            images = open_splits(config.path, config.datasets, place / "datasets")
+    if "test" not in images:
+        return _hold_out(images["train"], config.test, seed)
+    return {split: (found, np.arange(len(found.names))) for split, found in images.items()}
+
+
+def _paths(config: Config) -> list[tuple[str, str, Path]]:
+    """Return the zips or folders of images that params give: their split, key and path."""
+    given = [("train", "data.path", config.path), ("test", "data.test_path", config.test_path)]
+    return [(split, key, expanded(path)) for split, key, path in given if path is not None]
+
+
+def _labels(config: Config, splits: Splits) -> dict[str, np.ndarray]:
+    """Return the labels of both splits, or none.
+
+    Raises: UserError if only one has them, they mean different classes, or they are not those of params, each with images.
+    """
+    labels = {
+        split: images.labels[items] for split, (images, items) in splits.items() if images.labels is not None
+    }
+    if len(labels) == 1:
+        raise UserError(f"only the {next(iter(labels))} images have labels; give them to both or to none")
+    train, test = (images.classes for images, _ in splits.values())
+    if train != test:
+        raise UserError(
+            f"the classes of training images are {_some(train or ['numbers'])}, those of held-out images "
+            f"{_some(test or ['numbers'])}; name the class folders of both alike, or give both a dataset.json"
+        )
+    used = np.unique(labels["train"]) if labels else np.arange(0)
+    if labels and len(alone := np.setdiff1d(labels["test"], used)):
+        raise UserError(
+            f"only held-out images have the labels {_some(alone)}; give training images of these too"
+        )
+    if labels and used[-1] >= len(used):
+        moved = [f"{before} becomes {after}" for after, before in enumerate(used) if before != after]
+        empty = np.setdiff1d(np.arange(used[-1]), used)
+        raise UserError(
+            f"labels go up to {used[-1]}, but no training image has {_some(empty)}, and a "
+            f"class without images cannot be drawn; renumber them ({_some(moved)}) and set data.classes to {len(used)}"
+        )
+    if len(used) != config.classes:
+        found = f"the images' labels have {len(used)}" if labels else "the images have no labels"
+        raise UserError(
+            f"data.classes is {config.classes}, but {found}; set it to {len(used)}, or correct the labels"
+        )
+    return labels
+
+
+def _some(values: Iterable[Any]) -> str:
+    """Return the first few of some values."""
+    values = list(values)
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+
+
+def _write_splits(config: Config, splits: Splits, place: Path) -> dict[str, str]:
+    """Write the images of both splits; return the files' sha256 by their names.
+
+    Raises: UserError counting the images that are refused, by reason, in both.
+    """
+    refusals, seen, sha256 = Refusals("data"), array("Q"), {}
+    for split, (images, items) in splits.items():
+        file = place / f"{split}_images.npy"
+        with bar(f"data: {split}", len(items)) as progress:
+            rows = _rows(images, items.tolist(), config.image, refusals, seen, progress)
+            sha256[file.name] = _write_images(file, (len(items), *config.image), rows)
+    refusals.check(sum(len(items) for _, items in splits.values()))
+    train, test = np.split(np.array(seen), [len(splits["train"][1])])
+    repeated, leaked = len(train) - len(np.unique(train)), int(np.isin(test, train).sum())
+    if repeated or leaked:
+        print(
+            f"data: {repeated:,} training images repeat another, {leaked:,} held-out images a training image"
+        )
+    return sha256
+
+
+def _rows(
+    images: Images,
+    indices: Iterable[int],
+    shape: tuple[int, ...],
+    refusals: Refusals,
+    seen: array,
+    progress: tqdm,
+) -> Iterator[np.ndarray]:
+    """Yield the images until one is refused; the others are read all the same, to count those that are refused as well.
+
+    `seen` gets a digest of each.
+    """
+    for index in indices:
+        try:
+            image = images.read(index)
+            if image.shape != shape:
+                raise RefusedError("shape", list(image.shape))
+        except RefusedError as refused:
+            refusals.add(images.names[index], refused)
+        else:
+            seen.frombytes(hashlib.blake2b(image.tobytes(), digest_size=seen.itemsize).digest())
+            if not refusals.counts:
+                yield image
+        progress.update()
+
+
+def _tell(config: Config, splits: Splits, labels: dict[str, np.ndarray]) -> None:
+    """Say what was read, and what was passed over."""
+    train, test = (len(items) for _, items in splits.values())
+    print(f"data: {train:,} training images, {test:,} held out")
+    if labels:
+        counts, names = np.bincount(labels["train"]), splits["train"][0].classes
+        named = f" ({_some(names)})" if names else ""
+        drawn = "uniformly" if config.labels == "uniform" else "by these frequencies"
+        print(
+            f"data: {len(counts)} classes{named} of {counts.min():,} to {counts.max():,} training images; "
+            f"labels of generated images are drawn {drawn} (data.labels)"
+        )
+    for others in {reading.counted(images.others) for images, _ in splits.values()} - {""}:
+        print(f"data: passed over: {others}")
+
+
+def _digits() -> Images:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)  # pixels 0..16
     levels = ((pixels * 255 + 8) // 16).astype(np.uint8).reshape(-1, 1, 8, 8)  # to the nearest of 0..255
-    images = Images([f"digit {i}" for i in range(len(levels))], levels.__getitem__, labels.astype(np.int64))
-    return _hold_out(images, config.test, seed)
+    return Images([f"digit {i}" for i in range(len(levels))], levels.__getitem__, labels.astype(np.int64))
 
 
-def _cifar10(config: Config, seed: int) -> dict:
+def _cifar10(config: Config, split: str) -> Images:
     from torchvision.datasets import CIFAR10
 
-    splits = {}
-    for split in ("train", "test"):
-        try:
-            source = CIFAR10(config.path, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"CIFAR-10 is not in data.path ({config.path}) and could not be fetched ({error}); place "
-                "cifar-10-python.tar.gz there, or the folder cifar-10-batches-py of it"
-            ) from error
-        pixels = source.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
-        names = [f"{split} image {i}" for i in range(len(pixels))]
-        images = Images(names, pixels.__getitem__, np.array(source.targets, dtype=np.int64))
-        splits[split] = (images, np.arange(len(names)))
-    return splits
+    try:
+        source = CIFAR10(expanded(config.path), train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 is not in data.path ({config.path}) and could not be fetched ({error}); place "
+            "cifar-10-python.tar.gz there, or the folder cifar-10-batches-py of it"
+        ) from error
+    pixels = source.data.transpose(0, 3, 1, 2)  # (N, 3, 32, 32)
+    names = [f"{split} image {i}" for i in range(len(pixels))]
+    return Images(names, pixels.__getitem__, np.array(source.targets, dtype=np.int64))
 
 
-def _folder(config: Config, seed: int) -> dict:
-    train = _open_images(Path(config.path), "data.path")
-    if config.test_path is None:
-        return _hold_out(train, config.test, seed)
-    test = _open_images(Path(config.test_path), "data.test_path")
-    return {"train": (train, np.arange(len(train.names))), "test": (test, np.arange(len(test.names)))}
-
-
-def _hold_out(images: Images, test: int, seed: int) -> dict:
+def _hold_out(images: Images, test: int, seed: int) -> Splits:
     """Return the splits {name: (images, indices)}: `test` images drawn by the seed, the others for training."""
     count = len(images.names)
     if not 0 < test < count:
@@ -231,96 +377,6 @@ def _hold_out(images: Images, test: int, seed: int) -> dict:
         )
     order = rng.generator(seed, "data held out").permutation(count)
     return {"train": (images, np.sort(order[test:])), "test": (images, np.sort(order[:test]))}
-
-
-def _open_images(path: Path, key: str) -> Images:
-    """Return the images of a zip or folder by name, with the labels of its dataset.json if it has one."""
-    if path.is_dir():
-        files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-
-        def read_bytes(name: str) -> bytes:
-            return (path / name).read_bytes()
-    elif path.is_file():
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise UserError(
-                f"{key} ({path}) is not a readable zip ({error}); fetch or pack it again"
-            ) from error
-        files, read_bytes = archive.namelist(), archive.read
-    else:
-        raise UserError(
-            f"{key} ({path}) is not there; place the zip or folder of images there or change the key"
-        )
-    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and "__MACOSX" not in name)
-    if not names:
-        raise UserError(
-            f"{key} ({path}) holds no image ({', '.join(IMAGE_SUFFIXES)}); give another zip or folder"
-        )
-    labels = _read_labels(read_bytes, names, path) if "dataset.json" in files else None
-
-    def read(index: int) -> np.ndarray:
-        return _decode(read_bytes, names[index], path)
-
-    return Images([f"{name} in {path}" for name in names], read, labels)
-
-
-def _read_labels(read_bytes: Callable[[str], bytes], names: Sequence[str], path: Path) -> np.ndarray | None:
-    """Return the labels (N,) of dataset.json, {"labels": [[name, label], ...]}, in the order of `names`, or None."""
-    where = f"dataset.json in {path}"
-    try:
-        pairs = json.loads(read_bytes("dataset.json"))["labels"]
-        labels = None if pairs is None else dict(pairs)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f'{where} is not {{"labels": [[name, label], ...]}} ({error!r}); mend or remove it'
-        ) from error
-    if labels is None:
-        return None
-    for name in sorted(labels.keys() ^ set(names))[:1]:
-        fault = "labels an image that is not there:" if name in labels else "has no label for"
-        raise UserError(
-            f"{where} {fault} {name}; list every image once, or remove it to train without labels"
-        )
-    for name, label in labels.items():
-        if type(label) is not int or label < 0:
-            raise UserError(f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0")
-    return np.array([labels[name] for name in names], dtype=np.int64)
-
-
-def _decode(read_bytes: Callable[[str], bytes], name: str, path: Path) -> np.ndarray:
-    """Return the image as uint8 (C, H, W), 1 channel for grey and 3 for RGB; no other mode is converted silently."""
-    from PIL import Image
-
-    try:
-        image = Image.open(io.BytesIO(read_bytes(name)))
-        pixels = np.array(image)
-    except (
-        Exception
-    ) as error:  # a damaged image or zip entry raises one of a dozen types, by where it is damaged
-        raise UserError(
-            f"{name} in {path} cannot be read ({error}); replace it or fetch the file again"
-        ) from error
-    if image.mode not in ("L", "RGB"):
-        raise UserError(
-            f"{name} in {path} has the mode {image.mode}; convert it to 8-bit grey or RGB "
-            "(a palette or transparency is not dropped silently)"
-        )
-    return pixels[None] if image.mode == "L" else pixels.transpose(2, 0, 1)
-
-
-def _rows(
-    images: Images, indices: Iterable[int], shape: tuple[int, ...], progress: tqdm
-) -> Iterator[np.ndarray]:
-    for index in indices:
-        image = images.read(index)
-        if image.shape != shape:
-            raise UserError(
-                f"{images.names[index]} is {image.shape}, data.image is {shape} (channels, height, width); "
-                "correct the key, or make all images the same size and mode"
-            )
-        yield image
-        progress.update()
 
 
 def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> str:
@@ -334,7 +390,7 @@ def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]
             for data in itertools.chain([header.getvalue()], map(np.ndarray.tobytes, rows)):
                 digest.update(data)
                 file.write(data)
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest.hexdigest()
@@ -343,8 +399,8 @@ def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]
 def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:
     """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # one of a dozen types, by where it is damaged
         raise UserError(
             f"{path} is missing, cut short or damaged ({error}); run the stage data again"
         ) from error
@@ -353,7 +409,7 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
             f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
             f"{np.dtype(dtype)} {shape}; run the stage data again"
         )
-    if sha256 is not None and sha256_of(path) != sha256[path.name]:
+    if sha256 is not None and sha256_of(path) != sha256.get(path.name):
         raise UserError(
             f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again"
         )

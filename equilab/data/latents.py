@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from equilab.core import rng
@@ -48,6 +57,49 @@ class Config(Params):
         if SHARD % batch:
             raise ValueError(f"must divide {SHARD}, got {batch}")
         return batch
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Channels = Annotated[int, Field(ge=1, le=4096)]
+
+
+class VAEConfig(BaseModel):
+    """What the config.json of an AutoencoderKL says of sizes, and of how latents are scaled; the rest diffusers checks."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
+    in_channels: Channels = 3
+    out_channels: Channels = 3
+    latent_channels: Channels = 4
+    block_out_channels: Annotated[list[Channels], Field(min_length=1, max_length=8)] = [64]
+    layers_per_block: Annotated[int, Field(ge=1, le=16)] = 1
+    scaling_factor: Positive = 0.18215
+    shift_factor: Finite | None = None
+    latents_mean: list[Finite] | None = None
+    latents_std: list[Positive] | None = None
+
+    @model_validator(mode="after")
+    def _scaling(self):
+        mean, deviation = self.latents_mean, self.latents_std
+        if (mean is None) != (deviation is None):
+            raise ValueError("latents_mean and latents_std are given together or not at all")
+        if mean is not None and self.shift_factor is not None:
+            raise ValueError("shift_factor and latents_mean both say what is subtracted")
+        if mean is not None and {len(mean), len(deviation)} != {self.latent_channels}:
+            raise ValueError("latents_mean and latents_std need a value for each latent channel")
+        return self
+
+
+class Scaling(NamedTuple):
+    """What encoded images become latents by: (encoded - center) * scale, per channel (C, 1, 1).
+
+    Source: diffusers, its pipelines of Stable Diffusion 3 (shift_factor) and XL (latents_mean, latents_std).
+    """
+
+    center: Tensor
+    scale: Tensor
 
 
 class Pixels(NamedTuple):
@@ -95,8 +147,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 
 def run(config: Config, job: Job) -> None:
-    """Encode every training image: a draw from the VAE's posterior, its noise a function of (seed, index), times the
-    VAE's scaling factor, as float32 in shards. A killed run continues with the shard that it was at.
+    """Encode every training image: a draw from the VAE's posterior, its noise a function of (seed, index), scaled as the
+    VAE says, as float32 in shards. A killed run continues with the shard that it was at.
 
     Raises: UserError if there is no such VAE, the data are missing, or there is too little disk.
     Source: FPDM (Bai and Melas-Kyriazi 2024), section 4.1, after "High-resolution image synthesis with latent diffusion
@@ -104,10 +156,10 @@ def run(config: Config, job: Job) -> None:
     """
     images = data.load(folder_of("data"), "train", verify=True).images
     device = device_of(job)
-    vae = _vae(config, images.shape[1:]).to(device)
+    vae, scaling = _vae(config, images.shape[1:], device)
     about = {
         "data": sha256_of(folder_of("data") / "meta.json"),
-        "vae": checksum(vae.state_dict()),
+        "vae": checksum({**vae.state_dict(), **scaling._asdict()}),
         "shape": config.shape,
     }
     with scratch(job, identity(job, config, about)) as folder:
@@ -124,7 +176,8 @@ def run(config: Config, job: Job) -> None:
                     noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(
                         device
                     )
-                    blocks.append(_encoded(vae, to_float(torch.from_numpy(images[items])).to(device), noise))
+                    image = to_float(torch.from_numpy(images[items])).to(device)
+                    blocks.append(_encoded(vae, image, noise, scaling))
                     progress.update(len(items))
                 write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
         barrier()
@@ -143,9 +196,9 @@ def run(config: Config, job: Job) -> None:
 
 
 @torch.inference_mode()
-def _encoded(vae: nn.Module, image: Tensor, noise: Tensor) -> np.ndarray:
+def _encoded(vae: nn.Module, image: Tensor, noise: Tensor, scaling: Scaling) -> np.ndarray:
     posterior = vae.encode(image).latent_dist
-    return ((posterior.mean + posterior.std * noise) * vae.config.scaling_factor).cpu().numpy()
+    return ((posterior.mean + posterior.std * noise - scaling.center) * scaling.scale).cpu().numpy()
 
 
 def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
@@ -162,35 +215,84 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
     config = job.read("latents") if latent else None
     if config is None:
         return Pixels(shape, to_uint8)
-    vae, path = _vae(config, job.image), folder_of("latents") / "meta.json"
-    if read_json(path, "vae")["vae"] != checksum(vae.state_dict()):
+    (vae, scaling), path = _vae(config, job.image, device), folder_of("latents") / "meta.json"
+    if read_json(path, "vae")["vae"] != checksum({**vae.state_dict(), **scaling._asdict()}):
         raise UserError(
             f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again"
         )
-    vae.to(device)
 
     @torch.inference_mode()
     def decode(image: Tensor) -> Tensor:
-        flat = image.reshape(-1, *shape).float() / vae.config.scaling_factor
+        flat = image.reshape(-1, *shape).float() / scaling.scale + scaling.center
         parts = [to_uint8(vae.decode(part).sample.clamp(-1, 1)) for part in flat.split(config.batch)]
         return torch.cat(parts).reshape(*image.shape[:-3], *job.image)
 
     return Pixels(job.image, decode)
 
 
-def _vae(config: Config, image: tuple[int, ...]) -> Any:
-    """Return the VAE for images (C, H, W), in evaluation mode.
+def _vae(
+    config: Config, image: tuple[int, ...], device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Scaling]:
+    """Return the VAE for images (C, H, W), in evaluation mode, and how its latents are scaled.
 
     Raises: UserError if it is not there, cannot be read, or does not fit.
     """
+    path = Path(config.vae)
+    about = _read_config(path)
+    shrinks = 2 ** (len(about.block_out_channels) - 1)
+    if {about.in_channels, about.out_channels} != {image[0]} or any(size % shrinks for size in image[1:]):
+        raise UserError(
+            f"latents.vae: the VAE in {path} takes images of {about.in_channels} channels and sizes that "
+            f"{shrinks} divides, and makes {about.out_channels} channels, data.image is {list(image)}; give another VAE"
+        )
+    found = (about.latent_channels, *(size // shrinks for size in image[1:]))
+    if found != config.shape:
+        raise UserError(
+            f"latents.shape is {list(config.shape)}, the VAE in {path} makes {list(found)}; set it to that"
+        )
+    center = about.latents_mean or [about.shift_factor or 0.0] * about.latent_channels
+    deviation = about.latents_std or [1.0] * about.latent_channels
+    per_channel = torch.tensor([center, deviation]).reshape(2, -1, 1, 1).to(device)
+    return _load(path).to(device), Scaling(per_channel[0], about.scaling_factor / per_channel[1])
+
+
+def _read_config(path: Path) -> VAEConfig:
+    """Return what the config.json of a VAE says.
+
+    Raises: UserError if it is not there, damaged, of another class, or has a key that diffusers would pass over.
+    """
     from diffusers import AutoencoderKL
 
-    path = Path(config.vae)
     if not (path / "config.json").exists():
         raise UserError(
             f"latents.vae: {path} holds no VAE; place there the files config.json and diffusion_pytorch_model.safetensors of an "
             "AutoencoderKL, for the paper's latents those of stabilityai/sd-vae-ft-ema, or change the key"
         )
+    try:
+        about = VAEConfig.model_validate_json((path / "config.json").read_bytes())
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        place = ".".join(["config.json", *map(str, mistake["loc"])])
+        raise UserError(
+            f"latents.vae: {place} in {path}: {mistake['msg']}; correct it, or fetch its files again"
+        ) from None
+    known = inspect.signature(AutoencoderKL.__init__).parameters
+    for key in about.model_extra:
+        if key not in known and not key.startswith("_"):
+            raise UserError(
+                f"latents.vae: config.json in {path} has the key {key!r}, which this version of diffusers passes over; "
+                "correct it, or install a version that knows it"
+            )
+    return about
+
+
+def _load(path: Path) -> nn.Module:
+    """Return the VAE of a folder, in evaluation mode.
+
+    Raises: UserError if its weights cannot be read or are not those of its config.
+    """
+    from diffusers import AutoencoderKL
+
     try:
         vae, told = AutoencoderKL.from_pretrained(
             str(path),
@@ -199,23 +301,14 @@ def _vae(config: Config, image: tuple[int, ...]) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # one of a dozen types, by what is wrong in the config
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"latents.vae: the VAE in {path} cannot be read ({str(error).splitlines()[0]}); fetch its files again"
+            f"latents.vae: the VAE in {path} cannot be read ({reason}); fetch its files again"
         ) from None
-    if told["missing_keys"]:
-        raise UserError(
-            f"latents.vae: the weights in {path} lack {sorted(told['missing_keys'])[0]}; fetch its files again"
-        )
-    shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
-    found = (vae.config.latent_channels, *(size // shrinks for size in image[1:]))
-    if vae.config.in_channels != image[0] or any(size % shrinks for size in image[1:]):
-        raise UserError(
-            f"latents.vae: the VAE in {path} takes images of {vae.config.in_channels} channels and sizes that "
-            f"{shrinks} divides, data.image is {list(image)}; give another VAE"
-        )
-    if found != config.shape:
-        raise UserError(
-            f"latents.shape is {list(config.shape)}, the VAE in {path} makes {list(found)}; set it to that"
-        )
+    for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have, against its config.json,")):
+        if told[keys]:
+            raise UserError(
+                f"latents.vae: the weights in {path} {what} {sorted(told[keys])[0]}; fetch its files again"
+            )
     return vae.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class PairSet:
         self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
         self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
+        self.label_counts = self.meta.get("label_counts")
         self.images = [self._open(folder / name) for name in self.meta["shards"]]
         if noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
             raise UserError(
@@ -74,6 +76,11 @@ class PairSet:
                 raise UserError(
                     f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
                 )
+        drawn = "uniform" if self.label_counts is None else "frequency"
+        if (wanted := job.read("data").labels) != drawn:
+            raise UserError(
+                f"data.labels is {wanted}, but {self.folder} was made with {drawn}; run the stages from `data` again"
+            )
         weights = folder_of("teacher") / "weights.safetensors"  # pairs alone can be trained on too
         if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
             raise UserError(
@@ -111,12 +118,28 @@ class PairSet:
         image = torch.from_numpy(np.stack([self.images[s][r] for s, r in zip(shard, row)]))  # (B, C, H, W)
         image = to_float(image) if image.dtype == torch.uint8 else image.float()
         noise = torch.from_numpy(rng.noise(self.seed, NOISE, indices, self.shape))
-        return Pairs(noise, image, labels(self.seed, indices, self.classes))
+        return Pairs(noise, image, labels(self.seed, indices, self.classes, counts=self.label_counts))
 
 
-def labels(seed: int, indices: rng.Indices, classes: int, purpose: str = LABEL) -> Tensor | None:
-    """Return uniform classes (B,) int64, each a function of its index, or None without classes."""
-    return torch.from_numpy(rng.integers(seed, purpose, indices, classes)) if classes else None
+def labels(
+    seed: int,
+    indices: rng.Indices,
+    classes: int,
+    purpose: str = LABEL,
+    counts: Sequence[int] | None = None,
+) -> Tensor | None:
+    """Return classes (B,) int64, each a function of its index, or None without classes.
+
+    They are uniform or, given how many training images each class has, as frequent as there.
+    """
+    if not classes:
+        return None
+    if counts is None:
+        return torch.from_numpy(rng.integers(seed, purpose, indices, classes))
+    image = rng.integers(
+        seed, purpose, indices, sum(counts)
+    )  # of the training images in the order of their classes
+    return torch.from_numpy(np.searchsorted(np.cumsum(counts), image, side="right"))
 
 
 def noise_checksum(seed: int, shape: tuple[int, ...]) -> str:

@@ -19,22 +19,9 @@ from torch import Tensor
 
 from equilab.core import rng
 from equilab.diffusion.discrete import Chain, Level, noise_of_image, posterior_mean
-from equilab.diffusion.protocols import Step, finish, unsound
+from equilab.diffusion.protocols import Step, unsound
 from equilab.solvers import Solution, Solver
 from equilab.solvers.budget import Budget, trace
-
-__all__ = [
-    "Step",
-    "ddim",
-    "ddim_step",
-    "ddpm",
-    "ddpm_step",
-    "explicit",
-    "finish",
-    "fresh",
-    "guided",
-    "implicit",
-]
 
 
 def ddpm_step(

@@ -17,9 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from equilab.diffusion.protocols import Denoised, Step, finish, unsound
-
-__all__ = ["Churn", "Step", "euler", "euler_step", "finish", "heun", "heun_step"]
+from equilab.diffusion.protocols import Denoised, Step, unsound
 
 
 def euler_step(

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from equilab.core.config import Size
+
 FINAL = 4  # pixels; the grid is halved until no side is longer
 
 
@@ -18,7 +20,7 @@ class Classifier(nn.Module):
     Raises: ValueError for data without classes, or a width that is not a multiple of 8.
     """
 
-    def __init__(self, image: tuple[int, int, int], classes: int, *, width: int, features: int):
+    def __init__(self, image: tuple[int, int, int], classes: int, *, width: Size, features: Size):
         super().__init__()
         if classes < 2:
             raise ValueError(

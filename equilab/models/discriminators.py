@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, spectral_norm
 
+from equilab.core.config import Size
 from equilab.models.feature_networks import FeatureNetwork
 from equilab.models.layers import check_label
 from equilab.models.unet import ConvDown, Resample
@@ -123,11 +124,11 @@ class FeatureDiscriminator(nn.Module):
         classes: int,
         *,
         mixing: str,
-        side: int,
-        channels: int,
-        width: int,
-        embedding: int,
-        condition: int,
+        side: Size,
+        channels: Size,
+        width: Size,
+        embedding: Size,
+        condition: Size,
     ):
         super().__init__()
         if mixing not in MIXINGS:
@@ -191,7 +192,7 @@ class StyleGAN2(nn.Module):
     """
 
     def __init__(
-        self, image: tuple[int, int, int], classes: int, *, width: int, embedding: int, condition: int
+        self, image: tuple[int, int, int], classes: int, *, width: Size, embedding: Size, condition: Size
     ):
         super().__init__()
         halvings = (image[1] // 4).bit_length() - 1

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from equilab.core.config import Depth, Size
 from equilab.models import vit
 from equilab.models.family import Family
 from equilab.models.layers import (
@@ -97,11 +98,11 @@ class DiT(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        expansion: int,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        patch: Size,
+        expansion: Size,
         learned_variance: bool,
     ):
         super().__init__()

@@ -43,9 +43,7 @@ class FeatureNetwork(nn.Module):
         """
         channels = image.shape[1]
         if channels != self.channels:
-            raise ValueError(
-                f"{self.name} takes {self.channels} channels, images have {channels}; choose another"
-            )
+            raise ValueError(f"{self.name} takes {self.channels} channels, not {channels}; choose another")
         return list(self.maps((image - self.mean) / self.std))
 
     @torch.no_grad()
@@ -129,9 +127,7 @@ def _timm(name: str, pretrained: bool, **options) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ValueError(
-            f"{name} needs timm, which is not there; install it with `pip install timm`"
-        ) from None
+        raise ValueError(f"{name} needs timm; install it with `pip install timm`") from None
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
@@ -148,9 +144,7 @@ def _deit(name: str, pretrained: bool) -> nn.Module:
 
 def _out_of_reach(name: str, error: Exception) -> ValueError:
     """Return what is said whatever a library raises where weights cannot be fetched or read."""
-    return ValueError(
-        f"weights of {name} cannot be had ({_reason(error)}); go online once, or use a classifier"
-    )
+    return ValueError(f"{name}: no weights ({_reason(error)}); go online once, or use a classifier")
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from equilab.core.config import Depth, Size
 from equilab.models import dit
 from equilab.models.family import Family
 from equilab.models.layers import (
@@ -63,12 +64,12 @@ class FPDM(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        width: int,
-        pre: int,
-        post: int,
-        heads: int,
-        patch: int,
-        expansion: int,
+        width: Size,
+        pre: Depth,
+        post: Depth,
+        heads: Size,
+        patch: Size,
+        expansion: Size,
         learned_variance: bool,
         pre_post_timestep: bool,
     ):

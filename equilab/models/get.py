@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from equilab.core.config import Depth, Size
 from equilab.diffusion.protocols import Generated
 from equilab.models.family import Family
 from equilab.models.layers import (
@@ -55,13 +56,13 @@ class GET(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        expansion: int,
-        equilibrium_depth: int,
-        equilibrium_expansion: int,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        patch: Size,
+        expansion: Size,
+        equilibrium_depth: Depth,
+        equilibrium_expansion: Size,
         normalise: bool,
     ):
         super().__init__()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
+from equilab.core.config import Depth, Size, nearest
+
+SizeOrZero = Annotated[int, Field(ge=0, le=16_384)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
@@ -166,13 +172,13 @@ class UNet(nn.Module):
         classes: int,  # 0 = unconditional
         *,
         architecture: str,  # "ddpmpp", "ncsnpp", "adm"
-        width: int,  # channels that `multipliers` multiply
-        multipliers: Sequence[int],  # one per resolution, finest first
-        blocks: int,  # per resolution in the encoder, one more in the decoder
-        attention: Sequence[int],
-        head_channels: int,  # of an attention head; 0 = a single head
-        dropout: float,
-        augment: int,  # size of the augmentation label; 0 = none
+        width: Size,  # channels that `multipliers` multiply
+        multipliers: Sequence[Size],  # one per resolution, finest first
+        blocks: Depth,  # per resolution in the encoder, one more in the decoder
+        attention: Sequence[Size],
+        head_channels: SizeOrZero,  # of an attention head; 0 = a single head
+        dropout: Dropout,
+        augment: SizeOrZero,  # size of the augmentation label; 0 = none
     ):
         super().__init__()
         _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment)
@@ -341,9 +347,7 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 def _heads(channels: int, head_channels: int) -> int:
     if head_channels < 0 or (head_channels and channels % head_channels):
-        raise ValueError(
-            f"head_channels={head_channels} does not divide {channels} attending channels; give a divisor"
-        )
+        raise ValueError(f"head_channels={head_channels} does not divide {channels} channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
 
@@ -351,9 +355,7 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
     levels = len(multipliers)
     _, height, across = image
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture={architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"architecture={architecture!r} is unknown{nearest(architecture, ARCHITECTURES)}")
     positive = min(*image, width, blocks, levels, *multipliers) >= 1
     if not positive or min(classes, augment) < 0 or not 0 <= dropout < 1:
         raise ValueError(
@@ -367,6 +369,4 @@ def _check(image, classes, architecture, width, multipliers, blocks, attention, 
         )
     resolutions = [height >> level for level in range(levels)]
     if not set(attention) <= set(resolutions):
-        raise ValueError(
-            f"attention={list(attention)} names a height that does not occur; choose among {resolutions}"
-        )
+        raise ValueError(f"attention={list(attention)} must be among the heights of the maps, {resolutions}")

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from equilab.core.config import Depth, Size
 from equilab.diffusion.protocols import Generated
 from equilab.models.family import Family
 from equilab.models.layers import (
@@ -69,11 +70,11 @@ class ViT(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        expansion: int,
+        width: Size,
+        depth: Depth,
+        heads: Size,
+        patch: Size,
+        expansion: Size,
         conditioning: str,
     ):
         super().__init__()

@@ -144,7 +144,8 @@ def load(
     training = KINDS[stage].training
     if config is None:
         config = parse(training.Config, metadata["config"], f"{path}: config")
-    run = _class(stage, config)(of, config, tuple(metadata["image"]), metadata["classes"], training.cost)
+    shape, classes, counts = tuple(metadata["image"]), metadata["classes"], metadata.get("label_counts")
+    run = _class(stage, config)(of, config, shape, classes, training.cost, counts)
     net = net.to(device)
     model = run.model(net, metadata)
     return Generator(run, net, model, metadata, torch.device(device), precision, Path(study))

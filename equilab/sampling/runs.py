@@ -7,7 +7,7 @@ weights, which `equilab.sampling.load` brings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,9 +66,16 @@ class Run(ABC):
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
 
     def __init__(
-        self, of: str, config: Any, shape: tuple[int, int, int], classes: int, count: Callable[..., Cost]
+        self,
+        of: str,
+        config: Any,
+        shape: tuple[int, int, int],
+        classes: int,
+        count: Callable[..., Cost],
+        label_counts: Sequence[int] | None = None,
     ):
         self.of, self.config, self.shape, self.classes = of, config, shape, classes
+        self.label_counts = label_counts  # of training images, where labels are as frequent as there
         self.family = config.family
         self._count = count
 
@@ -96,7 +103,7 @@ class Run(ABC):
     ) -> Inputs:
         """Return what the evaluation's images at `indices` are made from: the same for every run."""
         noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape)).to(device)
-        label = labels(seed, indices, self.classes, LABEL)
+        label = labels(seed, indices, self.classes, LABEL, self.label_counts)
         return Inputs(noise, label if label is None else label.to(device))
 
     def nfe(self, setting: Any) -> int:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from equilab.core.config import Params, plain
 from equilab.core.files import write_json, write_table
@@ -217,7 +216,7 @@ def _gradient_variants(trained: distill.Config) -> list[distill.Config]:
     return variants
 
 
-def _update(generator: Generator, loss: loop.Loss, batch: tuple[Tensor | None, ...]) -> Callable[[], object]:
+def _update(generator: Generator, loss: loop.Loss, batch: Any) -> Callable[[], object]:
     """Return the training step of a network, forward and backward, in the precision of its training.
 
     The network stays ready to be trained: nothing else is measured of it afterwards.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.files import write
+from equilab.core.files import replace, write
 from equilab.core.job import Job, Plan
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ def run(config: Config, job: Job) -> None:
     text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
     write(fresh / f"{job.run}.ipynb", text + "\n")
     failed.unlink()
-    shutil.rmtree(job.out, ignore_errors=True)
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(fresh, job.out)
+    replace(fresh, job.out)
 
 
 def _checked(config: Config, job: Job) -> Path:

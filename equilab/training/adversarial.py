@@ -24,7 +24,7 @@ class Adaptive(Params):
     """How the probability of augmentation follows the discriminator's overfitting."""
 
     target: float = Field(ge=-1, le=1)  # of the mean sign of the logits of real images
-    ramp_nimg: int = Field(ge=1, le=10**12)  # images that it takes from 0 to 1
+    ramp_nimg: int = Field(ge=1, le=10**10)  # images that it takes from 0 to 1
 
 
 def generator_loss(fake: Logits) -> Float[Tensor, ""]:

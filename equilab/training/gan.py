@@ -51,7 +51,7 @@ class R1(Params):
 class Consistency(Params):
     """A consistency loss beside the GAN's."""
 
-    weight: float = Field(gt=0, le=1e6)
+    weight: float = Field(ge=1e-6, le=1e6)
     levels: Levels
 
 
@@ -266,8 +266,9 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
     seed, shape, classes = config.seed, data.images.shape[1:], _classes(config, data.classes)
     items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
     # "critic" is the discriminator; renaming a purpose would draw other numbers
-    generator_noise, generator_label = fake_inputs(seed, "generator", positions, shape, classes)
-    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", positions, shape, classes)
+    drawn = positions, shape, classes, data.label_counts
+    generator_noise, generator_label = fake_inputs(seed, "generator", *drawn)
+    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", *drawn)
     draws: list[Tensor | None] = [None] * 3
     if config.augment != "none":
         purposes = [f"{name} augmentation" for name in ("generator", "critic", "real")]
@@ -296,11 +297,16 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
 
 
 def fake_inputs(
-    seed: int, purpose: str, positions: Sequence[int], shape: tuple[int, ...], classes: int
+    seed: int,
+    purpose: str,
+    positions: Sequence[int],
+    shape: tuple[int, ...],
+    classes: int,
+    counts: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, b] | None]:
     """Return the noise and the labels that images are generated from, by position."""
     noise = torch.from_numpy(rng.noise(seed, f"{purpose} noise", positions, shape))
-    return noise, labels(seed, positions, classes, f"{purpose} label")
+    return noise, labels(seed, positions, classes, f"{purpose} label", counts)
 
 
 def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, teacher: EDM) -> loop.Loss:

@@ -29,12 +29,13 @@ from equilab.core.machine import (
     world,
 )
 from equilab.core.progress import bar
+from equilab.data.images import label_counts
 from equilab.metrics.counting import Cost
 from equilab.models.checkpoint import load_tensors, save_tensors
 
-ImageCount = Annotated[int, Field(ge=1, le=10**12)]
+ImageCount = Annotated[int, Field(ge=1, le=10**10)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
+LearningRate = Annotated[float, Field(ge=1e-9, le=10)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -67,11 +68,11 @@ class Optimisation(Params):
     lr: LearningRate  # peak learning rate of AdamW
     betas: tuple[Beta, Beta]
     weight_decay: float = Field(ge=0, le=100)
-    clip: Annotated[float, Field(gt=0, le=1e6)] | None  # largest norm of the gradient
-    warmup_nimg: int = Field(ge=0, le=10**12)  # images of linear warm-up
+    clip: Annotated[float, Field(ge=1e-6, le=1e6)] | None  # largest norm of the gradient
+    warmup_nimg: int = Field(ge=0, le=10**10)  # images of linear warm-up
     decay: Literal["none", "linear", "cosine"]  # to 0 at nimg
-    decay_start_nimg: int = Field(ge=0, le=10**12)  # where the decay starts
-    ema_half_life_nimg: float = Field(gt=0, le=1e12)  # half-life of the averaged weights
+    decay_start_nimg: int = Field(ge=0, le=10**10)  # where the decay starts
+    ema_half_life_nimg: float = Field(ge=1e-3, le=1e10)  # half-life of the averaged weights
     ema_warmup: float = Field(ge=0, le=1)  # the half-life's largest share of the images seen; 0: no limit
     precision: Literal["fp32", "tf32", "bf16"]
     compile: bool
@@ -404,7 +405,7 @@ def train(
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
     what the run depends on beside its config (checksums); `about` is kept with the weights.
     """
-    optimisation = config.optimisation
+    optimisation, about = config.optimisation, {**about, **label_counts(job)}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
     with scratch(job, identity(job, config, inputs)) as folder:
         run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)

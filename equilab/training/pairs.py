@@ -79,11 +79,11 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the teacher is missing, or there is too little disk.
     """
     net, about = load_network(folder_of("teacher") / "weights.safetensors", job.read("teacher"))
-    shape, classes = tuple(about["image"]), about["classes"]
+    shape, classes, counts = tuple(about["image"]), about["classes"], about.get("label_counts")
     total = config.held_out + config.count
     size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
     recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
-    parts = identity(job, recipe, about["checksum"])
+    parts = identity(job, recipe, about["checksum"] if counts is None else (about["checksum"], counts))
     del parts["processes"]  # any number of them writes the same bytes
     device = device_of(job)
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
@@ -95,7 +95,8 @@ def run(config: Config, job: Job) -> None:
             for k in missing[rank() :: world()]:
                 blocks = []
                 for start in range(k * config.shard, (k + 1) * config.shard, config.batch):
-                    blocks.append(_block(config, denoise, job.study.seed, start, shape, classes, device))
+                    block = _block(config, denoise, job.study.seed, start, shape, classes, counts, device)
+                    blocks.append(block)
                     progress.update(config.batch)
                 write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
         barrier()
@@ -103,11 +104,11 @@ def run(config: Config, job: Job) -> None:
             _publish(config, job, shards, shape, classes, about)
 
 
-def _block(config, denoise, seed, start, shape, classes, device) -> np.ndarray:
+def _block(config, denoise, seed, start, shape, classes, counts, device) -> np.ndarray:
     """Return the images (batch, C, H, W) of the pairs start..start+batch-1, in the stored type."""
     indices = np.arange(start, start + config.batch)
     noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
-    label = labels(seed, indices, classes)
+    label = labels(seed, indices, classes, counts=counts)
     with torch.inference_mode(), precision(config.precision, device)():
         image = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device))).x
     image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
@@ -141,5 +142,7 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
         "nfe": config.sampler.nfe * total,
         "environment": environment(job),
     }
+    if "label_counts" in about:
+        meta["label_counts"] = about["label_counts"]
     write_json(job.out / "meta.json", meta)
     remove_others(job.out, described, "images-*.npy")

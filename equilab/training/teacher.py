@@ -33,7 +33,7 @@ class Config(Params):
     conditional: bool  # on the data's classes
     sigma_data: float = Field(ge=1e-3, le=1e3)  # standard deviation of the images in -1..1
     sigma_mean: float = Field(ge=-10, le=10)  # of log sigma in training
-    sigma_std: float = Field(gt=0, le=10)
+    sigma_std: float = Field(ge=1e-3, le=10)
     optimisation: Optimisation
 
     @property

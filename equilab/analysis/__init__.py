@@ -1,1 +1,0 @@
-"""What notebooks and claims compute and draw from results."""

@@ -1,0 +1,88 @@
+"""All that is wrong with a study, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from equilab import dvc
+from equilab.claims.comparisons import check_comparisons
+from equilab.core.config import UserError, nearest
+from equilab.graph import OTHERS, STAGES
+from equilab.study import Replicate, Sections, config_of, job_of, module_of, refuse_other_code
+
+
+def mistakes(sections: Sections) -> list[str]:
+    """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
+    those who build the networks can tell."""
+    found = _failures(_readings(sections))
+    return found or _failures(_plans(sections))
+
+
+def _failures(checks: Iterable[Callable[[], Any]]) -> list[str]:
+    """Return the sentences of all checks that fail, each once."""
+    found: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found |= dict.fromkeys(str(error).splitlines())
+    return list(found)
+
+
+def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
+    """Yield the checks of what params say, of every section and every run."""
+    yield partial(refuse_other_code, sections)
+    for name in sections.values:
+        yield partial(_refuse_unknown, sections, name)
+    for stage in STAGES:
+        if sections.has(stage) or not STAGES[stage].optional:
+            yield from _readings_of_stage(sections, stage)
+    yield partial(_refuse_other_graph, sections)
+
+
+def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], Any]]:
+    try:
+        runs = [None] if STAGES[stage].jobs == "one" else sections.runs(stage)
+    except UserError:
+        runs = [""]  # the section is none of runs; reading any says so
+    for run in runs:
+        yield partial(config_of, sections, stage, run)
+        yield partial(sections.families, stage, run)
+
+
+def _refuse_unknown(sections: Sections, name: str) -> None:
+    known = [*OTHERS, *STAGES]
+    if name not in known:
+        raise UserError(f"{sections.where}: unknown section {name!r}{nearest(name, known)}")
+
+
+def _refuse_other_graph(sections: Sections) -> None:
+    path = sections.folder / "dvc.yaml"
+    if path.exists() and path.read_text(encoding="utf-8") != dvc.text(sections):
+        raise UserError(f"{path.name} is not what {sections.where} gives; run `python -m equilab graph`")
+
+
+def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
+    """Yield the checks of what is compared, and of every run by its stage, which builds its network without memory."""
+    yield partial(_compare, sections)
+    for stage in filter(sections.has, STAGES):
+        for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
+            yield partial(_plan, sections, stage, run)
+
+
+def _compare(sections: Sections) -> None:
+    try:
+        check_comparisons(sections.values)
+    except UserError as error:
+        raise UserError("\n".join(f"{sections.where}: {line}" for line in str(error).splitlines())) from None
+
+
+def _plan(sections: Sections, stage: str, run: str | None) -> None:
+    from equilab.core.machine import device_of  # torch, which what params say does not need
+
+    seed = None if run is None else sections.seeds(stage, run)[0]
+    job = job_of(sections, stage, Replicate(run, seed))
+    device_of(job)
+    module_of(stage).plan(job.read(stage, run, seed), job)

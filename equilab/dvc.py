@@ -1,0 +1,168 @@
+"""What DVC is told of a study: its graph (dvc.yaml), and which code and params each job depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from equilab.core import code, files
+from equilab.core.config import UserError
+from equilab.core.job import folder_of
+from equilab.graph import STAGES
+from equilab.study import CODE, Replicate, Sections, listings, read
+
+HEADER = """# Written by `python -m equilab graph` from params.yaml. A stage depends on the modules that it imports, on its part of
+# params.yaml and on the results that it reads. `study.root` leads to the repository. The stage `code` checks params.yaml, and
+# writes the modules of each stage as one file and the params of each job as another, on which the stages depend: DVC reads a
+# list of modules, and YAML, anew for every run, for seconds. What a stage wrote stays until it writes anew (persist).
+"""
+
+
+def code_files(sections: Sections) -> dict[str, str]:
+    """Return the content of the folder that the stage `code` writes, by paths from the study's folder."""
+    found: dict[str, str] = {}
+    for stage in filter(sections.has, STAGES):
+        for job in sections.jobs(stage):
+            found |= files_of(sections, stage, job)
+    return found
+
+
+def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
+    """Return what a job depends on beside the results of others, by paths: the code that it runs, and what params say of it."""
+    study = sections.section("study")
+    params = {"study": {key: study.get(key) for key in ("device", "seed", _threads(stage))}}
+    params[stage] = sections.frozen(stage, job)[0]
+    params |= {name: sections.values[name] for name in STAGES[stage].params if name in sections.values}
+    text = json.dumps(params, indent=1, default=str) + "\n"
+    return {_params_file(stage, job.item): text, **listings(sections, stage, job.run)}
+
+
+def _params_file(stage: str, item: str) -> str:
+    return f"{CODE}/params/{f'{stage}@{item}' if item else stage}.json"
+
+
+def _threads(stage: str) -> str:
+    """Return which key of the section `study` says how many threads a stage has."""
+    return "threads" if STAGES[stage].jobs == "one" else "run_threads"
+
+
+def waves(sections: Sections) -> list[list[str]]:
+    """Return the names that DVC has for what a study makes, in three lists, each of which needs only what those before it
+    make: the stages without runs on which runs depend, in their order; runs that are trained; runs that are evaluated."""
+    present = [name for name in STAGES if sections.has(name)]
+    first = [name for name in present if STAGES[name].jobs == "one" and not _reads_runs(name)]
+    found = [first]
+    for jobs in ("seeds", "of"):
+        names = [name for name in present if STAGES[name].jobs == jobs]
+        found.append([f"{name}@{job.item}" for name in names for job in sections.jobs(name)])
+    return found
+
+
+def _reads_runs(stage: str) -> bool:
+    return any(STAGES[of].jobs != "one" for _, of in STAGES[stage].reads if of)
+
+
+def graph(sections: Sections) -> dict[str, Any]:
+    """Return the content of dvc.yaml for a study: each job is a stage of DVC's, named `distill@get-m-0`."""
+    root = "${study.root}"
+    sources = [f"{root}/{file.relative_to(code.PACKAGE.parent).as_posix()}" for file in code.files()]
+    notebooks = [f"{root}/notebooks/{run}.ipynb" for run in _runs(sections, "notebook")]
+    stages = {
+        "code": {
+            "cmd": "python -m equilab code",
+            "deps": ["params.yaml", *sources, *notebooks],
+            "outs": [_kept(CODE)],
+        }
+    }
+    for stage in filter(sections.has, STAGES):
+        if STAGES[stage].jobs == "one":
+            stages[stage] = _entry(sections, stage)
+        else:
+            items = {job.item: _item(sections, stage, job) for job in sections.jobs(stage)}
+            stages[stage] = {"foreach": items, "do": _entry(sections, stage)}
+    return {"stages": stages}
+
+
+def _runs(sections: Sections, stage: str) -> list[str]:
+    return sections.runs(stage) if sections.has(stage) else []
+
+
+def _item(sections: Sections, stage: str, job: Replicate) -> dict[str, Any]:
+    """Return what tells one job of a stage from the others, `${item}` in its entry."""
+    item: dict[str, Any] = {"run": job.run}
+    if job.seed is not None:
+        item["seed"] = job.seed
+    if STAGES[stage].family:
+        (item["family"],) = sections.families(stage, job.run)
+    if STAGES[stage].jobs == "of":
+        entry, path = sections.entry(stage, job.run)
+        named, run = sections.trained(entry["of"], f"{path}.of")
+        item["of"] = folder_of(named, run, job.seed if run else None).as_posix()
+    return item
+
+
+def _entry(sections: Sections, stage: str) -> dict[str, Any]:
+    """Return a stage as DVC has it, or all its jobs, with `${item}` for what tells one from the others."""
+    about = STAGES[stage]
+    command, out, item = f"python -m equilab {stage}", f"results/{stage}", ""
+    if about.jobs != "one":
+        command, out, item = f"{command} ${{item.run}}", f"{out}/${{item.run}}", "${key}"
+    if about.jobs in ("seeds", "of"):
+        command, out = f"{command} --seed ${{item.seed}}", f"{out}/${{item.seed}}"
+    reads = [path for path, of in about.reads if not of or sections.has(of)]
+    entry = {"cmd": command, "deps": [_params_file(stage, item), *_code(sections, stage), *reads]}
+    if about.cached:
+        entry["outs"] = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
+    committed = [os.path.normpath(f"{out}/{file}") for file in about.committed]
+    for kind, is_metric in (("plots", False), ("metrics", True)):
+        if named := [file for file in committed if file.endswith(".json") == is_metric]:
+            entry[kind] = [_kept(file, cache=False) for file in named]
+    return entry
+
+
+def _code(sections: Sections, stage: str) -> list[str]:
+    """Return the files on which a stage depends as on its code: `listings` of all its jobs."""
+    if STAGES[stage].jobs == "entries":
+        return [f"{CODE}/{stage}/${{item.run}}.txt"]
+    families = sections.families(stage) if STAGES[stage].jobs == "one" else ["${item.family}"]
+    return [f"{CODE}/{stage}.txt", *(f"{CODE}/families/{name}.txt" for name in families)]
+
+
+def _kept(path: str, **options: Any) -> dict[str, Any]:
+    return {path: {**options, "persist": True}}
+
+
+def text(sections: Sections) -> str:
+    """Return dvc.yaml for a study."""
+    return HEADER + yaml.safe_dump(graph(sections), sort_keys=False, width=120)
+
+
+def write(study: Path) -> Path:
+    """Write dvc.yaml beside a study's params.yaml, and the settings of DVC; return its path.
+
+    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds.
+    """
+    root = code.PACKAGE.parent
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+        files.write(study / name, (root / name).read_text(encoding="utf-8"))
+    files.write(study / "dvc.yaml", text(read(study / "params.yaml")))
+    return study / "dvc.yaml"
+
+
+def require_recorded(sections: Sections, stage: str, jobs: list[Replicate]) -> None:
+    """Refuse to run jobs for DVC otherwise than it records them: with params or code that changed after its stage `code`.
+
+    Raises: UserError with what to do.
+    """
+    if "DVC_STAGE" not in os.environ:
+        return  # a command of its own
+    for job in jobs:
+        for path, current in files_of(sections, stage, job).items():
+            if not Path(path).exists() or Path(path).read_text(encoding="utf-8") != current:
+                raise UserError(
+                    f"{path} is not of the code and params.yaml as they are; run `dvc repro code` first"
+                )
