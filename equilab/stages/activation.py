@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from equilab.core.config import Params, UserError
 from equilab.core.files import write_table
-from equilab.core.job import Job, Plan
+from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
@@ -34,18 +34,12 @@ class Config(Params):
     """The params section `activation`."""
 
     # folders below results/; students of the teacher are shown what the teacher sees, which must come first
-    runs: Annotated[tuple[str, ...], Field(min_length=1)]
+    runs: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
     samples: Count
     batch: Count
     levels: Levels  # noise levels along which a U-Net samples, by Euler's method
     timesteps: Count  # of a chain of FPDM or DiT
     iterations: Annotated[int, Field(ge=2, le=10_000)]  # of a fixed point
-
-    @model_validator(mode="after")
-    def _differ(self):
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
-        return self
 
 
 class Activity:

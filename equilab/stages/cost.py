@@ -7,11 +7,11 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from equilab.core.config import Params, plain
 from equilab.core.files import write_json, write_table
-from equilab.core.job import Job, Plan
+from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
@@ -27,18 +27,12 @@ Row = dict[str, Any]
 class Config(Params):
     """The params section `cost`."""
 
-    runs: Annotated[tuple[str, ...], Field(min_length=1)]  # folders below results/
+    runs: Annotated[tuple[str, ...], Field(min_length=1), Distinct]  # folders below results/
     batch: Count  # images in a forward pass, and in a training step
     iterations: Annotated[tuple[Count, ...], Field(min_length=1)]  # at test time, of implicit generators
     sampler: Sampler  # of a teacher
     warmup: Annotated[int, Field(ge=0, le=10_000)]  # calls before the measured ones
     repeats: Annotated[int, Field(ge=1, le=10_000)]  # measured calls; median, fastest and slowest are written
-
-    @model_validator(mode="after")
-    def _differ(self):
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
-        return self
 
 
 class Measurement(NamedTuple):
