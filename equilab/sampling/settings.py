@@ -54,6 +54,19 @@ class Solve(Params):
         return columns
 
 
+def iterated(iterations: int) -> Solve:
+    """Return the setting that applies the map so often, from zeros, and takes the last state."""
+    return Solve(
+        method="iterate",
+        iterations=iterations,
+        tolerance=0.0,
+        pick="last",
+        memory=None,
+        mixing=None,
+        init="zeros",
+    )
+
+
 class Guidance(Params):
     """Classifier-free guidance: away from no class, towards the label, `scale` times."""
 

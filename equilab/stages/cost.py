@@ -15,9 +15,9 @@ from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
-from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load
+from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load_first
 from equilab.sampling.runs import Denoiser, OneStep
-from equilab.sampling.settings import Count, Sampler, Solve
+from equilab.sampling.settings import Count, Sampler, Solve, iterated
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill, loop
 
@@ -66,16 +66,13 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the weights of a run are missing or damaged.
     """
     device = device_of(job)
-    seeds = {of: first_seed(of, job) for of in config.runs}
-    generators = [
-        load(of, seed, config=describe(of, job).config, device=device) for of, seed in seeds.items()
-    ]
+    generators = [load_first(of, job) for of in config.runs]
     peak = matmul_peak(device, torch.float32)
     rows = []
     with bar(job.name, len(generators), unit="run") as progress:
         for generator in generators:
             of, family = generator.run.of, generator.run.family.name
-            named = {"of": of, "seed": seeds[of], "family": family}
+            named = {"of": of, "seed": first_seed(of, job), "family": family}
             inputs = _inputs(config, generator)
             for measurement in _measurements(config, generator.run):
                 row = _measured(config, measurement.prepare(generator, inputs), device)
@@ -127,15 +124,7 @@ def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
 def _settings(config: Config, run: Run) -> list[Sampler | Solve | None]:
     """Return the settings at which a run is sampled."""
     if run.family.implicit:
-        fixed = {
-            "method": "iterate",
-            "tolerance": 0.0,
-            "pick": "last",
-            "memory": None,
-            "mixing": None,
-            "init": "zeros",
-        }
-        return [Solve(iterations=iterations, **fixed) for iterations in config.iterations]
+        return [iterated(iterations) for iterations in config.iterations]
     return [config.sampler if run.listed else None]
 
 
