@@ -48,16 +48,10 @@ class Solve(Params):
         )
 
 
-def iterated(iterations: int) -> Solve:
+def iterated(count: int) -> Solve:
     """Return the setting that applies the map so often, from zeros, and takes the last state."""
     return Solve(
-        method="iterate",
-        iterations=iterations,
-        tolerance=0.0,
-        pick="last",
-        memory=None,
-        mixing=None,
-        init="zeros",
+        method="iterate", iterations=count, tolerance=0.0, pick="last", memory=None, mixing=None, init="zeros"
     )
 
 
