@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,7 @@ from equilab.core.config import nearest
 from equilab.diffusion.protocols import Denoised, Generated
 from equilab.models import precond
 from equilab.models.family import Family
+from equilab.models.published_keys import Described, Published
 from equilab.models.unet import UNet
 
 # group -> the last part of the names of its layers in a U-Net
@@ -119,14 +120,6 @@ class GDD(nn.Module):
         return precond.preconditioned(self.net, at_sigma, x, sigma, label)
 
 
-class Layer(NamedTuple):
-    """A layer with parameters of its own: its name in the network, its group of GROUPS, its module."""
-
-    name: str
-    group: str
-    module: nn.Module
-
-
 class Share(NamedTuple):
     """A row of the table of layers: a group, its parameters, their share of the network's (0..1), trained or frozen."""
 
@@ -136,8 +129,8 @@ class Share(NamedTuple):
     trained: bool
 
 
-def layers(net: nn.Module) -> Iterator[Layer]:
-    """Yield the layers of a U-Net that have parameters.
+def layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers of a U-Net that have parameters of their own, each after its group of GROUPS.
 
     Raises: ValueError for a layer that belongs to no group.
     """
@@ -150,22 +143,7 @@ def layers(net: nn.Module) -> Iterator[Layer]:
             raise ValueError(
                 f"layer {name!r} belongs to no group of a U-Net's layers; give an equilab.models.unet"
             )
-        yield Layer(name, groups[0], module)
-
-
-def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
-    """Freeze the parameters of the layers for which `frozen(layer)` is true, and train all others.
-
-    Raises: ValueError if that would freeze nothing or everything.
-    """
-    found = list(layers(net))
-    chosen = [frozen(layer) for layer in found]
-    if sum(chosen) in (0, len(found)):
-        raise ValueError(
-            f"{sum(chosen)} of the {len(found)} layers would be frozen; choose some of them, not all"
-        )
-    for layer, freezes in zip(found, chosen):
-        layer.module.requires_grad_(not freezes)
+        yield groups[0], module
 
 
 def prepare(net: nn.Module, variant: str) -> None:
@@ -175,23 +153,16 @@ def prepare(net: nn.Module, variant: str) -> None:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown{nearest(variant, VARIANTS)}")
-    groups = VARIANTS[variant]
-
-    def frozen(layer: Layer) -> bool:
-        return layer.group in groups
-
-    if groups:
-        freeze(net, frozen)
-    else:
-        net.requires_grad_(True)
+    for group, layer in layers(net):
+        layer.requires_grad_(group not in VARIANTS[variant])
 
 
 def table(net: nn.Module) -> list[Share]:
     """Return what each group of layers holds, in the order of GROUPS; a group frozen in part has two rows."""
     counts = Counter()
-    for layer in layers(net):
-        for parameter in layer.module.parameters(recurse=False):
-            counts[layer.group, parameter.requires_grad] += parameter.numel()
+    for group, layer in layers(net):
+        for parameter in layer.parameters(recurse=False):
+            counts[group, parameter.requires_grad] += parameter.numel()
     rows = []
     for group, trained in itertools.product(GROUPS, (True, False)):
         parameters = counts[group, trained]
@@ -207,15 +178,22 @@ def from_published(
     sigma_data: float = 0.5,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
-) -> tuple[GDD, dict[str, str]]:
-    """Build the generator that published weights of GDD describe; returns it, unfilled, and {published key: our key}.
+) -> Described:
+    """Return the generator that published weights of GDD describe.
 
     Sizes are read as those of EDM's networks; the noise levels are the published ones unless given.
 
     Raises: ValueError if a tensor that determines a size is missing.
     """
-    teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
-    return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names
+    teacher = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
+    levels = {"sigma_min": float(sigma_min), "sigmas": [float(sigma_max)]}
+    return teacher._replace(settings=teacher.settings | levels)
+
+
+def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings beside published weights say of the generator around the network."""
+    names = {"sigma_data": "sigma_data", "eps": "sigma_min"}
+    return {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
 
 
 FAMILY = Family(
@@ -228,7 +206,14 @@ FAMILY = Family(
     network=UNet,
     implicit=False,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        precond.published_keys,
+        ("enc.", "dec.", "map_layer0."),
+        published_config,
+        GDD,
+        "GDDPrecond",
+    ),
 )
 
 
