@@ -285,8 +285,6 @@ def test_images_of_any_size_with_any_number_of_layers_keep_their_size(
         ({"patch": 3}, "image"),
         ({"heads": 3}, "width"),
         ({"expansion": 0}, "expansion"),
-        ({"pre": -1}, "pre"),
-        ({"post": -1}, "post"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(change, key):

@@ -73,9 +73,6 @@ class FPDM(nn.Module):
     ):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, expansion=expansion)
-        for name, depth in {"pre": pre, "post": post}.items():
-            if depth < 0:
-                raise ValueError(f"{name} is {depth}; give 0 or more layers")
         self.output = ((1 + learned_variance) * image[0], *image[1:])
         self.pre_post_timestep = pre_post_timestep
         self.patches = Patches(image[0], width, patch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -74,14 +75,12 @@ class ViT(nn.Module):
         heads: Size,
         patch: Size,
         expansion: Size,
-        conditioning: str,
+        conditioning: Literal["additive", "adaln_zero"],
     ):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
-        if conditioning not in ("additive", "adaln_zero") or (conditioning, classes) == ("adaln_zero", 0):
-            raise ValueError(
-                f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'"
-            )
+        if (conditioning, classes) == ("adaln_zero", 0):
+            raise ValueError("conditioning is 'adaln_zero', but there are no classes; choose 'additive'")
         self.image, self.classes, self.conditioning = image, classes, conditioning
         outputs = patch * patch * image[0]
         self.patches = Patches(image[0], width, patch)
