@@ -24,19 +24,6 @@ from equilab.models.layers import (
 )
 from equilab.models.published_keys import need
 
-# GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
-BACKBONES = {
-    "S": {"width": 384, "depth": 12, "heads": 6, "expansion": 4},
-    "B": {"width": 768, "depth": 12, "heads": 12, "expansion": 4},
-    "L": {"width": 1024, "depth": 24, "heads": 16, "expansion": 4},
-    "XL": {"width": 1152, "depth": 28, "heads": 16, "expansion": 4},
-}
-SIZES = {
-    f"ViT-{name}/{patch}": {**backbone, "patch": patch, "conditioning": "additive"}
-    for name, backbone in BACKBONES.items()
-    for patch in (2, 4, 8)
-}
-
 # our key's beginning -> the published one, of ViT and GET
 PUBLISHED = {
     "patches.": "x_embedder.",
@@ -150,11 +137,11 @@ def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int]
     return (channels, side, side), 0 if table is None else len(table), sizes
 
 
-def published_keys(model: nn.Module) -> dict[str, str]:
-    """Return {published key: our key} of a ViT or GET."""
+def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> dict[str, str]:
+    """Return {published key: our key} of a ViT or GET, or of another model by its `table` of how keys begin."""
     names = {}
     for key in model.state_dict():
-        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
+        ours, published = next(pair for pair in table.items() if key.startswith(pair[0]))
         names[published + key[len(ours) :]] = key
     return names
 
