@@ -302,11 +302,6 @@ def test_params_out_of_their_range_are_refused_by_their_key(change, named):
         spec({"features": FeatureDiscriminator}, given, "discriminator")
 
 
-def test_an_unknown_network_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="'vgg'.*'vgg16"):
-        feature_network("vgg", pretrained=False)
-
-
 def test_images_that_are_too_small_for_a_network_are_refused():
     with torch.device("meta"), pytest.raises(ValueError, match=r"vgg16.*\(3, 8, 8\).*side"):
         feature_network("vgg16", pretrained=False).probe((3, 8, 8))
