@@ -26,13 +26,6 @@ from equilab.models.layers import (
 from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import Sinusoid
 
-# DiT (Peebles and Xie 2023), table 1: width, depth and heads are those of ViT
-SIZES = {
-    f"DiT-{name}/{patch}": {**backbone, "patch": patch, "learned_variance": True}
-    for name, backbone in vit.BACKBONES.items()
-    for patch in (2, 4, 8)
-}
-
 # our key's beginning -> the published one, of DiT and FPDM
 PUBLISHED = vit.PUBLISHED | {
     "condition.fc1.": "t_embedder.mlp.0.",
@@ -169,11 +162,8 @@ def published_sizes(
 
 def published_keys(model: nn.Module) -> dict[str, str]:
     """Return {published key: our key} of a DiT or FPDM."""
-    names = {}
-    for key in model.state_dict():
-        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
-        names[(published + key[len(ours) :]).replace(".modulation.", ".adaLN_modulation.1.")] = key
-    return names
+    names = vit.published_keys(model, PUBLISHED)
+    return {key.replace(".modulation.", ".adaLN_modulation.1."): ours for key, ours in names.items()}
 
 
 def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -23,19 +23,6 @@ from equilab.models.layers import (
     unpatchify,
 )
 from equilab.models.published_keys import Described, Published, need
-
-# GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
-BACKBONES = {
-    "S": {"width": 384, "depth": 12, "heads": 6, "expansion": 4},
-    "B": {"width": 768, "depth": 12, "heads": 12, "expansion": 4},
-    "L": {"width": 1024, "depth": 24, "heads": 16, "expansion": 4},
-    "XL": {"width": 1152, "depth": 28, "heads": 16, "expansion": 4},
-}
-SIZES = {
-    f"ViT-{name}/{patch}": {**backbone, "patch": patch, "conditioning": "additive"}
-    for name, backbone in BACKBONES.items()
-    for patch in (2, 4, 8)
-}
 
 # our key's beginning -> the published one, of ViT and GET
 PUBLISHED = {
@@ -75,14 +62,12 @@ class ViT(nn.Module):
         heads: Size,
         patch: Size,
         expansion: Size,
-        conditioning: str,
+        conditioning: Literal["additive", "adaln_zero"],
     ):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
-        if conditioning not in ("additive", "adaln_zero") or (conditioning, classes) == ("adaln_zero", 0):
-            raise ValueError(
-                f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'"
-            )
+        if (conditioning, classes) == ("adaln_zero", 0):
+            raise ValueError("conditioning is 'adaln_zero', but there are no classes; choose 'additive'")
         self.image, self.classes, self.conditioning = image, classes, conditioning
         outputs = patch * patch * image[0]
         self.patches = Patches(image[0], width, patch)
@@ -151,11 +136,11 @@ def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int]
     return (channels, side, side), 0 if table is None else len(table), sizes
 
 
-def published_keys(model: nn.Module) -> dict[str, str]:
-    """Return {published key: our key} of a ViT or GET."""
+def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> dict[str, str]:
+    """Return {published key: our key} of a ViT or GET, or of another model by its `table` of how keys begin."""
     names = {}
     for key in model.state_dict():
-        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
+        ours, published = next(pair for pair in table.items() if key.startswith(pair[0]))
         names[published + key[len(ours) :]] = key
     return names
 
