@@ -32,8 +32,13 @@ def _answered(arguments: list[str] | None) -> int:
     from equilab.core.process import prepare_process
 
     prepare_process()
-    given = _arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["import"]:
+            from equilab.published import importing
+
+            return importing.command(arguments[1:])
+        given = _arguments(arguments)
         return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
     except UserError as error:
         for line in str(error).splitlines():
@@ -52,7 +57,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}")
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {IMPORT}")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
     parser.add_argument(
         "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
@@ -109,6 +114,7 @@ def stages(given: argparse.Namespace) -> int:
     return 0
 
 
+IMPORT = "import: read published weights into results (import --help)"
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
 
 

@@ -8,6 +8,7 @@ from reference import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.diffusion.discrete_samplers import explicit, guided
 from equilab.metrics.counting import parameters
 from equilab.models import dit
@@ -156,10 +157,10 @@ def test_a_label_is_needed_exactly_if_there_are_classes():
 def test_published_weights_that_lack_a_tensor_are_refused_by_its_name(key):
     weights = weights_of(golden("dit_tiny")[0])
     del weights[key]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(UserError, match=key):
         published.load("dit", weights, heads=2)
 
 
 def test_published_weights_that_do_not_fit_the_heads_are_refused():
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(UserError, match="heads"):
         published.load("dit", weights_of(golden("dit_tiny")[0]), heads=5)

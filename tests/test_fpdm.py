@@ -11,6 +11,7 @@ from reference import hashed_model
 from torch.nn import functional as F
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.diffusion.discrete_samplers import guided, implicit
 from equilab.metrics.counting import flops, parameters
 from equilab.metrics.measuring import peak_memory
@@ -317,7 +318,7 @@ def test_a_carry_of_other_states_is_refused(shape):
 def test_published_weights_that_lack_a_tensor_are_refused_by_its_name(key):
     weights = weights_of(golden("fpdm_tiny")[0])
     del weights[key]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(UserError, match=key):
         published.load("fpdm", weights, heads=2, pre_post_timestep=False)
 
 
@@ -326,5 +327,5 @@ def test_published_weights_that_lack_a_tensor_are_refused_by_its_name(key):
     [({"heads": 5, "pre_post_timestep": False}, "heads"), ({"heads": 2}, "pre_post_timestep")],
 )
 def test_published_weights_need_a_config_that_fits(config, key):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(UserError, match=key):
         published.load("fpdm", weights_of(golden("fpdm_tiny")[0]), **config)

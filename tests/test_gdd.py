@@ -8,6 +8,7 @@ from conftest import close, golden, weights_of
 from reference import UNETS, hashed_unet
 
 from equilab import published
+from equilab.core.config import UserError
 from equilab.metrics.counting import parameters
 from equilab.models import gdd
 from equilab.models.unet import UNet
@@ -185,5 +186,5 @@ def test_levels_that_do_not_fall_towards_sigma_min_are_refused(sigma_min, sigmas
 
 
 def test_weights_of_something_else_are_refused():
-    with pytest.raises(ValueError, match="model.enc."):
+    with pytest.raises(UserError, match="'enc.'"):
         published.load("gdd", {})

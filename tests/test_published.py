@@ -5,52 +5,29 @@ import re
 import pytest
 import torch
 from conftest import golden, weights_of
-from safetensors.torch import save_file
 
 from equilab import published
 from equilab.core.config import UserError
+from equilab.models.checkpoint import load_network
 from equilab.models.family import family
 from equilab.models.registry import FAMILIES
+from equilab.published import importing
 
 GET = weights_of(golden("get_uncond")[0])
-
-
-def test_a_file_and_a_mapping_give_the_same_model(tmp_path):
-    save_file(GET, tmp_path / "get.safetensors")
-    one, other = (
-        published.load("get", tmp_path / "get.safetensors", heads=2),
-        published.load("get", GET, heads=2),
-    )
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(value, other.state_dict()[name], rtol=0, atol=0)
-    assert not one.training
+FPDM = weights_of(golden("fpdm_tiny")[0])
+HEADS = {"heads": 2}
 
 
 @pytest.mark.parametrize(
     ("change", "config", "sentence"),
     [
-        ({"blocks.0.attn.qkv.weight": None}, {"heads": 2}, "'blocks.0.attn.qkv.weight' is missing"),
-        (
-            {"blocks.0.attn.kqv.weight": torch.zeros(1)},
-            {"heads": 2},
-            "unexpected key 'blocks.0.attn.kqv.weight'",
-        ),
-        (
-            {"blocks.0.attn.kqv.weight": torch.zeros(1)},
-            {"heads": 2},
-            "the nearest is 'blocks.0.attn.qkv.weight'",
-        ),
-        ({"blocks.0.mlp.fc1.bias": torch.zeros(7)}, {"heads": 2}, "'blocks.0.mlp.fc1.bias' has shape (7,)"),
-        (
-            {"x_embedder.proj.weight": torch.zeros(3)},
-            {"heads": 2},
-            "'x_embedder.proj.weight' has shape (3,), which tells no size",
-        ),
-        (
-            {"deq_blocks.0.mlp.fc1.weight": torch.zeros(4, 0)},
-            {"heads": 2},
-            "'deq_blocks.0.mlp.fc1.weight' has shape (4, 0)",
-        ),
+        ({"blocks.0.attn.qkv.weight": None}, HEADS, "'blocks.0.attn.qkv.weight' is missing"),
+        ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, HEADS, "unexpected key 'blocks.0.attn.kqv.weight'"),
+        ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, HEADS, "the nearest is 'blocks.0.attn.qkv.weight'"),
+        ({"blocks.0.mlp.fc1.bias": torch.zeros(7)}, HEADS, "'blocks.0.mlp.fc1.bias' has shape (7,)"),
+        ({"x_embedder.proj.weight": torch.zeros(3)}, HEADS, "'x_embedder.proj.weight' has shape (3,)"),
+        ({"deq_blocks.0.mlp.fc1.weight": torch.zeros(4, 0)}, HEADS, "'deq_blocks.0.mlp.fc1.weight'"),
+        ({"module.pos_embed": torch.zeros(1)}, HEADS, "'module.pos_embed' is there twice"),
         ({}, {}, "get needs heads"),
         ({}, {"heads": 2, "head": 2}, "get takes no 'head'; the nearest is 'heads'"),
         ({}, {"heads": 5}, "heads"),
@@ -58,18 +35,55 @@ def test_a_file_and_a_mapping_give_the_same_model(tmp_path):
 )
 def test_weights_that_do_not_fit_are_refused_with_the_nearest_key(change, config, sentence):
     weights = {key: value for key, value in {**GET, **change}.items() if value is not None}
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         published.load("get", weights, **config)
 
 
-def test_an_unknown_family_and_a_missing_or_damaged_file_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown family 'gett'.*nearest: get"):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "model.", "module._orig_mod.model."])
+def test_what_keys_begin_with_does_not_matter(prefix):
+    one = published.load("get", GET, heads=2)
+    other = published.load("get", {prefix + key: value for key, value in GET.items()}, heads=2)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    assert not one.training and all(parameter.requires_grad for parameter in one.parameters())
+
+
+def test_a_model_does_not_share_the_memory_of_the_weights_that_it_is_made_of():
+    weights = {key: value.clone() for key, value in GET.items()}
+    model = published.load("get", weights, heads=2)
+    torch.nn.init.zeros_(model.final.linear.bias)
+    assert set(weights) == set(GET)
+    assert torch.equal(weights["final_layer.linear.bias"], GET["final_layer.linear.bias"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "others"),
+    [
+        ("vit", GET, "get"),
+        ("dit", GET, "get"),
+        ("edm", GET, "get"),
+        ("dit", FPDM, "fpdm"),
+        (
+            "get",
+            {"enc.8x8": GET["pos_embed"], "dec.8x8": GET["pos_embed"], "map_layer0.b": GET["pos_embed"]},
+            "edm or gdd",
+        ),
+    ],
+)
+def test_weights_of_another_family_are_said_to_be_of_that(name, weights, others):
+    with pytest.raises(UserError, match=f"the weights are of {others}, not of {name}"):
+        published.load(name, weights)
+
+
+def test_an_unknown_family_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match="unknown family 'gett'.*did you mean 'get'"):
         published.load("gett", GET)
-    with pytest.raises(FileNotFoundError, match="is not there"):
-        published.load("get", tmp_path / "nowhere.safetensors", heads=2)
-    (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        published.load("get", tmp_path / "bad.safetensors", heads=2)
+
+
+def test_every_family_with_published_weights_can_be_loaded_by_its_name():
+    assert {name for name in FAMILIES if family(name).published} == set(FAMILIES) - {"cd"}
+    with pytest.raises(UserError, match="unknown family 'cd'"):
+        published.load("cd", GET)
 
 
 def test_a_family_has_its_own_name_and_look():
@@ -81,7 +95,44 @@ def test_a_family_has_its_own_name_and_look():
         family("gett")
 
 
-def test_every_family_with_published_weights_can_be_loaded_by_its_name():
-    assert {name for name in FAMILIES if family(name).published} == set(FAMILIES) - {"cd"}
-    with pytest.raises(ValueError, match="unknown family 'cd'"):
-        published.load("cd", GET)
+@pytest.mark.parametrize(
+    ("name", "file", "config"),
+    [
+        ("edm", "edm_ncsnpp", ["sigma_data=0.25"]),
+        ("gdd", "gdd_ncsnpp", []),
+        ("get", "get_cond", ["heads=2"]),
+        ("fpdm", "fpdm_tiny", ["heads=2", "pre_post_timestep=false"]),
+    ],
+)
+def test_an_imported_network_is_read_as_one_that_a_stage_trained(
+    name, file, config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    weights = weights_of(golden(file)[0])
+    torch.save(weights, f"{file}.pt")
+    assert importing.command([name, f"{file}.pt", "--out", "theirs", *config]) == 0
+    path = tmp_path / "results/imported/theirs/weights.safetensors"
+    assert capsys.readouterr().out == f"{path.relative_to(tmp_path)}\n"
+    network, about = load_network(path)
+    keys = family(name).published.keys(network)
+    for key, value in weights.items():
+        assert torch.equal(network.state_dict()[keys[key.removeprefix("model.")]], value)
+    assert about["family"] == name and about["published"]["file"] == f"{file}.pt"
+    assert about["config"].get("sigma_data") == {"edm": 0.25, "gdd": 0.5}.get(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["get", "get.pt", "heads"], "'heads' is not KEY=VALUE"),
+        (["get", "get.pt", "heads=[2"], "'heads=\\[2'"),
+        (["get", "get.pt", "heads=2", "--out", "../there"], "'../there' is no name"),
+        (["get", "gte.pt", "heads=2"], "gte.pt is not there"),
+    ],
+)
+def test_an_import_that_cannot_be_is_refused_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(GET, "get.pt")
+    with pytest.raises(UserError, match=sentence):
+        importing.command(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["get.pt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Real
@@ -22,7 +23,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import need
+from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import Sinusoid
 
 # our key's beginning -> the published one, of DiT and FPDM
@@ -135,15 +136,13 @@ class DiT(nn.Module):
         return len(self.stack)
 
 
-def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[DiT, dict[str, str]]:
-    """Return the DiT whose sizes the published `weights` have, unfilled, and {published key: our key}.
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
+    """Return the DiT whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
     """
     image, classes, sizes = published_sizes(weights, "blocks.0")
-    with torch.device("meta"):  # whoever fills the model writes every tensor
-        model = DiT(image, classes, heads=heads, **sizes)
-    return model.to_empty(device="cpu"), published_keys(model)
+    return Described(image, classes, {**sizes, "heads": heads}, {})
 
 
 def published_sizes(
@@ -167,6 +166,12 @@ def published_keys(model: nn.Module) -> dict[str, str]:
     return {key.replace(".modulation.", ".adaLN_modulation.1."): ours for key, ours in names.items()}
 
 
+def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the heads of the DiT that the settings beside published weights of a DiT or FPDM name, if they name one."""
+    sizes = SIZES.get(settings.get("model"))
+    return {"heads": sizes["heads"]} if sizes else {}
+
+
 FAMILY = Family(
     name="dit",
     label="DiT",
@@ -177,5 +182,7 @@ FAMILY = Family(
     network=DiT,
     implicit=False,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published, published_keys, ("x_embedder.", "blocks.", "t_embedder."), published_heads
+    ),
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from equilab.core.config import UserError, choice, nearest
+from equilab.models.published_keys import Published
 from equilab.models.registry import FAMILIES
 
 Stage = Literal["teacher", "distill", "diffusion", "gan", "consistency"]
@@ -35,9 +35,7 @@ class Family:
     ]  # positional arguments: what the data determines; by keyword alone: what params give
     implicit: bool  # solves for a fixed point, at a cost that is linear in its iterations
     layered: bool  # has layers whose activity is measured along noise levels, timesteps or iterations
-    published: (
-        Callable[..., tuple[nn.Module, dict[str, str]]] | None
-    )  # (weights, **config) -> (model, {their key: ours})
+    published: Published | None  # how it is read from the authors' weights; None: there are none
 
 
 def family(name: str) -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Real
@@ -21,6 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
+from equilab.models.published_keys import Described, Published
 from equilab.solvers import Solution
 
 
@@ -136,10 +138,8 @@ class FPDM(nn.Module):
         return len(self.pre) + iterations + len(self.post)
 
 
-def from_published(
-    weights: Mapping[str, Tensor], *, heads: int, pre_post_timestep: bool
-) -> tuple[FPDM, dict[str, str]]:
-    """Return the FPDM whose sizes the published `weights` have, unfilled, and {published key: our key}.
+def from_published(weights: Mapping[str, Tensor], *, heads: int, pre_post_timestep: bool) -> Described:
+    """Return the FPDM whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
     """
@@ -147,9 +147,15 @@ def from_published(
     del sizes["depth"]
     for name in ("pre", "post"):
         sizes[name] = len({key.split(".")[1] for key in weights if key.startswith(f"blocks_{name}.")})
-    with torch.device("meta"):  # whoever fills the model writes every tensor
-        model = FPDM(image, classes, heads=heads, pre_post_timestep=pre_post_timestep, **sizes)
-    return model.to_empty(device="cpu"), dit.published_keys(model)
+    return Described(image, classes, {**sizes, "heads": heads, "pre_post_timestep": pre_post_timestep}, {})
+
+
+def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings beside published weights say that these do not: the heads, and who is told the timestep."""
+    config: dict[str, Any] = dict(dit.published_heads(settings))
+    if "fixed_point_pre_post_timestep_conditioning" in settings:
+        config["pre_post_timestep"] = settings["fixed_point_pre_post_timestep_conditioning"]
+    return config
 
 
 FAMILY = Family(
@@ -162,5 +168,10 @@ FAMILY = Family(
     network=FPDM,
     implicit=True,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        dit.published_keys,
+        ("x_embedder.", "t_embedder.", "block_pre_projection.", "block_fixed_point."),
+        published_config,
+    ),
 )

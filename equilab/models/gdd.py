@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equilab.diffusion.protocols import Denoised, Generated
 from equilab.models import precond
 from equilab.models.family import Family
+from equilab.models.published_keys import Described, Published
 from equilab.models.unet import UNet
 
 # group -> the last part of the names of its layers in a U-Net
@@ -171,15 +172,22 @@ def from_published(
     sigma_data: float = 0.5,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
-) -> tuple[GDD, dict[str, str]]:
-    """Build the generator that published weights of GDD describe; returns it, unfilled, and {published key: our key}.
+) -> Described:
+    """Return the generator that published weights of GDD describe.
 
     Sizes are read as those of EDM's networks; the noise levels are the published ones unless given.
 
     Raises: ValueError if a tensor that determines a size is missing.
     """
-    teacher, names = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
-    return GDD(teacher.net, sigma_data=sigma_data, sigma_min=sigma_min, sigmas=(sigma_max,)), names
+    teacher = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
+    levels = {"sigma_min": float(sigma_min), "sigmas": [float(sigma_max)]}
+    return teacher._replace(settings=teacher.settings | levels)
+
+
+def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings beside published weights say of the generator around the network."""
+    names = {"sigma_data": "sigma_data", "eps": "sigma_min"}
+    return {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
 
 
 FAMILY = Family(
@@ -192,7 +200,14 @@ FAMILY = Family(
     network=UNet,
     implicit=False,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        precond.published_keys,
+        ("enc.", "dec.", "map_layer0."),
+        published_config,
+        GDD,
+        "GDDPrecond",
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,7 +23,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import need
+from equilab.models.published_keys import Described, Published, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
 
@@ -134,22 +135,25 @@ class GET(nn.Module):
         return len(self.stack) + len(self.equilibrium) * iterations
 
 
-def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[GET, dict[str, str]]:
-    """Return the GET whose sizes the published `weights` have, and {published key: our key}.
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
+    """Return the GET whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
     """
     image, classes, sizes = published_sizes(weights)
-    model = GET(
-        image,
-        classes,
-        heads=heads,
-        equilibrium_depth=len({key.split(".")[1] for key in weights if key.startswith("deq_blocks.")}),
-        equilibrium_expansion=need(weights, "deq_blocks.0.mlp.fc1.weight", 2).shape[0] // sizes["width"],
-        normalise=False,
-        **sizes,
-    )
-    return model, published_keys(model)
+    sizes |= {
+        "heads": heads,
+        "equilibrium_depth": len({key.split(".")[1] for key in weights if key.startswith("deq_blocks.")}),
+        "equilibrium_expansion": need(weights, "deq_blocks.0.mlp.fc1.weight", 2).shape[0] // sizes["width"],
+        "normalise": False,
+    }
+    return Described(image, classes, sizes, {})
+
+
+def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the heads of the GET that the settings beside published weights name, if they name one."""
+    sizes = SIZES.get(settings.get("model"))
+    return {"heads": sizes["heads"]} if sizes else {}
 
 
 FAMILY = Family(
@@ -162,5 +166,10 @@ FAMILY = Family(
     network=GET,
     implicit=True,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        published_keys,
+        ("x_embedder.", "blocks.", "qkv_inj.", "deq_blocks."),
+        published_heads,
+    ),
 )

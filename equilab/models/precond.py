@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from equilab.diffusion.protocols import Denoised
 from equilab.models.family import Family
-from equilab.models.published_keys import need
+from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import UNet
 
 
@@ -76,41 +77,48 @@ class EDM(nn.Module):
 
 def from_published(
     weights: Mapping[str, Tensor], *, head_channels: int | None = None, sigma_data: float = 0.5
-) -> tuple[EDM, dict[str, str]]:
-    """Build the denoiser that published weights of EDM describe; returns it, unfilled, and {published key: our key}.
+) -> Described:
+    """Return the denoiser that published weights of EDM describe.
 
     Every size is read from the tensors and their names, except `head_channels` (unless given: 64 for ADM, as
     published, a single head for the others) and `sigma_data` (0.5 in all published networks). Dropout is 0.
 
     Raises: ValueError if a tensor that determines a size is missing.
     """
-    matches = [re.match(r"model\.enc\.(\d+)x", key) for key in weights]
+    matches = [re.match(r"enc\.(\d+)x", key) for key in weights]
     heights = sorted({int(match[1]) for match in matches if match}, reverse=True)
     if not heights:
-        raise ValueError("no published key starts with 'model.enc.'; give the state dict of an EDM network")
-    stages = [f"model.enc.{r}x{r}_block" for r in heights]
+        raise ValueError("no published key starts with 'enc.'; give the state dict of an EDM network")
+    stages = [f"enc.{r}x{r}_block" for r in heights]
     first_blocks = [key for key in weights if re.fullmatch(rf"{re.escape(stages[0])}\d+\.conv1\.weight", key)]
-    adm = "model.out_conv.weight" in weights
-    ncsnpp = "model.map_noise.freqs" in weights
+    adm = "out_conv.weight" in weights
+    ncsnpp = "map_noise.freqs" in weights
     if head_channels is None:
         head_channels = 64 if adm else 0
-    channels = need(weights, f"model.enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
-    width = need(weights, "model.map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
-    with torch.device("meta"):  # whoever fills the denoiser writes every tensor
-        net = UNet(
-            (channels, heights[0], heights[0]),
-            _inputs(weights, "model.map_label.weight"),
-            architecture="adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
-            width=width,
-            multipliers=[need(weights, f"{stage}0.conv1.weight", 4).shape[0] // width for stage in stages],
-            blocks=len(first_blocks),
-            attention=[r for r, stage in zip(heights, stages) if f"{stage}0.qkv.weight" in weights],
-            head_channels=head_channels,
-            dropout=0.0,
-            augment=_inputs(weights, "model.map_augment.weight"),
-        )
-    model = EDM(net, sigma_data=sigma_data).to_empty(device="cpu")
-    return model, {key.replace("net.", "model.", 1): key for key in model.state_dict()}
+    channels = need(weights, f"enc.{heights[0]}x{heights[0]}_conv.weight", 4).shape[1]
+    width = need(weights, "map_layer0.weight", 2).shape[1] // (2 if ncsnpp else 1)
+    sizes = {
+        "architecture": "adm" if adm else "ncsnpp" if ncsnpp else "ddpmpp",
+        "width": width,
+        "multipliers": [need(weights, f"{stage}0.conv1.weight", 4).shape[0] // width for stage in stages],
+        "blocks": len(first_blocks),
+        "attention": [r for r, stage in zip(heights, stages) if f"{stage}0.qkv.weight" in weights],
+        "head_channels": head_channels,
+        "dropout": 0.0,
+        "augment": _inputs(weights, "map_augment.weight"),
+    }
+    image = (channels, heights[0], heights[0])
+    return Described(image, _inputs(weights, "map_label.weight"), sizes, {"sigma_data": float(sigma_data)})
+
+
+def published_keys(network: nn.Module) -> dict[str, str]:
+    """Return {published key: our key} of a U-Net: they are the same."""
+    return {key: key for key in network.state_dict()}
+
+
+def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the settings beside published weights say of the model around the network."""
+    return {name: settings[name] for name in ("sigma_data",) if name in settings}
 
 
 def _inputs(weights: Mapping[str, Tensor], key: str) -> int:
@@ -127,5 +135,12 @@ FAMILY = Family(
     network=UNet,
     implicit=False,
     layered=True,
-    published=from_published,
+    published=Published(
+        from_published,
+        published_keys,
+        ("enc.", "dec.", "map_layer0."),
+        published_config,
+        EDM,
+        "EDMPrecond",
+    ),
 )

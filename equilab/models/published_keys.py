@@ -1,11 +1,34 @@
-"""The keys of published weights: finding one, and the sentence about one that is missing or does not fit."""
+"""How a family is read from the weights that its authors published: its sizes, its keys, and sentences about those that do not fit."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Described(NamedTuple):
+    """The model that published weights describe."""
+
+    image: tuple[int, int, int]  # with `classes` and `sizes`, what its family's network is built with
+    classes: int
+    sizes: dict[str, Any]
+    settings: dict[str, Any]  # what makes the model of the network, where that is more than the network
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a family is read from published weights, whose keys are those within the network, without what all begin with."""
+
+    describe: Callable[..., Described]  # (weights, **config), where config is what the weights do not tell
+    keys: Callable[[nn.Module], dict[str, str]]  # network -> {published key: our key}
+    signs: tuple[str, ...]  # beginnings of keys that all weights of the family have
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]  # the authors' settings -> those of `describe`
+    model: Callable[..., nn.Module] | None = None  # (network, **settings); None: the network is the model
+    module: str | None = None  # the authors' class around the network; with another it is another model
 
 
 def need(weights: Mapping[str, Tensor], key: str, dimensions: int | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import need
+from equilab.models.published_keys import Described, Published, need
 
 # our key's beginning -> the published one, of ViT and GET
 PUBLISHED = {
@@ -110,14 +110,13 @@ def class_embedding(classes: int, width: int) -> nn.Embedding | None:
     return table
 
 
-def from_published(weights: Mapping[str, Tensor], *, heads: int) -> tuple[ViT, dict[str, str]]:
-    """Return the ViT whose sizes the published `weights` have, and {published key: our key}.
+def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
+    """Return the ViT whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
     """
     image, classes, sizes = published_sizes(weights)
-    model = ViT(image, classes, heads=heads, conditioning="additive", **sizes)
-    return model, published_keys(model)
+    return Described(image, classes, {**sizes, "heads": heads, "conditioning": "additive"}, {})
 
 
 def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], int, dict[str, int]]:
@@ -146,6 +145,12 @@ def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> di
     return names
 
 
+def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return the heads of the model that the settings beside published weights name, if they name one."""
+    sizes = SIZES.get(settings.get("model"))
+    return {"heads": sizes["heads"]} if sizes else {}
+
+
 FAMILY = Family(
     name="vit",
     label="ViT",
@@ -156,5 +161,5 @@ FAMILY = Family(
     network=ViT,
     implicit=False,
     layered=False,
-    published=from_published,
+    published=Published(from_published, published_keys, ("x_embedder.", "blocks."), published_heads),
 )

@@ -2,90 +2,199 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from equilab.core.config import UserError, nearest, spec
+from equilab.models.family import Family
 from equilab.models.family import family as family_of
-from equilab.models.published_keys import nearest_key, need
+from equilab.models.published_keys import Described, nearest_key, need
 from equilab.models.registry import FAMILIES
+from equilab.published import formats
+from equilab.published.formats import Contents
+from equilab.published.tensors import StoredTensor
+
+PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
+COMPILED = "_orig_mod."  # of torch.compile, at any place in a key
+FILLS = ("uniform_", "normal_", "zero_", "zeros_", "ones_", "fill_", "xavier_uniform_", "kaiming_uniform_")
+
+
+class Loaded(NamedTuple):
+    """A family's network filled with published weights, what described it, and the entry of the file it was in."""
+
+    family: Family
+    network: nn.Module
+    described: Described
+    entry: str | None
+
+    def model(self) -> nn.Module:
+        """Return the family's model of the network, in evaluation mode."""
+        make = self.family.published.model
+        model = self.network if make is None else make(self.network, **self.described.settings)
+        return model.eval()
 
 
 def load(family: str, weights: str | Path | Mapping[str, Tensor], **config: Any) -> nn.Module:
-    """Build the model of `family` that published weights describe and fill it; returned in evaluation mode, float32.
+    """Return the model of `family` that published weights describe, filled with them, in evaluation mode and float32.
 
-    `weights` is a safetensors file or a mapping from published key names to tensors. Sizes are inferred from the
-    tensors where these determine them and taken from `config` (our words: `heads`, ...) where they do not.
+    `weights` is a file that the authors published, or a mapping from published key names to tensors. Sizes are those of the
+    tensors; what these do not determine comes from the settings in the file, or from `config` (our words: `heads`, ...).
 
-    Raises: ValueError for an unknown family, a missing, unexpected or misshapen key (with the nearest one), or a
-        `config` entry that the family does not take; FileNotFoundError for a path that is not there.
+    Raises: UserError for an unknown family, a file that is damaged, of another family or unsafe, a missing, unexpected or
+        misshapen key (with the nearest one), or a `config` entry that the family does not take.
     """
-    build = _builder(family)
-    if not isinstance(weights, Mapping):
-        weights = _read(Path(weights))
-    _check_config(family, build, config)
-    model, keys = build(weights, **config)
-    _fill(family, model, keys, weights)
-    return model.eval().requires_grad_(True)
+    return load_network(family, weights, config).model()
 
 
-def _builder(family: str) -> Callable[..., tuple[nn.Module, dict[str, str]]]:
-    known = [name for name in FAMILIES if family_of(name).published is not None]
-    if family not in known:
-        near = difflib.get_close_matches(family, known, 1, 0)[0]
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(known)} (nearest: {near})")
-    return family_of(family).published
+def load_network(
+    family: str, weights: str | Path | Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Loaded:
+    """Return the network of `load` before it is made a model.
+
+    Raises: UserError as `load` does.
+    """
+    reading = _family(family)
+    if isinstance(weights, Mapping):
+        name, contents, limit = "the weights", Contents(dict(weights)), None
+    else:
+        path = Path(weights)
+        name, contents, limit = str(path), formats.read(path), path.stat().st_size
+    try:
+        bare = _bare(contents.weights)
+        contents.weights.clear()  # what is read is forgotten
+        _check_family(reading, bare, contents.module)
+        shapes = {key: torch.empty(value.shape, device="meta") for key, value in bare.items()}
+        described = _described(reading, shapes, reading.published.config(contents.settings), config)
+        network = _network(reading, described, f"{name}: network")
+        _check_keys(network, reading, shapes)
+        _check_memory(bare, limit)
+        _fill(network, reading, bare)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    if contents.others:
+        others = ", ".join(contents.others)
+        print(
+            f"equilab: {name}: the weights under {contents.entry} are read, not those under {others}",
+            file=sys.stderr,
+        )
+    return Loaded(reading, network, described, contents.entry)
 
 
-def _check_config(family: str, build: Callable, config: Mapping[str, Any]) -> None:
-    entries = list(inspect.signature(build).parameters.values())[1:]
+def _family(name: str) -> Family:
+    known = [each for each in FAMILIES if family_of(each).published is not None]
+    if name not in known:
+        raise UserError(
+            f"unknown family {name!r}; weights are published of {', '.join(known)}{nearest(name, known)}"
+        )
+    return family_of(name)
+
+
+def _bare(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
+    """Return the weights by their keys within the network."""
+    bare = {}
+    for key, tensor in weights.items():
+        short = key.replace(COMPILED, "")
+        while short.startswith(PREFIXES):
+            short = short.partition(".")[2]
+        if short in bare:
+            raise ValueError(f"published key {key!r} is there twice, with another beginning")
+        bare[short] = tensor
+    return bare
+
+
+def _check_family(family: Family, weights: Mapping[str, Any], module: str | None) -> None:
+    """Refuse weights of another family, if their keys or the class around them tell."""
+    readable = [family_of(name) for name in FAMILIES]
+    fitting = [each for each in readable if each.published and _has_signs(weights, each.published.signs)]
+    most = max((len(each.published.signs) for each in fitting), default=0)
+    nearest_families = [each for each in fitting if len(each.published.signs) == most]
+    if module is not None:
+        nearest_families = [each for each in nearest_families if each.published.module in (None, module)]
+        if not nearest_families and family.published.module not in (None, module):
+            raise ValueError(
+                f"the weights are of a {module}, which is not read; {family.name} is, a {family.published.module}"
+            )
+    if nearest_families and family not in nearest_families:
+        others = " or ".join(each.name for each in nearest_families)
+        raise ValueError(f"the weights are of {others}, not of {family.name}; give that family")
+
+
+def _has_signs(keys: Mapping[str, Any], signs: tuple[str, ...]) -> bool:
+    return all(any(key.startswith(sign) for key in keys) for sign in signs)
+
+
+def _described(
+    family: Family, shapes: Mapping[str, Tensor], told: Mapping[str, Any], config: Mapping[str, Any]
+) -> Described:
+    """Return what the weights describe by their shapes, with what the file told beside them and what is given."""
+    describe = family.published.describe
+    entries = list(inspect.signature(describe).parameters.values())[1:]
     known = [entry.name for entry in entries]
     for name in config:
         if name not in known:
-            raise ValueError(
-                f"{family} takes no {name!r}{nearest_key(name, known)}; it takes {', '.join(known) or 'nothing'}"
-            )
+            takes = ", ".join(known)
+            raise ValueError(f"{family.name} takes no {name!r}{nearest_key(name, known)}; it takes {takes}")
+    config = {**told, **config}
     for entry in entries:
         if entry.default is entry.empty and entry.name not in config:
             raise ValueError(
-                f"{family} needs {entry.name}, which its tensors do not determine; give {entry.name}=..."
+                f"{family.name} needs {entry.name}, which its tensors do not determine; give {entry.name}=..."
             )
+    return describe(shapes, **config)
 
 
-@torch.no_grad()
-def _fill(family: str, model: nn.Module, keys: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
-    """Copy the published tensors into the model, after a look at all of them."""
-    own = model.state_dict()
+def _network(family: Family, described: Described, path: str) -> nn.Module:
+    """Return the network that is described, without numbers."""
+    network = spec({family.kind: family.network}, {"kind": family.kind, **described.sizes}, path)
+    with _Unfilled():
+        return network.build(described.image, described.classes)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Networks are built without drawing their weights, which nobody would look at; their memory stays untouched."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _check_keys(network: nn.Module, family: Family, shapes: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not just those of the network."""
+    keys, own = family.published.keys(network), network.state_dict()
     for published in keys:
-        need(weights, published)
-    for published in weights:
+        need(shapes, published)
+    for published, tensor in shapes.items():
         if published not in keys:
             raise ValueError(
                 f"unexpected key {published!r} in the published weights{nearest_key(published, keys)}"
             )
-    for published, ours in keys.items():
-        if weights[published].shape != own[ours].shape:
+        if tensor.shape != own[keys[published]].shape:
             raise ValueError(
-                f"published key {published!r} has shape {tuple(weights[published].shape)}, "
-                f"the {family} model built here needs {tuple(own[ours].shape)}; check the sizes given as config"
+                f"published key {published!r} has shape {tuple(tensor.shape)}, the {family.name} model built here needs "
+                f"{tuple(own[keys[published]].shape)}; check the sizes given as config"
             )
-    for published, ours in keys.items():
-        own[ours].copy_(weights[published])
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there; give the path of a safetensors file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}); convert the checkpoint first"
-        ) from None
+def _check_memory(weights: Mapping[str, Tensor | StoredTensor], limit: int | None) -> None:
+    """Refuse tensors that share what is stored: together they can be larger than any memory."""
+    stored = [tensor for tensor in weights.values() if isinstance(tensor, StoredTensor)]
+    if limit is not None and sum(tensor.nbytes for tensor in stored) > limit:
+        raise ValueError("the weights are larger than the file, which no checkpoint's are; do not trust it")
+
+
+def _fill(network: nn.Module, family: Family, weights: dict[str, Tensor | StoredTensor]) -> None:
+    """Move the published tensors into the network, one after another."""
+    own, filled = network.state_dict(), {}
+    for published, ours in family.published.keys(network).items():
+        tensor = weights.pop(published)
+        tensor = tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach().clone()
+        filled[ours] = tensor.to(own[ours].dtype)
+    network.load_state_dict(filled, assign=True)
