@@ -1,6 +1,5 @@
 """Counted cost against the published counts and against arithmetic."""
 
-import published_sizes
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,7 +57,7 @@ def test_vit_has_the_published_multiply_accumulates(facts):
     assert len(rows) == 5
     for name, counts in rows:
         with torch.device("meta"):
-            model, noise = vit.ViT(IMAGE, 0, **published_sizes.VIT[name]), torch.zeros(1, *IMAGE)
+            model, noise = vit.ViT(IMAGE, 0, **vit.SIZES[name]), torch.zeros(1, *IMAGE)
         assert flops(lambda: model(noise, None)) // 2 + bookkeeping(model, 0) == counts["eval_mode"], name
 
 
@@ -68,7 +67,7 @@ def test_get_has_the_published_multiply_accumulates(facts):
     solver = Solver("iterate", 6, 0.0, "last", record=True, measure=False)
     for name, counts in rows:
         with torch.device("meta"):
-            model, noise = get.GET(IMAGE, 0, **published_sizes.GET[name]), torch.zeros(1, *IMAGE)
+            model, noise = get.GET(IMAGE, 0, **get.SIZES[name]), torch.zeros(1, *IMAGE)
             one = flops(lambda: model(noise, None, None, solver)) // 2
             all_six = flops(lambda: model(noise, None, None, solver, return_iterates=True)) // 2
         assert one + bookkeeping(model, 6) == counts["eval_mode"], name
@@ -79,7 +78,7 @@ def test_get_has_the_published_multiply_accumulates(facts):
 
 def test_a_backward_pass_is_counted_with_its_forward_pass():
     with torch.device("meta"):
-        model, noise = get.GET(IMAGE, 0, **published_sizes.GET["GET-T/2"]), torch.zeros(2, *IMAGE)
+        model, noise = get.GET(IMAGE, 0, **get.SIZES["GET-T/2"]), torch.zeros(2, *IMAGE)
     solver = Solver("iterate", 6, 0.0, "last", measure=False)
     forward = flops(lambda: model(noise, None, None, solver))
     both = flops(lambda: model(noise, None, None, solver).image.sum().backward())

@@ -1,6 +1,5 @@
 """DiT against the published implementation, and by itself."""
 
-import published_sizes
 import pytest
 import torch
 from conftest import close, golden, weights_of
@@ -82,22 +81,22 @@ def test_the_sinusoids_are_closer_to_their_equation_than_the_published_ones():
 
 def test_full_size_dit_gives_the_published_prediction():
     t, metadata = golden("full_dit-s-2")
-    model = hashed_model("dit", (4, 32, 32), 1000, published_sizes.DIT[metadata["config"]["name"]])
+    model = hashed_model("dit", (4, 32, 32), 1000, dit.SIZES[metadata["config"]["name"]])
     with torch.no_grad():
         close(model(t["in.x"], t["in.t"], t["in.y"]), t["out.y_hat"], FORWARD)
 
 
-@pytest.mark.parametrize("name", published_sizes.DIT)
+@pytest.mark.parametrize("name", dit.SIZES)
 def test_all_sizes_of_dit_have_the_published_numbers_of_parameters(name, facts):
     counts = facts["dit_parameters_input32_classes1000"][name]
     with torch.device("meta"):
-        model = dit.DiT((4, 32, 32), 1000, **published_sizes.DIT[name])
+        model = dit.DiT((4, 32, 32), 1000, **dit.SIZES[name])
     assert parameters(model) == counts["trainable"]
     assert model.positions.numel() == counts["pos_embed"]
 
 
 def test_all_published_sizes_of_dit_are_there(facts):
-    assert {*facts["dit_parameters_input32_classes1000"]} == {*published_sizes.DIT}
+    assert {*facts["dit_parameters_input32_classes1000"]} == {*dit.SIZES}
 
 
 def test_blocks_start_as_the_identity_and_the_network_at_zero():

@@ -152,7 +152,7 @@ def test_all_sizes_of_fpdm_have_the_published_numbers_of_parameters(facts):
     sizes = {entry: size_of(entry) for entry in table}
     assert {name for name, _, _ in sizes.values()} == {*published_sizes.FPDM}
     with torch.device("meta"):
-        assert parameters(dit.DiT((4, 32, 32), 1000, **published_sizes.DIT["DiT-XL/2"])) == baseline
+        assert parameters(dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])) == baseline
         for entry, (name, classes, changes) in sizes.items():
             model = fpdm.FPDM((4, 32, 32), classes, **published_sizes.FPDM[name] | changes)
             assert parameters(model) == table[entry], entry
@@ -242,7 +242,7 @@ def test_memory_does_not_grow_with_the_iterations_without_gradient():
 
 def test_block_evaluations_are_those_of_the_paper():
     with torch.device("meta"):
-        baseline = dit.DiT((4, 32, 32), 1000, **published_sizes.DIT["DiT-XL/2"])
+        baseline = dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])
         model = fpdm.FPDM((4, 32, 32), 1000, **published_sizes.FPDM["FPDM-XL/2"])
     assert baseline.blocks() == model.blocks(26) == 28
     assert model.blocks(torch.tensor([1, 5])).tolist() == [3, 7]
@@ -251,7 +251,7 @@ def test_block_evaluations_are_those_of_the_paper():
 @pytest.mark.slow
 def test_an_iteration_costs_a_third_more_than_a_block_of_a_dit():
     with torch.device("meta"):
-        baseline = dit.DiT((4, 32, 32), 1000, **published_sizes.DIT["DiT-XL/2"])
+        baseline = dit.DiT((4, 32, 32), 1000, **dit.SIZES["DiT-XL/2"])
         model = fpdm.FPDM((4, 32, 32), 1000, **published_sizes.FPDM["FPDM-XL/2"])
         x, t, label = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.int64)
         solvers = [Solver("iterate", k, 0.0, "last", measure=False) for k in (1, 2, 26)]

@@ -83,7 +83,7 @@ def test_memory_does_not_grow_with_the_number_of_scored_images(stage, monkeypatc
 def test_training_a_fixed_point_takes_less_memory_than_as_many_layers():
     """24 iterations, half of them with gradient, as FPDM's training draws at most, against the 28 layers of a DiT."""
     image, sizes = (4, 16, 16), {"width": 64, "heads": 1}
-    explicit = dit.DiT(image, 0, **{**published_sizes.DIT["DiT-S/2"], **sizes, "depth": 28})
+    explicit = dit.DiT(image, 0, **{**dit.SIZES["DiT-S/2"], **sizes, "depth": 28})
     implicit = fpdm.FPDM(image, 0, **{**published_sizes.FPDM["FPDM-S/2"], **sizes})
     x, t = torch.randn(8, *image), torch.full((8,), 500)
     solver = Solver("iterate", 1, 0.0, "last", measure=False)

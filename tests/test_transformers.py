@@ -1,6 +1,5 @@
 """ViT and GET against the published implementations, and by themselves."""
 
-import published_sizes
 import pytest
 import torch
 from conftest import close, golden, weights_of
@@ -96,7 +95,7 @@ def test_get_trains_with_the_published_losses_and_gradients(name, method, loss_n
 @torch.no_grad()
 def test_full_size_get_gives_the_published_image():
     t, metadata = golden("full_get-b-2plus")
-    model = hashed_model("get", (3, 32, 32), 0, published_sizes.GET[metadata["config"]["name"]])
+    model = hashed_model("get", (3, 32, 32), 0, get.SIZES[metadata["config"]["name"]])
     z0 = torch.from_numpy(signed_uniform("z0", 256 * 768) * 3**0.5).float().reshape(1, 256, 768)
     solver = Solver("iterate", 2, 0.0, "last", record=True)
     images = model(t["in.x"], None, z0, solver, return_iterates=True).image
@@ -108,13 +107,13 @@ def test_full_size_get_gives_the_published_image():
 @torch.no_grad()
 def test_full_size_vit_gives_the_published_image():
     t, metadata = golden("full_vit-b-2")
-    model = hashed_model("vit", (3, 32, 32), 0, published_sizes.VIT[metadata["config"]["name"]])
+    model = hashed_model("vit", (3, 32, 32), 0, vit.SIZES[metadata["config"]["name"]])
     close(model(t["in.x"], None).image, t["out.y_hat"], 1e-5)
 
 
 SIZES = {
-    **{name: (get.GET, sizes) for name, sizes in published_sizes.GET.items()},
-    **{name: (vit.ViT, sizes) for name, sizes in published_sizes.VIT.items()},
+    **{name: (get.GET, sizes) for name, sizes in get.SIZES.items()},
+    **{name: (vit.ViT, sizes) for name, sizes in vit.SIZES.items()},
 }
 
 
@@ -137,7 +136,7 @@ def test_all_sizes_have_the_published_numbers_of_parameters(name, facts):
 
 def test_vit_with_adaln_zero_has_the_size_of_table_6():
     with torch.device("meta"):
-        model = vit.ViT((3, 32, 32), 10, **published_sizes.VIT["ViT-B/2"] | {"conditioning": "adaln_zero"})
+        model = vit.ViT((3, 32, 32), 10, **vit.SIZES["ViT-B/2"] | {"conditioning": "adaln_zero"})
     assert parameters(model) + model.positions.numel() == 128_944_908
 
 
@@ -188,8 +187,8 @@ def test_a_get_starts_at_zeros_and_its_samples_do_not_touch_each_other():
 
 def test_block_evaluations_follow_from_the_iterations():
     with torch.device("meta"):
-        model = get.GET((3, 32, 32), 0, **published_sizes.GET["GET-T/2"])
-        baseline = vit.ViT((3, 32, 32), 0, **published_sizes.VIT["ViT-L/2"])
+        model = get.GET((3, 32, 32), 0, **get.SIZES["GET-T/2"])
+        baseline = vit.ViT((3, 32, 32), 0, **vit.SIZES["ViT-L/2"])
     assert model.blocks(6) == 24
     assert model.blocks(torch.tensor([1, 6])).tolist() == [9, 24]
     assert model.state_shape == (256, 256)

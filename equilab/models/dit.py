@@ -26,6 +26,13 @@ from equilab.models.layers import (
 from equilab.models.published_keys import Described, Published, need
 from equilab.models.unet import Sinusoid
 
+# DiT (Peebles and Xie 2023), table 1: width, depth and heads are those of ViT
+SIZES = {
+    f"DiT-{name}/{patch}": {**backbone, "patch": patch, "learned_variance": True}
+    for name, backbone in vit.BACKBONES.items()
+    for patch in (2, 4, 8)
+}
+
 # our key's beginning -> the published one, of DiT and FPDM
 PUBLISHED = vit.PUBLISHED | {
     "condition.fc1.": "t_embedder.mlp.0.",

@@ -26,6 +26,16 @@ from equilab.models.layers import (
 from equilab.models.published_keys import Described, Published, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
+# GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
+SHARED = {"patch": 2, "expansion": 4, "equilibrium_depth": 3, "normalise": False}
+SIZES = {
+    "GET-T/2": {"width": 256, "depth": 6, "heads": 4, "equilibrium_expansion": 6, **SHARED},
+    "GET-M/2": {"width": 384, "depth": 6, "heads": 6, "equilibrium_expansion": 6, **SHARED},
+    "GET-S/2": {"width": 512, "depth": 6, "heads": 8, "equilibrium_expansion": 8, **SHARED},
+    "GET-B/2": {"width": 768, "depth": 1, "heads": 12, "equilibrium_expansion": 12, **SHARED},
+    "GET-B/2+": {"width": 768, "depth": 6, "heads": 12, "equilibrium_expansion": 8, **SHARED},
+}
+
 
 class GET(nn.Module):
     """An injection transformer read once, an equilibrium transformer applied until its state no longer changes.

@@ -24,6 +24,19 @@ from equilab.models.layers import (
 )
 from equilab.models.published_keys import Described, Published, need
 
+# GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
+BACKBONES = {
+    "S": {"width": 384, "depth": 12, "heads": 6, "expansion": 4},
+    "B": {"width": 768, "depth": 12, "heads": 12, "expansion": 4},
+    "L": {"width": 1024, "depth": 24, "heads": 16, "expansion": 4},
+    "XL": {"width": 1152, "depth": 28, "heads": 16, "expansion": 4},
+}
+SIZES = {
+    f"ViT-{name}/{patch}": {**backbone, "patch": patch, "conditioning": "additive"}
+    for name, backbone in BACKBONES.items()
+    for patch in (2, 4, 8)
+}
+
 # our key's beginning -> the published one, of ViT and GET
 PUBLISHED = {
     "patches.": "x_embedder.",
