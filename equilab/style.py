@@ -150,7 +150,7 @@ def _plain_numbers(axis: Axis) -> None:
         ticks = MaxNLocator(4).tick_values(low, high)
         axis.set_major_locator(FixedLocator(ticks[ticks > 0]))
     else:
-        subs = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 3 else (1,)
+        subs = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 2.5 else (1,)
         axis.set_major_locator(LogLocator(subs=subs, numticks=9))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_plain_number))

@@ -85,7 +85,7 @@ def write_run(results, of, seed, fd, run):
     keep(at / "metrics.json", about)
     table(at / "sweep.csv", [scored(setting, fd, run) for setting in run["settings"]])
     table(at / "curve.csv", [{"nimg": row["nimg"], **distances(fd * row["times"])} for row in run["curve"]])
-    np.savez(at / "iterates.npz", images=np.zeros((1, 2, 1, 8, 8), np.uint8), **run["arrays"])
+    np.savez(at / "iterates.npz", **{"images": np.zeros((1, 2, 1, 8, 8), np.uint8), **run["arrays"]})
 
 
 def scored(setting, fd, run):
