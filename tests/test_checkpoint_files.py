@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from equilab import published
 from equilab.core.config import UserError
 from equilab.models import vit
+from equilab.models.checkpoint import save_tensors
 from equilab.published import pickles
 from equilab.solvers import Solver
 
@@ -246,6 +247,12 @@ def test_a_file_that_is_something_else_gets_its_own_sentence(content, sentence, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"get.pth {sentence}"):
         published.load("get", path, heads=2)
+
+
+def test_weights_of_ours_are_said_to_be(tmp_path):
+    save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match="holds weights of ours"):
+        published.load("get", tmp_path / "weights.safetensors", heads=2)
 
 
 @pytest.mark.parametrize("length", [100, 9000, -1000])

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from equilab.core.config import UserError
+from equilab.models.checkpoint import KEY
 from equilab.published.pickles import DAMAGE, Object, Refused
 from equilab.published.tensors import (
     MAGIC,
@@ -101,7 +102,8 @@ def _safetensors(path: Path, size: int, header: int) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         file.seek(8)
         entries = json.loads(file.read(header))
-    entries.pop("__metadata__", None)
+    if KEY in entries.pop("__metadata__", {}):
+        raise UserError(f"{path} holds weights of ours: equilab.models.checkpoint.load_network reads them")
     weights = {}
     for name, entry in entries.items():
         dtype = SAFETENSORS[entry["dtype"]]
