@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from equilab.core import code, config
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.job import Job, Seed, Study, checked_name
+from equilab.core.job import Distinct, Job, Seed, Study, checked_name
 from equilab.graph import GENERATORS, STAGES
 from equilab.models.registry import FAMILIES
 
@@ -39,14 +39,7 @@ class Replicate(NamedTuple):
 class Seeds(Params):
     """What the entry of a run that is trained says of its seeds."""
 
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)]
-
-    @field_validator("seeds")
-    @classmethod
-    def _differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} holds a seed twice; give each once")
-        return seeds
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000), Distinct]
 
 
 @dataclass(frozen=True)

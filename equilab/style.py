@@ -47,6 +47,7 @@ def use() -> None:
             "xtick.labelsize": 7.5,
             "ytick.labelsize": 7.5,
             "legend.fontsize": 7.5,
+            "legend.title_fontsize": 7.5,
             "legend.frameon": False,
             "lines.linewidth": 1.4,
             "lines.markersize": 5,
@@ -56,8 +57,9 @@ def use() -> None:
     )
 
 
-def panels(columns: int, height: float = 2.8, rows: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure as wide as a page, so many inches high, and its axes; `options` are those of `plt.subplots`."""
+def panels(columns: int, height: float = 2.8, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure as wide as a page, so many inches high, and its axes: one, or an array; `options` are those of
+    `plt.subplots`."""
     return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
 
 
@@ -137,7 +139,7 @@ def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> N
     Path(folder, f"{name}.png").write_bytes(drawn.getvalue())
     numbers = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     Path(folder, f"{name}.csv").write_text(numbers, encoding="utf-8")
-    display(Image(drawn.getvalue(), width=round(100 * WIDTH)))
+    display(Image(drawn.getvalue(), width=round(100 * figure.get_figwidth())))
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -155,7 +157,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 
 def _plain_number(value: float, _: int) -> str:
-    return EngFormatter(sep="")(value) if value >= 1000 else f"{value:.3g}"
+    return EngFormatter(sep="")(value) if value >= 1000 else f"{value:.4g}"
 
 
 def images(array: np.ndarray, rows: Sequence[str], columns: Sequence[str] = ()) -> Figure:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from equilab.solvers import Solver
-from equilab.solvers.budget import Budget, adaptive, block_evals, constant, decreasing, increasing, trace
+from equilab.solvers.budget import Budget, adaptive, constant, decreasing, increasing, trace
 
 
 def spent(budget, steps, traced):
@@ -131,11 +131,3 @@ def test_a_trace_is_the_mean_over_the_samples_that_were_measured():
     first, second, third = trace(solution._replace(residuals=residuals))
     assert (first, second, math.isnan(third)) == (pytest.approx(0.3), 0.25, True)
     assert trace(solution._replace(residuals=torch.empty(2, 0))) == ()
-
-
-def test_block_evaluations_are_those_of_the_paper():
-    for steps in (5, 20):
-        dit = block_evals(1, 1, constant(steps, 26 * steps))
-        assert dit == block_evals(2, 2, constant(2 * steps, 10 * 2 * steps)) == 28 * steps
-    assert block_evals(1, 1, [1] * 93) == 279 and block_evals(1, 1, [68] * 4) == 280
-    assert block_evals(0, 2, increasing(7, 30)) == 30 + 14

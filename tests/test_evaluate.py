@@ -159,7 +159,7 @@ def test_activity_and_cost_are_of_the_first_seed_and_say_of_which_run(study):
         ("activation", {"runs": ["consistency/cd", "teacher"]}, "list the teacher before consistency/cd"),
         ("activation", {"runs": ["distill/vit"]}, "distill/vit, a ViT"),
         ("activation", {"iterations": 1}, "activation.iterations"),
-        ("cost", {"runs": ["teacher", "teacher"]}, "runs names a run twice"),
+        ("cost", {"runs": ["teacher", "teacher"]}, "'teacher' is named twice"),
         ("cost", {"iterations": []}, "cost.iterations"),
     ],
 )

@@ -13,6 +13,7 @@ import equilab
 from equilab.core import config as configs
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
+from equilab.core.settings import setting_columns
 from equilab.models.checkpoint import save_tensors
 from equilab.sampling import KINDS, describe, first_seed, load, solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
@@ -407,7 +408,13 @@ def test_a_setting_out_of_its_range_is_refused_under_its_path(setting, key):
 
 
 def test_settings_are_told_apart_by_their_columns():
-    assert solve().columns()["most_iterations"] == 5 and "iterations" not in solve().columns()
-    columns = chain(guidance={"scale": 1.5, "channels": "all"}).columns()
+    columns = setting_columns(configs.plain(solve()))
+    assert columns["most_iterations"] == 5 and "iterations" not in columns
+    columns = setting_columns(configs.plain(chain(guidance={"scale": 1.5, "channels": "all"})))
     assert columns["method"] == "ddim" and columns["solver"] == "iterate" and columns["guidance_scale"] == 1.5
-    assert list(chain(fixed_point=None).columns()) == ["method", "steps", "eta", "clamp"]
+    assert list(setting_columns(configs.plain(chain(fixed_point=None)))) == [
+        "method",
+        "steps",
+        "eta",
+        "clamp",
+    ]

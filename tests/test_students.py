@@ -283,7 +283,7 @@ def refused(capsys, *command):
         ),
         ({"discriminator_lr": 1e300}, "gan.gdd.discriminator_lr"),
         ({"student": {"sigma_min": 1e-300}}, "gan.gdd.student.sigma_min"),
-        ({"features": ["study", "study"]}, "names a network twice"),
+        ({"features": ["study", "study"]}, "'study' is named twice"),
         ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from equilab.core.config import Params, UserError, mapping, nearest, parse
+from equilab.core.settings import setting_columns
 
 RUNS = ("distill", "diffusion", "gan", "consistency")  # sections whose entries are trained runs
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
@@ -136,17 +137,6 @@ def _settings(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         setting_columns(setting) for key in ("sampler", "solver", "chain") for setting in entry.get(key, ())
     ] or [{}]
-
-
-def setting_columns(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a setting of `evaluate`, as params give it, by its columns in the table `settings`, its method first."""
-    columns = dict(setting)
-    if "iterations" in columns:  # the table's `iterations` are those that were made
-        columns["most_iterations"] = columns.pop("iterations")
-    guidance, fixed_point = (columns.pop(key, None) or {} for key in ("guidance", "fixed_point"))
-    columns |= {f"guidance_{key}": value for key, value in guidance.items()}
-    columns |= {"solver" if key == "method" else key: value for key, value in fixed_point.items()}
-    return columns
 
 
 def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:

@@ -27,6 +27,14 @@ def checked_name(name: str) -> str:
     return name
 
 
+def _distinct(values: tuple) -> tuple:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} is named twice; give each once")
+    return values
+
+
+Distinct = AfterValidator(_distinct)  # of a field that is a tuple: it names nothing twice
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from jaxtyping import Float, Float64, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from equilab.core.config import Params, plain
+from equilab.core.config import Params
 from equilab.diffusion.protocols import Step
 from equilab.diffusion.samplers import euler, heun
 from equilab.diffusion.schedules import edm_sigmas
@@ -46,7 +46,3 @@ class Sampler(Params):
         """Return the sampler, started: it yields a Step a step."""
         follow = heun if self.method == "heun" else euler
         return follow(denoise, noise, self.sigmas(), label)
-
-    def columns(self) -> dict[str, Any]:
-        """Return what tells this setting from others in a table."""
-        return plain(self)

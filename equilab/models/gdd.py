@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -120,14 +120,6 @@ class GDD(nn.Module):
         return precond.preconditioned(self.net, at_sigma, x, sigma, label)
 
 
-class Layer(NamedTuple):
-    """A layer with parameters of its own: its name in the network, its group of GROUPS, its module."""
-
-    name: str
-    group: str
-    module: nn.Module
-
-
 class Share(NamedTuple):
     """A row of the table of layers: a group, its parameters, their share of the network's (0..1), trained or frozen."""
 
@@ -137,8 +129,8 @@ class Share(NamedTuple):
     trained: bool
 
 
-def layers(net: nn.Module) -> Iterator[Layer]:
-    """Yield the layers of a U-Net that have parameters.
+def layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers of a U-Net that have parameters of their own, each after its group of GROUPS.
 
     Raises: ValueError for a layer that belongs to no group.
     """
@@ -151,22 +143,7 @@ def layers(net: nn.Module) -> Iterator[Layer]:
             raise ValueError(
                 f"layer {name!r} belongs to no group of a U-Net's layers; give an equilab.models.unet"
             )
-        yield Layer(name, groups[0], module)
-
-
-def freeze(net: nn.Module, frozen: Callable[[Layer], bool]) -> None:
-    """Freeze the parameters of the layers for which `frozen(layer)` is true, and train all others.
-
-    Raises: ValueError if that would freeze nothing or everything.
-    """
-    found = list(layers(net))
-    chosen = [frozen(layer) for layer in found]
-    if sum(chosen) in (0, len(found)):
-        raise ValueError(
-            f"{sum(chosen)} of the {len(found)} layers would be frozen; choose some of them, not all"
-        )
-    for layer, freezes in zip(found, chosen):
-        layer.module.requires_grad_(not freezes)
+        yield groups[0], module
 
 
 def prepare(net: nn.Module, variant: str) -> None:
@@ -176,23 +153,16 @@ def prepare(net: nn.Module, variant: str) -> None:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown{nearest(variant, VARIANTS)}")
-    groups = VARIANTS[variant]
-
-    def frozen(layer: Layer) -> bool:
-        return layer.group in groups
-
-    if groups:
-        freeze(net, frozen)
-    else:
-        net.requires_grad_(True)
+    for group, layer in layers(net):
+        layer.requires_grad_(group not in VARIANTS[variant])
 
 
 def table(net: nn.Module) -> list[Share]:
     """Return what each group of layers holds, in the order of GROUPS; a group frozen in part has two rows."""
     counts = Counter()
-    for layer in layers(net):
-        for parameter in layer.module.parameters(recurse=False):
-            counts[layer.group, parameter.requires_grad] += parameter.numel()
+    for group, layer in layers(net):
+        for parameter in layer.parameters(recurse=False):
+            counts[group, parameter.requires_grad] += parameter.numel()
     rows = []
     for group, trained in itertools.product(GROUPS, (True, False)):
         parameters = counts[group, trained]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equilab.sampling.generators import KINDS, Generator, batches, describe, first_seed, load
+from equilab.sampling.generators import KINDS, Generator, batches, describe, first_seed, load, load_first
 from equilab.sampling.runs import Inputs, Run, Samples, solver_statistics
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "describe",
     "first_seed",
     "load",
+    "load_first",
     "solver_statistics",
 ]

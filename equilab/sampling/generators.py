@@ -14,7 +14,7 @@ from torch import nn
 
 from equilab.core.config import UserError, parse, read
 from equilab.core.job import Job
-from equilab.core.machine import precision
+from equilab.core.machine import device_of, precision
 from equilab.data import latents
 from equilab.models.checkpoint import load_network
 from equilab.sampling.runs import (
@@ -149,6 +149,14 @@ def load(
     net = net.to(device)
     model = run.model(net, metadata)
     return Generator(run, net, model, metadata, torch.device(device), precision, Path(study))
+
+
+def load_first(of: str, job: Job) -> Generator:
+    """Return the first seed of a run with its weights, on the study's device.
+
+    Raises: UserError if the weights are missing, damaged, or not of the study's params.
+    """
+    return load(of, first_seed(of, job), config=describe(of, job).config, device=device_of(job))
 
 
 def _stage_and_name(of: str) -> tuple[str, str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from equilab.core.config import Params, plain
+from equilab.core.config import Params
 from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
 
@@ -47,11 +47,12 @@ class Solve(Params):
             mixing=self.mixing,
         )
 
-    def columns(self) -> dict[str, Any]:
-        """Return what tells this setting from others in a table, where `iterations` are those applied."""
-        columns = plain(self)
-        columns["most_iterations"] = columns.pop("iterations")
-        return columns
+
+def iterated(count: int) -> Solve:
+    """Return the setting that applies the map so often, from zeros, and takes the last state."""
+    return Solve(
+        method="iterate", iterations=count, tolerance=0.0, pick="last", memory=None, mixing=None, init="zeros"
+    )
 
 
 class Guidance(Params):
@@ -109,16 +110,6 @@ class ChainSampler(Params):
     def adaptive(self) -> bool:
         """Whether images depend on those that are sampled with them: the budget looks at the residuals of a batch."""
         return self.fixed_point is not None and self.fixed_point.budget == "adaptive"
-
-    def columns(self) -> dict[str, Any]:
-        """Return what tells this setting from others in a table: that of guidance and fixed point beside the rest."""
-        columns = plain(self)
-        guidance, fixed_point = columns.pop("guidance") or {}, columns.pop("fixed_point") or {}
-        for key, value in guidance.items():
-            columns[f"guidance_{key}"] = value
-        for key, value in fixed_point.items():
-            columns["solver" if key == "method" else key] = value
-        return columns
 
 
 Setting = Sampler | Solve | ChainSampler

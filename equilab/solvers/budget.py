@@ -103,14 +103,6 @@ def trace(solution: Solution) -> Trace:
     return tuple(residuals.where(residuals.isfinite(), torch.nan).nanmean(0).tolist())  # (K,)
 
 
-def block_evals(pre: int, post: int, iterations: Sequence[int]) -> int:
-    """Return the transformer blocks applied for an image whose steps have these iterations and explicit layers.
-
-    Source: FPDM, section 4.2, footnote 4. An explicit network has as many iterations as layers between pre and post.
-    """
-    return sum(pre + count + post for count in iterations)
-
-
 def _check(steps: int, total: int) -> None:
     if total < steps:
         raise ValueError(

@@ -10,22 +10,21 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from equilab.core.config import Params, UserError
 from equilab.core.files import write_table
-from equilab.core.job import Job, Plan
-from equilab.core.machine import device_of
+from equilab.core.job import Distinct, Job, Plan
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import Denoised, finish
 from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
-from equilab.sampling import Generator, Run, batches, describe, first_seed, load
+from equilab.sampling import Generator, Run, batches, describe, first_seed, load_first
 from equilab.sampling.runs import Denoiser, ImplicitOneStep, Student, Teacher
-from equilab.sampling.settings import Count, Solve
+from equilab.sampling.settings import Count, iterated
 from equilab.solvers import Solution, Solver
 from equilab.training.onestep import Levels
 
@@ -34,18 +33,12 @@ class Config(Params):
     """The params section `activation`."""
 
     # folders below results/; students of the teacher are shown what the teacher sees, which must come first
-    runs: Annotated[tuple[str, ...], Field(min_length=1)]
+    runs: Annotated[tuple[str, ...], Field(min_length=1), Distinct]
     samples: Count
     batch: Count
     levels: Levels  # noise levels along which a U-Net samples, by Euler's method
     timesteps: Count  # of a chain of FPDM or DiT
     iterations: Annotated[int, Field(ge=2, le=10_000)]  # of a fixed point
-
-    @model_validator(mode="after")
-    def _differ(self):
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
-        return self
 
 
 class Activity:
@@ -126,10 +119,7 @@ def run(config: Config, job: Job) -> None:
     Source: GDD (Zheng 2024), section 4.1, for U-Nets.
     """
     plan(config, job)  # refuses what cannot be
-    seeds = {of: first_seed(of, job) for of in config.runs}
-    generators = [
-        load(of, seed, config=describe(of, job).config, device=device_of(job)) for of, seed in seeds.items()
-    ]
+    generators = [load_first(of, job) for of in config.runs]
     unets = [each for each in generators if isinstance(each.run, Teacher | Student)]
     others = [each for each in generators if each not in unets]
     activities = {of: Activity() for of in config.runs}
@@ -146,7 +136,9 @@ def run(config: Config, job: Job) -> None:
     rows = []
     for generator in generators:
         of, family = generator.run.of, generator.run.family.name
-        rows += [{"of": of, "seed": seeds[of], "family": family, **row} for row in activities[of].rows()]
+        rows += [
+            {"of": of, "seed": first_seed(of, job), "family": family, **row} for row in activities[of].rows()
+        ]
     write_table(job.out / "activation.csv", rows)
 
 
@@ -217,15 +209,7 @@ def _along_iterations(
     config: Config, job: Job, generator: Generator, activity: Activity, indices: np.ndarray
 ) -> None:
     """Solve an implicit generator; its steps are its iterations."""
-    setting = Solve(
-        method="iterate",
-        iterations=config.iterations,
-        tolerance=0.0,
-        pick="last",
-        memory=None,
-        mixing=None,
-        init="zeros",
-    )
+    setting = iterated(config.iterations)
     inputs = generator.inputs(job.study.seed, indices, setting)
     (solution,) = generator.sample(inputs, setting, return_iterates=True).solutions
     for step, change in enumerate(_changes(solution).values(), 1):

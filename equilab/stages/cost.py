@@ -7,17 +7,17 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from equilab.core.config import Params, plain
 from equilab.core.files import write_json, write_table
-from equilab.core.job import Job, Plan
+from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
-from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load
+from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load_first
 from equilab.sampling.runs import Denoiser, OneStep
-from equilab.sampling.settings import Count, Sampler, Solve
+from equilab.sampling.settings import Count, Sampler, Solve, iterated
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill, loop
 
@@ -27,18 +27,12 @@ Row = dict[str, Any]
 class Config(Params):
     """The params section `cost`."""
 
-    runs: Annotated[tuple[str, ...], Field(min_length=1)]  # folders below results/
+    runs: Annotated[tuple[str, ...], Field(min_length=1), Distinct]  # folders below results/
     batch: Count  # images in a forward pass, and in a training step
     iterations: Annotated[tuple[Count, ...], Field(min_length=1)]  # at test time, of implicit generators
     sampler: Sampler  # of a teacher
     warmup: Annotated[int, Field(ge=0, le=10_000)]  # calls before the measured ones
     repeats: Annotated[int, Field(ge=1, le=10_000)]  # measured calls; median, fastest and slowest are written
-
-    @model_validator(mode="after")
-    def _differ(self):
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
-        return self
 
 
 class Measurement(NamedTuple):
@@ -72,16 +66,13 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the weights of a run are missing or damaged.
     """
     device = device_of(job)
-    seeds = {of: first_seed(of, job) for of in config.runs}
-    generators = [
-        load(of, seed, config=describe(of, job).config, device=device) for of, seed in seeds.items()
-    ]
+    generators = [load_first(of, job) for of in config.runs]
     peak = matmul_peak(device, torch.float32)
     rows = []
     with bar(job.name, len(generators), unit="run") as progress:
         for generator in generators:
             of, family = generator.run.of, generator.run.family.name
-            named = {"of": of, "seed": seeds[of], "family": family}
+            named = {"of": of, "seed": first_seed(of, job), "family": family}
             inputs = _inputs(config, generator)
             for measurement in _measurements(config, generator.run):
                 row = _measured(config, measurement.prepare(generator, inputs), device)
@@ -133,15 +124,7 @@ def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
 def _settings(config: Config, run: Run) -> list[Sampler | Solve | None]:
     """Return the settings at which a run is sampled."""
     if run.family.implicit:
-        fixed = {
-            "method": "iterate",
-            "tolerance": 0.0,
-            "pick": "last",
-            "memory": None,
-            "mixing": None,
-            "init": "zeros",
-        }
-        return [Solve(iterations=iterations, **fixed) for iterations in config.iterations]
+        return [iterated(iterations) for iterations in config.iterations]
     return [config.sampler if run.listed else None]
 
 

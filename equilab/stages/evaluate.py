@@ -13,11 +13,12 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from equilab.core.config import Params, UserError, read_json
+from equilab.core.config import Params, UserError, plain, read_json
 from equilab.core.files import link, require_disk, scratch, write_arrays, write_json, write_table
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, rank, to_device, total, world
 from equilab.core.progress import bar
+from equilab.core.settings import setting_columns
 from equilab.data import latents
 from equilab.data.latents import Pixels
 from equilab.data.pairset import PairSet
@@ -170,7 +171,7 @@ class _Evaluation:
         headline = setting is self.config.settings[0]
         path = self.place / ("samples.npy" if headline else "sweep.npy")
         images, solved = self._images(generator, setting, path)
-        columns = {} if setting is None else setting.columns()
+        columns = {} if setting is None else setting_columns(plain(setting))
         row = {
             **columns,
             **generator.cost(setting, solved.get("iterations")),

@@ -18,6 +18,7 @@ from equilab.core.job import Job, Plan
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+START_SECONDS, CELL_SECONDS = 600, 3600  # a kernel, a cell that take longer hang
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opened in JupyterLab, with `results` this study's folder.*"
 
@@ -45,17 +46,19 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError naming the cell and the kept notebook, if a cell fails; or as `plan` does.
     """
     import papermill  # these take seconds
+    from nbclient.exceptions import CellTimeoutError
     from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
     source = _checked(config, job)
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = (
-        "1"  # the kernel of this environment, whatever the user has installed
-    )
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     fresh, failed = (Path(".equilab/notebook") / name for name in (job.run, f"{job.run}.failed.ipynb"))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    os.environ |= {
+        "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, whatever the user has installed
+        "IPYTHONDIR": str(Path(".equilab/ipython").absolute()),  # the user's own start-up files stay out
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     given = {"results": "results", "out": fresh.as_posix(), **config.parameters}
     try:
         done = papermill.execute_notebook(
@@ -65,12 +68,22 @@ def run(config: Config, job: Job) -> None:
             kernel_name="python3",
             cwd=".",
             log_output=False,
+            start_timeout=START_SECONDS,
+            execution_timeout=CELL_SECONDS,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         raise UserError(
             f"notebooks/{job.run}.ipynb failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
             f"it is kept in {failed}, and {job.out} is as it was"
+        ) from None
+    except CellTimeoutError:
+        raise UserError(
+            f"notebooks/{job.run}.ipynb: a cell took more than {CELL_SECONDS} s; {job.out} is as it was"
+        ) from None
+    except RuntimeError as error:  # a kernel that dies, or does not even start
+        raise UserError(
+            f"notebooks/{job.run}.ipynb: its kernel died ({error}); give it more memory, or run it in JupyterLab to see why"
         ) from None
     text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
     write(fresh / f"{job.run}.ipynb", text + "\n")
@@ -114,13 +127,13 @@ def parameters(notebook: dict) -> dict[str, float | str]:
 
 def normalised(notebook: NotebookNode) -> NotebookNode:
     """Return an executed notebook without what changes from run to run: times, random names, addresses, stderr and
-    the state of widgets, each of which leaves a note."""
+    the state of widgets, each of which leaves a note. Tags and whether a cell's source is hidden stay."""
     from nbformat import from_dict
 
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for k, cell in enumerate(notebook.cells):
-        tags = cell.metadata.get("tags", [])
-        cell.id, cell.metadata = f"cell-{k:03d}", {"tags": tags} if tags else {}
+        cell.id = f"cell-{k:03d}"
+        cell.metadata = {key: cell.metadata[key] for key in ("jupyter", "tags") if cell.metadata.get(key)}
         if cell.cell_type == "code":
             kept = [output for output in cell.outputs if output.get("name") != "stderr"]
             cell.outputs = [from_dict(_stable(output)) for output in kept]
@@ -130,10 +143,14 @@ def normalised(notebook: NotebookNode) -> NotebookNode:
 def _stable(output: dict) -> dict:
     if WIDGET in output.get("data", {}):
         return {"output_type": "display_data", "data": {"text/markdown": NOTE}, "metadata": {}}
-    masked = lambda text: re.sub(r"0x[0-9a-f]{6,}", "0x", text)  # noqa: E731
     if "text" in output:
-        return {**output, "text": masked(output["text"])}
-    data = {
-        kind: masked(value) if kind.startswith("text/") else value for kind, value in output["data"].items()
-    }
+        return {**output, "text": _without_addresses(output["text"])}
+    data = dict(output["data"])
+    for kind in data:
+        if kind.startswith("text/"):
+            data[kind] = _without_addresses(data[kind])
     return {**output, "data": data}
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]{6,}", "0x", text)

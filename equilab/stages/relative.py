@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from equilab.core.config import Params, UserError
 from equilab.core.files import write_table
-from equilab.core.job import Job, Plan, folder_of
+from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.core.machine import device_of
 from equilab.metrics.fidelity import CACHE, Scorer, frechet
 from equilab.training import classify
@@ -20,13 +20,8 @@ from equilab.training import classify
 class Config(Params):
     """The params section `relative`."""
 
-    runs: Annotated[tuple[str, ...], Field(min_length=2)]  # of the stage evaluate; each is compared with each
-
-    @model_validator(mode="after")
-    def _differ(self):
-        if len(set(self.runs)) < len(self.runs):
-            raise ValueError(f"runs names a run twice: {', '.join(self.runs)}; give each once")
-        return self
+    # of the stage evaluate; each is compared with each
+    runs: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:

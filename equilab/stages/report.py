@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,18 @@ h1 { margin-top: 3.5rem; border-bottom: 2px solid #0173b2; } h2 { margin-top: 2.
 img { max-width: 100%; height: auto; } pre { padding: .7rem; overflow-x: auto; font-size: 13px; }
 table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; }
+figcaption { border-left: 3px solid #0173b2; padding: .1rem 1rem; margin: .4rem 0 1rem; } .equation { text-align: center; }
 details { margin: .4rem 0; } summary { color: #888; font-size: 12px; cursor: pointer; }
 """
+
+
+# TeX that matplotlib does not set, and what it does
+MATHTEXT = {
+    r"\s+": " ",
+    r"\\[lr]Vert": r"\\Vert",
+    r"\\(math\w+|boldsymbol) ?(\\\w+|\w)": r"\\\1{\2}",
+    r"\\(tilde|hat|bar) ?(\\\w+\{\w\}|\w)": r"\\\1{\2}",
+}
 
 
 class Config(Params):
@@ -83,10 +95,19 @@ def _notebook(path: Path) -> str:
     for cell in cells:
         if cell.cell_type == "markdown":
             parts.append(_markdown(cell.source))
+        elif "caption" in cell.metadata.get("tags", []):
+            parts += [
+                f"<figcaption>{_output(output)}</figcaption>" for output in cell.outputs if _says(output)
+            ]
         elif cell.cell_type == "code":
             parts.append(f"<details><summary>code</summary><pre>{html.escape(cell.source)}</pre></details>")
             parts += [_output(output) for output in cell.outputs]
     return "\n".join(parts)
+
+
+def _says(output: dict) -> bool:
+    """Return whether the caption of a figure says something of this study."""
+    return bool(output.get("data", {}).get("text/markdown", "").strip())
 
 
 def _text(path: Path) -> str:
@@ -112,6 +133,28 @@ def _output(output: dict) -> str:
 
 
 def _markdown(text: str) -> str:
+    """Return Markdown as HTML, its equations as pictures: a page without a network has nothing that sets them."""
     from nbconvert.filters import markdown2html
 
-    return markdown2html(text)
+    text = re.sub(
+        r"\$\$(.+?)\$\$", lambda found: f'<p class="equation">{_equation(found[1])}</p>', text, flags=re.S
+    )
+    return markdown2html(re.sub(r"\$([^$\n]+)\$", lambda found: _equation(found[1]), text))
+
+
+def _equation(tex: str) -> str:
+    """Return an equation as an <img>, its baseline on that of the text."""
+    from matplotlib import mathtext, rc_context
+    from PIL import Image
+
+    for known, other in MATHTEXT.items():
+        tex = re.sub(known, other, tex)
+    drawn = io.BytesIO()
+    with rc_context({"mathtext.fontset": "cm", "savefig.transparent": True}):
+        depth = mathtext.math_to_image(f"${tex}$", drawn, dpi=192, format="png")  # in points
+    width = Image.open(drawn).width // 2  # of 96 to an inch
+    source = base64.b64encode(drawn.getvalue()).decode()
+    style = f"vertical-align: {-depth * 4 / 3:.1f}px"
+    return (
+        f'<img alt="{html.escape(tex)}" width="{width}" style="{style}" src="data:image/png;base64,{source}">'
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,14 +103,9 @@ def loss_of(config: Config, teacher: EDM) -> loop.Loss:
     return loss
 
 
+@loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the student, counted on the meta device; an update has three calls without gradient, one with."""
-    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
-    return _cost(alike, image, classes)
-
-
-@functools.cache
-def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     net = onestep.on_meta(config, image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")

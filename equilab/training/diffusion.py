@@ -206,15 +206,10 @@ def solver_of(iterations: Iterations) -> Callable:
     return functools.partial(equilibrium, solver=solver, gradient=Gradient("s_jfb"), counts=tuple(iterations))
 
 
+@loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
-    return _cost(alike, image, classes)
-
-
-@functools.cache
-def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     net, loss = network_on_meta(config.network, image, classes if config.conditional else 0), loss_of(config)
     x, label = inputs_on_meta(image, config.conditional)
     t = torch.zeros(1, dtype=torch.int64, device="meta")

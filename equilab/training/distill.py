@@ -154,18 +154,13 @@ def solver_of(config: Equilibrium) -> Callable:
     return functools.partial(equilibrium, solver=solver, gradient=Gradient(config.gradient, adjoint=adjoint))
 
 
+@loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the generator, counted on the meta device; its image is a whole one.
 
     An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    alike = config.model_copy(update={"seed": 0, "optimisation": None})  # neither makes a difference
-    return _cost(alike, image, classes)
-
-
-@functools.cache
-def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     net = network_on_meta(config.network, image, classes if config.conditional else 0)
     noise, label = inputs_on_meta(image, config.conditional)
     count, batch = parameters(net), Batch(noise, noise, label, None)

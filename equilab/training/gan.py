@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from equilab.core import machine, rng
 from equilab.core.config import Params, Spec, UserError, choice
 from equilab.core.files import sha256_of
-from equilab.core.job import Job, Plan, folder_of
+from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
 from equilab.diffusion import losses
@@ -64,7 +64,8 @@ class Config(onestep.Config):
     """
 
     discriminator: Discriminator
-    features: tuple[str, ...]  # feature networks: "study", or those of equilab.models.feature_networks
+    # feature networks: "study", or those of equilab.models.feature_networks
+    features: Annotated[tuple[str, ...], Distinct]
     discriminator_lr: LearningRate
     r1: R1 | None
     augment: Literal["none", "diffaugment", "ada"]
@@ -87,8 +88,6 @@ class Config(onestep.Config):
             raise ValueError(
                 "optimisation.compile must be false with r1, which torch.compile cannot differentiate twice"
             )
-        if len(set(self.features)) < len(self.features):
-            raise ValueError(f"features names a network twice: {', '.join(self.features)}; give each once")
         known = [STUDY_FEATURES, *NETWORKS]
         for name in self.features:
             if name == "evaluator":
@@ -366,18 +365,13 @@ def collapsed(config: Config, row: loop.Row) -> Halt | None:
     )
 
 
+@loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
     """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
     discriminator sees that network and it is not given, updates are not counted.
     """
-    alike = config.model_copy(update={"seed": 0, "optimisation": None, "r1": None})  # none makes a difference
-    return _cost(alike, image, classes, features)
-
-
-@functools.cache
-def _cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None) -> Cost:
     if STUDY_FEATURES in config.features and features is None:
         return onestep.cost(config, image, classes, None)
     return onestep.cost(config, image, classes, _update_flops(config, image, classes, features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -377,6 +378,18 @@ def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
     """Return a freshly initialised network, a pure function of (seed, purpose)."""
     torch.manual_seed(rng.torch_seed(seed, purpose))
     return spec.build(*given).to(memory_format=torch.channels_last)
+
+
+def counted_once(cost: Callable[..., Cost]) -> Callable[..., Cost]:
+    """Return `cost(config, ...)`, remembered; seed, optimisation and R1 make no difference to what it counts."""
+    remembered = functools.cache(cost)
+
+    @functools.wraps(cost)
+    def counted(config: Params, *given: Any) -> Cost:
+        indifferent = {"seed", "optimisation", "r1"} & set(type(config).model_fields)
+        return remembered(config.model_copy(update=dict.fromkeys(indifferent)), *given)
+
+    return counted
 
 
 def about(image: tuple[int, ...], classes: int, cost: Cost, iterations: int | float = 0) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -95,14 +94,9 @@ def loss_of(config: Config) -> loop.Loss:
     return loss
 
 
+@loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
-    alike = config.model_copy(update={"optimisation": None})  # it makes no difference
-    return _cost(alike, image, classes)
-
-
-@functools.cache
-def _cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     net = network_on_meta(config.network, image, classes if config.conditional else 0)
     x, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
