@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published
+from equilab.models.published_keys import Described, Published, heads_of
 from equilab.solvers import Solution
 
 
@@ -152,10 +152,9 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int, pre_post_timest
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the settings beside published weights say that these do not: the heads, and who is told the timestep."""
-    config: dict[str, Any] = dict(dit.published_heads(settings))
-    if "fixed_point_pre_post_timestep_conditioning" in settings:
-        config["pre_post_timestep"] = settings["fixed_point_pre_post_timestep_conditioning"]
-    return config
+    timestep = settings.get("fixed_point_pre_post_timestep_conditioning")
+    told = {} if timestep is None else {"pre_post_timestep": timestep}
+    return heads_of(dit.SIZES)(settings) | told
 
 
 FAMILY = Family(

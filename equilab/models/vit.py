@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, need
+from equilab.models.published_keys import Described, Published, heads_of, need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
 BACKBONES = {
@@ -158,12 +158,6 @@ def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> di
     return names
 
 
-def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the heads of the model that the settings beside published weights name, if they name one."""
-    sizes = SIZES.get(settings.get("model"))
-    return {"heads": sizes["heads"]} if sizes else {}
-
-
 FAMILY = Family(
     name="vit",
     label="ViT",
@@ -174,5 +168,5 @@ FAMILY = Family(
     network=ViT,
     implicit=False,
     layered=False,
-    published=Published(from_published, published_keys, ("x_embedder.", "blocks."), published_heads),
+    published=Published(from_published, published_keys, ("x_embedder.", "blocks."), heads_of(SIZES)),
 )
