@@ -17,8 +17,7 @@ from equilab.models.family import Family
 from equilab.models.family import family as family_of
 from equilab.models.published_keys import Described, nearest_key, need
 from equilab.models.registry import FAMILIES
-from equilab.published import formats
-from equilab.published.formats import Contents
+from equilab.published.formats import Contents, read
 from equilab.published.tensors import StoredTensor
 
 PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
@@ -66,7 +65,7 @@ def load_network(
         name, contents, limit = "the weights", Contents(dict(weights)), None
     else:
         path = Path(weights)
-        name, contents, limit = str(path), formats.read(path), path.stat().st_size
+        name, contents, limit = str(path), read(path), path.stat().st_size
     try:
         bare = _bare(contents.weights)
         contents.weights.clear()  # what is read is forgotten
