@@ -173,20 +173,7 @@ def adversarial(subject: Subject) -> dict[str, Call]:
     discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
     loss = gan.discriminator_loss_of(settings, subject.net, original)
     adversary = loop.Adversary("discriminator", discriminator, settings.discriminator_lr, loss)
-    batch = gan.Batch(
-        real=noise.tanh(),
-        label=label,
-        generator_noise=noise,
-        generator_label=label,
-        discriminator_noise=noise,
-        discriminator_label=label,
-        generator_draws=None,
-        discriminator_draws=None,
-        real_draws=None,
-        r1_weight=0.0,
-        consistency_noise=None,
-        consistency_sigmas=None,
-    )
+    batch = gan.Batch(noise.tanh(), label, noise, label, noise, label)
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {
         "sample": subject.inference(lambda: student.generate(noise, label)),

@@ -43,8 +43,9 @@ TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
 GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency")  # stages whose runs make images
 RUNS = tuple(result(name) for name in GENERATORS)
-TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": ("log.csv", "summary.json")}
-CLASSIFIER = {"cached": ("weights.safetensors",), "committed": ("log.csv", "summary.json")}
+LOGGED = ("log.csv", "summary.json")
+TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": LOGGED, "optional": True}
+CLASSIFIER = {"cached": ("weights.safetensors",), "committed": LOGGED}
 TABLES = (
     result("teacher/summary.json"),
     result("pairs/meta.json"),
@@ -55,19 +56,16 @@ TABLES = (
 STAGES = {
     "data": Stage("equilab.data.images", cached=("",)),
     "evaluator": Stage("equilab.training.evaluator", reads=(DATA,), **CLASSIFIER),
-    "teacher": Stage("equilab.training.teacher", family="edm", reads=(DATA,), optional=True, **TRAINED),
+    "teacher": Stage("equilab.training.teacher", family="edm", reads=(DATA,), **TRAINED),
     "pairs": Stage("equilab.training.pairs", family="edm", reads=(TEACHER,), cached=("",), optional=True),
     "latents": Stage("equilab.data.latents", reads=(DATA, VAE), cached=("",), optional=True),
-    "distill": Stage(
-        "equilab.training.distill", jobs="seeds", family="network", reads=(PAIRS,), optional=True, **TRAINED
-    ),
+    "distill": Stage("equilab.training.distill", jobs="seeds", family="network", reads=(PAIRS,), **TRAINED),
     "diffusion": Stage(
         "equilab.training.diffusion",
         jobs="seeds",
         family="network",
         reads=(DATA, result("latents")),
         params=("latents",),
-        optional=True,
         **TRAINED,
     ),
     "features": Stage("equilab.training.features", reads=(DATA,), optional=True, **CLASSIFIER),
@@ -76,16 +74,10 @@ STAGES = {
         jobs="seeds",
         family="gdd",
         reads=(DATA, TEACHER, result("features/weights.safetensors")),
-        optional=True,
         **TRAINED,
     ),
     "consistency": Stage(
-        "equilab.training.consistency",
-        jobs="seeds",
-        family="cd",
-        reads=(DATA, TEACHER),
-        optional=True,
-        **TRAINED,
+        "equilab.training.consistency", jobs="seeds", family="cd", reads=(DATA, TEACHER), **TRAINED
     ),
     "evaluate": Stage(
         "equilab.stages.evaluate",
@@ -103,11 +95,7 @@ STAGES = {
         optional=True,
     ),
     "activation": Stage(
-        "equilab.stages.activation",
-        family="runs",
-        reads=RUNS,
-        committed=("activation.csv",),
-        optional=True,
+        "equilab.stages.activation", family="runs", reads=RUNS, committed=("activation.csv",), optional=True
     ),
     "cost": Stage("equilab.stages.cost", family="runs", reads=RUNS, committed=("cost.csv", "cost.json")),
     "claims": Stage(

@@ -114,16 +114,6 @@ def test_a_budget_with_less_than_one_iteration_a_step_is_refused(kind):
             Budget(kind, total)([], 10)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'linear'.*adaptive"):
-        Budget("linear", 10)
-
-
-def test_residuals_that_were_not_measured_are_refused():
-    with pytest.raises(ValueError, match="measure"):
-        adaptive([()], 4, 10)
-
-
 def test_a_trace_is_the_mean_over_the_samples_that_were_measured():
     solution = Solver("iterate", 3, 0.0, "last")(lambda z, rows: 0.5 * z, torch.ones(2, 1, 2))
     assert trace(solution) == pytest.approx((1.0, 1.0, 1.0))

@@ -39,7 +39,7 @@ def stands(number, known):
 def numbers(frame):
     """Return the numbers of a figure, those in its words, and their means over seeds."""
     frame = frame.replace([np.inf, -np.inf], np.nan)
-    words = frame.select_dtypes(exclude="number").stack().astype(str)
+    words = frame.select_dtypes(exclude="number").stack().dropna().astype(str)
     found = [frame.select_dtypes("number").to_numpy().ravel()]
     found.append(np.array([float(word) for text in words for word in re.findall(r"\d+\.\d+", text)]))
     if {"run", "seed"} <= set(frame):

@@ -19,9 +19,13 @@ from safetensors.torch import save_file
 from equilab import published
 from equilab.core.config import UserError
 from equilab.models import vit
+from equilab.models.checkpoint import save_tensors
+from equilab.models.unet import UNet
 from equilab.published import pickles
 from equilab.solvers import Solver
 
+SMALL = {"architecture": "ddpmpp", "width": 64, "multipliers": (4,), "blocks": 1, "attention": ()}
+SMALL |= {"head_channels": 0, "dropout": 0.0, "augment": 0}
 FOUR, SIX = (Solver("iterate", iterations, 0.0, "last") for iterations in (4, 6))
 MEBIBYTE = 2**20
 
@@ -198,6 +202,23 @@ def test_the_network_within_another_model_is_refused(family, module, sentence, t
         published.load(family, tmp_path / "network.pkl")
 
 
+@pytest.mark.parametrize("way", ["zip", "legacy", "safetensors", "nvidia"])
+def test_reading_takes_no_more_than_twice_the_memory_of_the_file(way, tmp_path):
+    torch.manual_seed(0)
+    net = UNet((3, 16, 16), 0, **SMALL)
+    path = tmp_path / "edm"
+    if way == "nvidia":
+        authors.nvidia(path, net.state_dict(), "EDMPrecond")
+    else:
+        WAYS[way](path, net.state_dict())
+    tracemalloc.start()
+    model = published.load("edm", path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(model.net.map_layer0.weight, net.map_layer0.weight)
+    assert peak < 2 * path.stat().st_size
+
+
 def test_weights_that_share_what_is_stored_are_refused_where_they_are_larger_than_the_file(tmp_path):
     weights = weights_of(golden("get_uncond")[0])
     stored = torch.zeros(max(value.numel() for value in weights.values()))
@@ -230,6 +251,7 @@ def as_safetensors(tmp_path):
         (gzip.compress(saved()), "is compressed by gzip"),
         (b"\x93NUMPY\x01\x00v\x00", "is in none of the formats that are read"),
         (b"cos\nsystem\n(S'true'\ntR.", "is in none of the formats that are read"),
+        (pickle.dumps({"ema": {}}, 4)[:-1], "is damaged or was cut short"),
         (saved()[:-1000], "is damaged or was cut short"),
         (saved()[:100], "is damaged or was cut short"),
         (saved(legacy=True)[:-1000], "is damaged or was cut short"),
@@ -246,6 +268,37 @@ def test_a_file_that_is_something_else_gets_its_own_sentence(content, sentence, 
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"get.pth {sentence}"):
         published.load("get", path, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ({0: torch.zeros(1)}, "holds no weights.*its entries are 0"),
+        ({"x" * 10**6: torch.zeros(1)}, "published key 'xxx.* is no name of a tensor"),
+        ({str(n): torch.zeros(1) for n in range(10_001)}, "there are 10,001 tensors"),
+        ({"a.weight": torch.zeros(1)}, "no published key starts with 'enc.'"),
+        (
+            {"enc.8x8_conv.weight": torch.zeros(1, 1, 3, 3), "map_layer0.weight": torch.zeros(4, 0)},
+            "tells no size",
+        ),
+        (
+            {"map_noise.freqs": torch.zeros(1), "map_layer0.weight": torch.zeros(4, 1)}
+            | {f"enc.8x8_{name}.weight": torch.zeros(1, 1, 3, 3) for name in ("conv", "block0.conv1")},
+            "zero",
+        ),
+    ],
+)
+def test_tensors_that_are_no_network_are_refused_in_a_sentence(weights, sentence, tmp_path):
+    torch.save(weights, tmp_path / "edm.pt")
+    with pytest.raises(UserError, match=sentence) as told:
+        published.load("edm", tmp_path / "edm.pt")
+    assert len(str(told.value)) < 400
+
+
+def test_weights_of_ours_are_said_to_be(tmp_path):
+    save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match="holds weights of ours"):
+        published.load("get", tmp_path / "weights.safetensors", heads=2)
 
 
 @pytest.mark.parametrize("length", [100, 9000, -1000])

@@ -259,8 +259,6 @@ def test_the_losses_of_equal_parts_average_to_the_loss_of_the_batch():
 @pytest.mark.parametrize(
     ("diffusion", "channels", "weight", "named"),
     [
-        (published_diffusion("v", False), 6, "snr", "weight is 'snr'"),
-        (published_diffusion("noise", False), 6, "published", "weight is 'published'"),
         (published_diffusion("v", False), 3, "uniform", "3 channels.* 6"),
         (published_diffusion("v", False, "small"), 6, "uniform", "6 channels.* 3"),
     ],
@@ -269,9 +267,3 @@ def test_an_error_that_does_not_fit_the_diffusion_is_refused(diffusion, channels
     chain, image, output = diffusion.chain(), torch.zeros(1, 3, 2, 2), torch.zeros(1, channels, 2, 2)
     with pytest.raises(ValueError, match=named):
         losses.error(chain, output, image, image, chain.at(torch.tensor([5])), weight)
-
-
-def test_the_bound_of_a_variance_that_is_not_learned_is_refused():
-    chain, image = published_diffusion("v", False, "small").chain(), torch.zeros(1, 3, 2, 2)
-    with pytest.raises(ValueError, match="variance is 'small'"):
-        losses.bound(chain, image, image, image, chain.at(torch.tensor([5])))

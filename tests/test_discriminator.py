@@ -10,10 +10,10 @@ from conftest import close, golden, weights_of
 from torch import nn
 from torch.nn import functional as F
 
+from equilab.core.config import UserError, spec
 from equilab.models import feature_networks
 from equilab.models.classifier import Classifier
 from equilab.models.discriminators import (
-    MIXINGS,
     FeatureDiscriminator,
     Head,
     Projector,
@@ -136,7 +136,7 @@ def test_the_published_pairs_of_networks_have_the_published_sizes(backbone, unus
     assert [list(x.shape[1:]) for x in logits] == reference["uncond"]["returned_element_shapes"][::2]
 
 
-@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("mixing", ["projected", "each", "last"])
 @pytest.mark.parametrize("classes", [0, 10])
 def test_only_heads_learn_and_gradients_reach_the_image(mixing, classes):
     model = small(classes, mixing).train()
@@ -275,11 +275,8 @@ def test_a_residual_block_of_a_constant_image_is_known():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"mixing": "mixed"}, "'mixed'"),
-        ({"width": 4}, "width is 4"),
         ({"side": 2}, "1x1.*side"),
         ({"image": (3, 8, 8)}, "1 channels.* 3"),
-        ({"networks": []}, "networks"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, named):
@@ -296,9 +293,13 @@ def test_what_does_not_fit_is_refused_by_name(change, named):
         FeatureDiscriminator(**config | change)
 
 
-def test_an_unknown_network_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="'vgg'.*'vgg16"):
-        feature_network("vgg", pretrained=False)
+@pytest.mark.parametrize(
+    ("change", "named"), [({"mixing": "mixed"}, "mixing: 'mixed'.*projected"), ({"width": 4}, "width")]
+)
+def test_params_out_of_their_range_are_refused_by_their_key(change, named):
+    given = {"kind": "features", "mixing": "projected", "side": 8, **SIZES, **change}
+    with pytest.raises(UserError, match=rf"discriminator\.{named}"):
+        spec({"features": FeatureDiscriminator}, given, "discriminator")
 
 
 def test_images_that_are_too_small_for_a_network_are_refused():

@@ -15,7 +15,7 @@ from equilab import __main__, graph
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = (*graph.STAGES, *__main__.COMMANDS)
+COMMANDS = (*graph.STAGES, *__main__.COMMANDS, "import")
 
 
 def blocks(page, language):
@@ -88,12 +88,15 @@ def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
     )
 
 
-def test_weights_are_converted_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
-    load, convert = blocks(ROOT / "docs/checkpoints.md", "python")
+def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
+    page = ROOT / "docs/checkpoints.md"
+    (load,) = blocks(page, "python")
+    command = re.search(r"^python -m equilab (.*)$", page.read_text(), re.M)[1]
     checkpoint = {"ema": weights_of(golden("get_uncond")[0]), "args": argparse.Namespace(batch=1)}
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    torch.save(checkpoint, tmp_path / "GET-M.pth")
     monkeypatch.chdir(tmp_path)
-    exec(convert, {})
+    assert __main__.main(command.replace("heads=6", "heads=2").split()) == 0
+    assert (tmp_path / "results/imported/get-m-theirs/weights.safetensors").exists()
     names = {}
     exec(load.replace("heads=6", "heads=2"), names)
     assert names["image"].shape == (16, *names["model"].image)

@@ -5,6 +5,7 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
+import published_sizes
 import pytest
 import torch
 import yaml
@@ -83,7 +84,7 @@ def test_training_a_fixed_point_takes_less_memory_than_as_many_layers():
     """24 iterations, half of them with gradient, as FPDM's training draws at most, against the 28 layers of a DiT."""
     image, sizes = (4, 16, 16), {"width": 64, "heads": 1}
     explicit = dit.DiT(image, 0, **{**dit.SIZES["DiT-S/2"], **sizes, "depth": 28})
-    implicit = fpdm.FPDM(image, 0, **{**fpdm.SIZES["FPDM-S/2"], **sizes})
+    implicit = fpdm.FPDM(image, 0, **{**published_sizes.FPDM["FPDM-S/2"], **sizes})
     x, t = torch.randn(8, *image), torch.full((8,), 500)
     solver = Solver("iterate", 1, 0.0, "last", measure=False)
 

@@ -88,8 +88,8 @@ def study(tmp_path, monkeypatch):
     traces |= {"direction": np.ones((4, 24)), "images": np.zeros((24, 12, 1, 8, 8), np.uint8)}
     curve = [{"nimg": 500, "times": 3.0}]
     wide = {"width": 48, "depth": 2, "normalise": True}
-    get = {"settings": iterations, "curve": curve, "arrays": traces}
-    vit = {"curve": curve, "config": {"network": {"width": 64, "depth": 4}}}
+    get = {"settings": iterations, "curve": curve, "arrays": traces, "l1": 0.125}
+    vit = {"curve": curve, "l1": 0.125, "config": {"network": {"width": 64, "depth": 4}}}
     runs = {
         "teacher": {"fd": [1.0]},
         "distill/get": {"fd": [2.0, 2.2, 2.4], **get, "config": {"network": wide}},

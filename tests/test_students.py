@@ -147,7 +147,7 @@ def test_both_networks_move_and_what_is_frozen_stays_without_gradient_or_moments
         if key == "generator":
             assert moved == set(trainable.named)
     assert all(torch.equal(value, before_teacher[key]) for key, value in teacher.state_dict().items())
-    layers = [layer.module for layer in gdd.layers(net) if layer.group in gdd.VARIANTS["gdd_i"]]
+    layers = [layer for group, layer in gdd.layers(net) if group in gdd.VARIANTS["gdd_i"]]
     still = [parameter for layer in layers for parameter in layer.parameters()]
     assert still and all(p.grad is None and not p.requires_grad for p in still)
     assert not {id(p) for p in still} & {id(p) for p in run.trainables[0].optimizer.state}

@@ -8,10 +8,12 @@ from conftest import close, golden, weights_of
 from reference import UNETS, hashed_unet, stored_denoiser
 
 from equilab import published
-from equilab.core.config import UserError
+from equilab.core.config import UserError, spec
 from equilab.metrics.counting import parameters
 from equilab.models.precond import EDM, coefficients
-from equilab.models.unet import ARCHITECTURES, UNet
+from equilab.models.unet import UNet
+
+ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 TINY = {
     "width": 16,
@@ -139,19 +141,33 @@ def test_preconditioning_gives_network_inputs_and_targets_unit_variance():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architecture": "ddpm"}, "architecture='ddpm'.*ddpmpp"),
         ({"multipliers": (1, 2, 2, 2, 2)}, " 4 .* 16"),
         ({"width": 36}, "144 channels"),
         ({"width": 2}, "2 channels"),
-        ({"width": 0}, "width=0"),
         ({"attention": (16,)}, r"attention=\[16\].*\[8, 4\]"),
         ({"head_channels": 7}, "head_channels=7.*32"),
-        ({"dropout": 1.0}, "dropout=1.0"),
     ],
 )
 def test_impossible_sizes_are_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         UNet((1, 8, 8), 0, **{"architecture": "ddpmpp"} | TINY | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architecture": "ddpm"}, "architecture: 'ddpm'.*ddpmpp"),
+        ({"multipliers": []}, "multipliers"),
+        ({"width": 0}, "width"),
+        ({"blocks": 0}, "blocks"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"head_channels": -1}, "head_channels"),
+    ],
+)
+def test_sizes_of_params_out_of_their_range_are_refused_by_their_key(change, named):
+    given = {"kind": "unet", "architecture": "ddpmpp", **TINY, **change}
+    with pytest.raises(UserError, match=rf"network\.{named}"):
+        spec({"unet": UNet}, given, "network")
 
 
 def test_an_image_that_is_not_square_is_refused():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import itertools
 import math
 import os
 from array import array
@@ -380,20 +378,12 @@ def _hold_out(images: Images, test: int, seed: int) -> Splits:
 
 
 def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> str:
-    """Write uint8 rows as they come into one .npy file, which appears when it is whole; returns the file's sha256."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for data in itertools.chain([header.getvalue()], map(np.ndarray.tobytes, rows)):
-                digest.update(data)
-                file.write(data)
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest.hexdigest()
+    """Write uint8 rows as they come into one .npy file; return the file's sha256."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for row in rows:
+            file.write(row.tobytes())
+    return sha256_of(path)
 
 
 def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:

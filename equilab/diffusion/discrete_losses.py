@@ -27,12 +27,9 @@ def error(
 
     The weight is for v; "uniform" is 1 for all timesteps, as it is for noise.
 
-    Raises: ValueError for an unknown weight, or a published one where noise is predicted.
     Source: DiT, section 3.1, for noise; FPDM, section 4.1, for v, which does not speak of weights.
     """
     predicts_noise = chain.diffusion.prediction == "noise"
-    if weight not in ("published", "uniform") or (weight, predicts_noise) == ("published", True):
-        raise ValueError(f"weight is {weight!r}; choose 'uniform' or, where v is predicted, 'published'")
     prediction, _ = chain.split(output, image.shape[1])
     target = noise if predicts_noise else velocity(image, noise, level)
     squares = (prediction.to(image.dtype) - target).square().mean((1, 2, 3))  # (B,)
@@ -62,15 +59,10 @@ def bound(
     Divergence of the step from the true one, the image known; at the cleanest timestep, minus the log
     likelihood of the image. The prediction is held constant, so that only the variance gets a gradient.
 
-    Raises: ValueError if the variance is not learned.
     Source: "Improved denoising diffusion probabilistic models" (Nichol 2021), equations 4 to 7 and section 3.1.
     Differs: as in the published code it is not multiplied by the number of timesteps or a weight of its own.
     """
     prediction, value = chain.split(output, image.shape[1])
-    if value is None:
-        raise ValueError(
-            f"variance is {chain.diffusion.variance!r}; the bound is for a 'learned' one, leave it out"
-        )
     clean, x = image.double(), noised(image.double(), noise, level)
     mean = posterior_mean(chain.image(x, prediction.detach().double(), level), x, level)
     log_variance = chain.log_variance(value.double(), level)

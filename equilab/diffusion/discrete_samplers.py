@@ -79,8 +79,7 @@ def ddpm(
     `predict` has). A sample diverges where its solver does or its prediction is not finite. From then on it
     stands still: it keeps the last state that was sound, which then stands for its image.
 
-    Raises: on the way, ValueError if the budget does not fit the chain, or if `predict` returns no solution
-        to reuse or measure, or one of other samples.
+    Raises: on the way, ValueError if the budget does not fit the chain.
     Source: "Denoising diffusion probabilistic models" (Ho 2020), algorithm 2; FPDM, section 3.3, for reuse and budget.
     """
 
@@ -106,11 +105,9 @@ def ddim(
 
     `eta` 0 is deterministic, 1 adds as much fresh noise as DDPM of "small" variance. The others as in `ddpm`.
 
-    Raises: ValueError if eta leaves 0..1 or lacks noises; others as in `ddpm`.
+    Raises: on the way, as `ddpm`.
     Source: "Denoising diffusion implicit models" (Song 2021), equations 12 and 16.
     """
-    if not 0 <= eta <= 1 or (eta > 0 and noises is None):
-        raise ValueError(f"eta is {eta}; give 0..1 and, above 0, noises, a function of the step")
 
     def move(image, x, level, value, fresh_noise):
         return ddim_step(image, x, level, eta, fresh_noise)
@@ -143,21 +140,11 @@ def explicit(net: Callable) -> Callable:
 
 
 def implicit(net: Callable, solver: Solver) -> Callable:
-    """Return the `predict` of `net(x, t, label, carry, solve) -> (output, Solution)`, solved by `solver`.
-
-    Raises: when called, ValueError for a carry of other samples, or one that samples at different timesteps
-        would start from.
-    """
+    """Return the `predict` of `net(x, t, label, carry, solve) -> (output, Solution)`, solved by `solver`."""
 
     def predict(
         x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
     ) -> tuple[Tensor, Solution]:
-        if carry is not None and len(carry) != len(x):
-            raise ValueError(f"carry holds {len(carry)} states for {len(x)} samples; hand in theirs, or None")
-        if carry is not None and (t != t[0]).any():
-            raise ValueError(
-                "t mixes timesteps, but a carry is of one; call with one timestep, or carry None"
-            )
         solve = solver if iterations is None else replace(solver, iterations=iterations)
         return net(x, t, label, carry, solve)
 
@@ -172,17 +159,12 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
     "all" guides the prediction of all image channels, "first_three" the first three, as published. The
     others, and a learned variance, are those with the label.
 
-    Raises: ValueError for unknown channels; when called, if there is no label.
     Source: "Classifier-free diffusion guidance" (Ho 2022), equation 6; the channels from the published code of DiT.
     """
-    if channels not in ("all", "first_three"):
-        raise ValueError(f"channels is {channels!r}; choose 'all' or 'first_three'")
 
     def both(
         x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
     ) -> tuple[Tensor, Solution | None]:
-        if label is None:
-            raise ValueError("there is no label to guide towards; give one, or sample without guidance")
         labels = torch.cat([label, torch.full_like(label, null)])  # (2B,)
         output, solution = predict(torch.cat([x, x]), torch.cat([t, t]), labels, carry, iterations)
         towards, away = output.chunk(2)  # (B, O, H, W) each
@@ -204,7 +186,6 @@ def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> 
         t = int(chain.t[position])
         ts = torch.full((len(x),), t, device=x.device)
         output, solution = predict(x.to(noise.dtype), ts, label, carry, iterations)
-        _check(solution, x, needed=reuse or budget is not None)
 
         level = chain.at(torch.full((1,), position, device=x.device))
         prediction, value = chain.split(output.double(), x.shape[1])
@@ -225,15 +206,3 @@ def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> 
         if budget is not None:
             traces.append(trace(solution))
         yield Step(x, t, image, () if solution is None else (solution,), diverged, step + 1)
-
-
-def _check(solution: Solution | None, x: Tensor, needed: bool) -> None:
-    """Raise unless there is a solution of these samples, or none and none is needed."""
-    if solution is None and needed:
-        raise ValueError(
-            "predict returns no solution, as of an explicit network; sample without reuse and budget"
-        )
-    if solution is not None and len(solution.z) % len(x):
-        raise ValueError(
-            f"predict returns {len(solution.z)} states for {len(x)} samples; give each sample its own"
-        )

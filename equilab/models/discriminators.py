@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, spectral_norm
 
@@ -19,7 +21,6 @@ from equilab.models.feature_networks import FeatureNetwork
 from equilab.models.layers import check_label
 from equilab.models.unet import ConvDown, Resample
 
-MIXINGS = ("projected", "each", "last")
 LEVELS = 4  # maps of a network that are projected, the coarsest ones
 TAPS = (1, 3, 3, 1)
 
@@ -123,20 +124,14 @@ class FeatureDiscriminator(nn.Module):
         image: tuple[int, int, int],
         classes: int,
         *,
-        mixing: str,
+        mixing: Literal["projected", "each", "last"],
         side: Size,
         channels: Size,
-        width: Size,
+        width: Annotated[int, Field(ge=8, le=16_384)],
         embedding: Size,
         condition: Size,
     ):
         super().__init__()
-        if mixing not in MIXINGS:
-            raise ValueError(f"mixing {mixing!r} is unknown; choose one of {', '.join(MIXINGS)}")
-        if width < 8 or min(side, channels, embedding, condition, len(networks)) < 1:
-            raise ValueError(
-                f"width is {width}, give at least 8; and at least 1 for the other sizes and the networks"
-            )
         self.classes, self.mixing, self.side = classes, mixing, side
         sizes = {"width": width, "embedding": embedding, "condition": condition}
         self.networks = nn.ModuleList(networks)

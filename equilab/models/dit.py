@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Real
@@ -23,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, need
+from equilab.models.published_keys import Described, Published, heads_of, need
 from equilab.models.unet import Sinusoid
 
 # DiT (Peebles and Xie 2023), table 1: width, depth and heads are those of ViT
@@ -169,17 +168,8 @@ def published_sizes(
 
 def published_keys(model: nn.Module) -> dict[str, str]:
     """Return {published key: our key} of a DiT or FPDM."""
-    names = {}
-    for key in model.state_dict():
-        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
-        names[(published + key[len(ours) :]).replace(".modulation.", ".adaLN_modulation.1.")] = key
-    return names
-
-
-def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the heads of the DiT that the settings beside published weights of a DiT or FPDM name, if they name one."""
-    sizes = SIZES.get(settings.get("model"))
-    return {"heads": sizes["heads"]} if sizes else {}
+    names = vit.published_keys(model, PUBLISHED)
+    return {key.replace(".modulation.", ".adaLN_modulation.1."): ours for key, ours in names.items()}
 
 
 FAMILY = Family(
@@ -193,6 +183,6 @@ FAMILY = Family(
     implicit=False,
     layered=True,
     published=Published(
-        from_published, published_keys, ("x_embedder.", "blocks.", "t_embedder."), published_heads
+        from_published, published_keys, ("x_embedder.", "blocks.", "t_embedder."), heads_of(SIZES)
     ),
 )

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from equilab.core.config import nearest
 from equilab.models.classifier import Classifier
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of pixels in 0..1
@@ -165,10 +164,8 @@ def feature_network(name: str, *, pretrained: bool) -> FeatureNetwork:
 
     Published: vgg16_bn with tf_efficientnet_lite0 for CIFAR-10, DeiT with it for the other data.
 
-    Raises: ValueError for an unknown name, if timm is needed and missing, or if the weights cannot be fetched.
+    Raises: ValueError if timm is needed and missing, or if the weights cannot be fetched.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"feature network {name!r} is unknown{nearest(name, NETWORKS)}")
     build, pixels = NETWORKS[name]
     return FeatureNetwork(name, build(name, pretrained), 3, pixels)
 

@@ -22,24 +22,8 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published
+from equilab.models.published_keys import Described, Published, heads_of
 from equilab.solvers import Solution
-
-# FPDM (Bai and Melas-Kyriazi 2024), section 4.1: layers of DiT-XL/2; figure 7 takes 0, 1, 2 and 4 for pre and post
-SHARED = {
-    "patch": 2,
-    "expansion": 4,
-    "pre": 1,
-    "post": 1,
-    "learned_variance": True,
-    "pre_post_timestep": False,
-}
-SIZES = {
-    "FPDM-S/2": {"width": 384, "heads": 6, **SHARED},
-    "FPDM-B/2": {"width": 768, "heads": 12, **SHARED},
-    "FPDM-L/2": {"width": 1024, "heads": 16, **SHARED},
-    "FPDM-XL/2": {"width": 1152, "heads": 16, **SHARED},
-}
 
 
 class FPDM(nn.Module):
@@ -75,9 +59,6 @@ class FPDM(nn.Module):
     ):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, expansion=expansion)
-        for name, depth in {"pre": pre, "post": post}.items():
-            if depth < 0:
-                raise ValueError(f"{name} is {depth}; give 0 or more layers")
         self.output = ((1 + learned_variance) * image[0], *image[1:])
         self.pre_post_timestep = pre_post_timestep
         self.patches = Patches(image[0], width, patch)
@@ -171,10 +152,9 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int, pre_post_timest
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the settings beside published weights say that these do not: the heads, and who is told the timestep."""
-    config: dict[str, Any] = dict(dit.published_heads(settings))
-    if "fixed_point_pre_post_timestep_conditioning" in settings:
-        config["pre_post_timestep"] = settings["fixed_point_pre_post_timestep_conditioning"]
-    return config
+    timestep = settings.get("fixed_point_pre_post_timestep_conditioning")
+    told = {} if timestep is None else {"pre_post_timestep": timestep}
+    return heads_of(dit.SIZES)(settings) | told
 
 
 FAMILY = Family(

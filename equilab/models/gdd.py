@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from equilab.core.config import nearest
 from equilab.diffusion.protocols import Denoised, Generated
 from equilab.models import precond
 from equilab.models.family import Family
@@ -147,12 +146,7 @@ def layers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def prepare(net: nn.Module, variant: str) -> None:
-    """Freeze and train the layers of a U-Net as `variant` of VARIANTS does.
-
-    Raises: ValueError for an unknown variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown{nearest(variant, VARIANTS)}")
+    """Freeze and train the layers of a U-Net as `variant` of VARIANTS does."""
     for group, layer in layers(net):
         layer.requires_grad_(group not in VARIANTS[variant])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, need
+from equilab.models.published_keys import Described, Published, heads_of, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
 # GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
@@ -160,12 +159,6 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
     return Described(image, classes, sizes, {})
 
 
-def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the heads of the GET that the settings beside published weights name, if they name one."""
-    sizes = SIZES.get(settings.get("model"))
-    return {"heads": sizes["heads"]} if sizes else {}
-
-
 FAMILY = Family(
     name="get",
     label="GET",
@@ -180,6 +173,6 @@ FAMILY = Family(
         from_published,
         published_keys,
         ("x_embedder.", "blocks.", "qkv_inj.", "deq_blocks."),
-        published_heads,
+        heads_of(SIZES),
     ),
 )

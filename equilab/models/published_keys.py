@@ -31,6 +31,16 @@ class Published:
     module: str | None = None  # the authors' class around the network; with another it is another model
 
 
+def heads_of(sizes: Mapping[str, Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Return a `config` that says the heads of the model which the settings name, if it is among these by its name."""
+
+    def config(settings: Mapping[str, Any]) -> dict[str, Any]:
+        found = sizes.get(settings.get("model"))
+        return {"heads": found["heads"]} if found else {}
+
+    return config
+
+
 def need(weights: Mapping[str, Tensor], key: str, dimensions: int | None = None) -> Tensor:
     """Return weights[key], of so many dimensions.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,11 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from equilab.core.config import Depth, Size, nearest
+from equilab.core.config import Size
 
 SizeOrZero = Annotated[int, Field(ge=0, le=16_384)]
+Blocks = Annotated[int, Field(ge=1, le=256)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
-ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
 class Sinusoid(nn.Module):
@@ -171,17 +171,17 @@ class UNet(nn.Module):
         image: tuple[int, int, int],  # channels, height, width
         classes: int,  # 0 = unconditional
         *,
-        architecture: str,  # "ddpmpp", "ncsnpp", "adm"
+        architecture: Literal["ddpmpp", "ncsnpp", "adm"],
         width: Size,  # channels that `multipliers` multiply
-        multipliers: Sequence[Size],  # one per resolution, finest first
-        blocks: Depth,  # per resolution in the encoder, one more in the decoder
+        multipliers: Annotated[Sequence[Size], Field(min_length=1)],  # one per resolution, finest first
+        blocks: Blocks,  # per resolution in the encoder, one more in the decoder
         attention: Sequence[Size],
         head_channels: SizeOrZero,  # of an attention head; 0 = a single head
         dropout: Dropout,
         augment: SizeOrZero,  # size of the augmentation label; 0 = none
     ):
         super().__init__()
-        _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment)
+        _check(image, multipliers, attention)
         channels, height, _ = image
         resolutions = [height >> level for level in range(len(multipliers))]
         self.classes, self.augment, self.adm = classes, augment, architecture == "adm"
@@ -346,22 +346,14 @@ def _norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def _heads(channels: int, head_channels: int) -> int:
-    if head_channels < 0 or (head_channels and channels % head_channels):
+    if head_channels and channels % head_channels:
         raise ValueError(f"head_channels={head_channels} does not divide {channels} channels; give a divisor")
     return channels // head_channels if head_channels else 1
 
 
-def _check(image, classes, architecture, width, multipliers, blocks, attention, dropout, augment) -> None:
+def _check(image: tuple[int, int, int], multipliers: Sequence[int], attention: Sequence[int]) -> None:
     levels = len(multipliers)
     _, height, across = image
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture={architecture!r} is unknown{nearest(architecture, ARCHITECTURES)}")
-    positive = min(*image, width, blocks, levels, *multipliers) >= 1
-    if not positive or min(classes, augment) < 0 or not 0 <= dropout < 1:
-        raise ValueError(
-            f"image={image}, width={width}, blocks={blocks} and multipliers={multipliers} must be positive, "
-            f"classes={classes} and augment={augment} not negative, dropout={dropout} in 0..1; correct that"
-        )
     if height != across or height % 2 ** (levels - 1):
         raise ValueError(
             f"image={image} cannot be halved {levels - 1} times; give a square whose side is a multiple of "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, need
+from equilab.models.published_keys import Described, Published, heads_of, need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
 BACKBONES = {
@@ -75,14 +75,12 @@ class ViT(nn.Module):
         heads: Size,
         patch: Size,
         expansion: Size,
-        conditioning: str,
+        conditioning: Literal["additive", "adaln_zero"],
     ):
         super().__init__()
         check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
-        if conditioning not in ("additive", "adaln_zero") or (conditioning, classes) == ("adaln_zero", 0):
-            raise ValueError(
-                f"conditioning is {conditioning!r}; choose 'additive', or with classes 'adaln_zero'"
-            )
+        if (conditioning, classes) == ("adaln_zero", 0):
+            raise ValueError("conditioning is 'adaln_zero', but there are no classes; choose 'additive'")
         self.image, self.classes, self.conditioning = image, classes, conditioning
         outputs = patch * patch * image[0]
         self.patches = Patches(image[0], width, patch)
@@ -151,19 +149,13 @@ def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int]
     return (channels, side, side), 0 if table is None else len(table), sizes
 
 
-def published_keys(model: nn.Module) -> dict[str, str]:
-    """Return {published key: our key} of a ViT or GET."""
+def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> dict[str, str]:
+    """Return {published key: our key} of a ViT or GET, or of another model by its `table` of how keys begin."""
     names = {}
     for key in model.state_dict():
-        ours, published = next(pair for pair in PUBLISHED.items() if key.startswith(pair[0]))
+        ours, published = next(pair for pair in table.items() if key.startswith(pair[0]))
         names[published + key[len(ours) :]] = key
     return names
-
-
-def published_heads(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Return the heads of the model that the settings beside published weights name, if they name one."""
-    sizes = SIZES.get(settings.get("model"))
-    return {"heads": sizes["heads"]} if sizes else {}
 
 
 FAMILY = Family(
@@ -176,5 +168,5 @@ FAMILY = Family(
     network=ViT,
     implicit=False,
     layered=False,
-    published=Published(from_published, published_keys, ("x_embedder.", "blocks."), published_heads),
+    published=Published(from_published, published_keys, ("x_embedder.", "blocks."), heads_of(SIZES)),
 )

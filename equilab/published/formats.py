@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from equilab.core.config import UserError
+from equilab.models.checkpoint import KEY
 from equilab.published.pickles import DAMAGE, Object, Refused
 from equilab.published.tensors import (
     MAGIC,
@@ -29,9 +30,7 @@ from equilab.published.tensors import (
 
 AVERAGED, RAW = "ema", ("model", "net", "state_dict")  # under which entry of a checkpoint weights are
 MOST_LEVELS = 50  # of modules within modules
-LARGEST_HEADER = (
-    2**26
-)  # bytes that tell where numbers are: a pickle in a zip archive, the JSON of safetensors
+LARGEST_HEADER = 2**26  # bytes that tell where numbers are: the pickle in an archive, the JSON of safetensors
 
 # how a file begins that is none of the formats: what it is, and the remedy
 FOREIGN = {
@@ -101,7 +100,8 @@ def _safetensors(path: Path, size: int, header: int) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         file.seek(8)
         entries = json.loads(file.read(header))
-    entries.pop("__metadata__", None)
+    if KEY in entries.pop("__metadata__", {}):
+        raise UserError(f"{path} holds weights of ours: equilab.models.checkpoint.load_network reads them")
     weights = {}
     for name, entry in entries.items():
         dtype = SAFETENSORS[entry["dtype"]]
@@ -185,12 +185,12 @@ def _contents(path: Path, content: Any) -> Contents:
 
 
 def _is_weights(value: Any) -> bool:
-    """Return whether a value is a module, or a dictionary of tensors."""
+    """Return whether a value is a module, or a dictionary of tensors by their names."""
     if isinstance(value, Object):
         return isinstance(value.state, dict) and "_modules" in value.state
-    return (
-        isinstance(value, dict) and bool(value) and all(isinstance(v, StoredTensor) for v in value.values())
-    )
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(key, str) and isinstance(each, StoredTensor) for key, each in value.items())
 
 
 def _tensors(module: Any, prefix: str, levels: int, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:

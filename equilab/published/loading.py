@@ -23,6 +23,7 @@ from equilab.published.tensors import StoredTensor
 
 PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
 COMPILED = "_orig_mod."  # of torch.compile, at any place in a key
+MOST_TENSORS, LONGEST_KEY = 10_000, 200  # of published networks: 600 and 60
 FILLS = ("uniform_", "normal_", "zero_", "zeros_", "ones_", "fill_", "xavier_uniform_", "kaiming_uniform_")
 
 
@@ -76,7 +77,7 @@ def load_network(
         _check_keys(network, reading, shapes)
         _check_memory(bare, limit)
         _fill(network, reading, bare)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:  # a size that is 0 divides others
         raise UserError(f"{name}: {error}") from None
     if contents.others:
         others = ", ".join(contents.others)
@@ -98,8 +99,12 @@ def _family(name: str) -> Family:
 
 def _bare(weights: Mapping[str, Tensor | StoredTensor]) -> dict[str, Tensor | StoredTensor]:
     """Return the weights by their keys within the network."""
+    if len(weights) > MOST_TENSORS:
+        raise ValueError(f"there are {len(weights):,} tensors, more than any published network has")
     bare = {}
     for key, tensor in weights.items():
+        if len(key) > LONGEST_KEY:
+            raise ValueError(f"published key {key[:40]!r} is no name of a tensor")
         short = key.replace(COMPILED, "")
         while short.startswith(PREFIXES):
             short = short.partition(".")[2]
@@ -114,15 +119,15 @@ def _check_family(family: Family, weights: Mapping[str, Any], module: str | None
     readable = [family_of(name) for name in FAMILIES]
     fitting = [each for each in readable if each.published and _has_signs(weights, each.published.signs)]
     most = max((len(each.published.signs) for each in fitting), default=0)
-    nearest_families = [each for each in fitting if len(each.published.signs) == most]
+    likeliest = [each for each in fitting if len(each.published.signs) == most]
     if module is not None:
-        nearest_families = [each for each in nearest_families if each.published.module in (None, module)]
-        if not nearest_families and family.published.module not in (None, module):
+        likeliest = [each for each in likeliest if each.published.module in (None, module)]
+        if not likeliest and family.published.module not in (None, module):
             raise ValueError(
                 f"the weights are of a {module}, which is not read; {family.name} is, a {family.published.module}"
             )
-    if nearest_families and family not in nearest_families:
-        others = " or ".join(each.name for each in nearest_families)
+    if likeliest and family not in likeliest:
+        others = " or ".join(each.name for each in likeliest)
         raise ValueError(f"the weights are of {others}, not of {family.name}; give that family")
 
 

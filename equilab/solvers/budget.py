@@ -70,12 +70,10 @@ def adaptive(traces: Sequence[Trace], steps: int, total: int) -> int:
     The rate is that of all traces together; while it is unknown, not above 0, or the last residual not
     finite, the next step gets the share.
 
-    Raises: ValueError if total < steps, or a trace is empty.
+    Raises: ValueError if total < steps.
     Source: FPDM, section 3.3, names adaptive allocation; this rule is ours.
     """
     _check(steps, total)
-    if not all(traces):
-        raise ValueError("a trace is empty, so no residuals were measured; solve with measure=True")
     left = steps - len(traces)
     remaining = total - sum(len(trace) for trace in traces)
     if left == 1:
@@ -120,16 +118,12 @@ class Budget:
     "constant", "increasing" and "decreasing" depend on the number of steps alone; "adaptive" on the residuals
     of the batch too, so its images depend on what they are sampled with.
 
-    Raises: ValueError for an unknown kind; when called, for a total smaller than the number of steps.
+    Raises: when called, ValueError for a total smaller than the number of steps.
     Source: FPDM, section 3.3 and figure 3.
     """
 
     kind: str  # "constant", "increasing", "decreasing" or "adaptive"
     total: int  # iterations, summed over the steps
-
-    def __post_init__(self):
-        if self.kind not in (*FIXED, "adaptive"):
-            raise ValueError(f"kind is {self.kind!r}; choose one of {', '.join(FIXED)}, adaptive")
 
     def __call__(self, traces: Sequence[Trace], steps: int) -> int:
         """Return the iterations of the step after those in `traces`, one of `steps`."""

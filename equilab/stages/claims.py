@@ -61,19 +61,10 @@ def judged_claims(found: Results, confidence: float) -> list[tuple[Claim, Outcom
 
 def table(judged: list[tuple[Claim, Outcome]]) -> pd.DataFrame:
     """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, and what was published where."""
-    rows = [
-        {
-            "id": claim.id,
-            "part": claim.part,
-            "claim": claim.claim,
-            "verdict": outcome.verdict,
-            "effect": outcome.effect,
-            "seeds": _seeds(claim, outcome),
-            "published": claim.published,
-            "where": claim.where,
-        }
-        for claim, outcome in judged
-    ]
+    rows = []
+    for claim, outcome in judged:
+        found = outcome.verdict, outcome.effect, _seeds(claim, outcome)
+        rows.append((claim.id, claim.part, claim.claim, *found, claim.published, claim.where))
     columns = ["id", "part", "claim", "verdict", "effect", "seeds", "published", "where"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -92,11 +83,8 @@ def hypotheses(judged: list[tuple[Claim, Outcome]]) -> str:
         for claim, outcome in judged
         if outcome.verdict in (HOLDS, FAILS)
     ]
-    return (
-        "\n".join(["## Hypotheses", "", "Why this might be so; nothing here tests it.", "", *lines])
-        if lines
-        else ""
-    )
+    head = ["## Hypotheses", "", "Why this might be so; nothing here tests it.", ""]
+    return "\n".join(head + lines) if lines else ""
 
 
 def _write(path: Path, title: str, head: str, judged: list[tuple[Claim, Outcome]]) -> None:

@@ -29,7 +29,7 @@ details { margin: .4rem 0; } summary { color: #888; font-size: 12px; cursor: poi
 MATHTEXT = {
     r"\s+": " ",
     r"\\[lr]Vert": r"\\Vert",
-    r"\\(math\w+|boldsymbol) ?(\\\w+|\w)": r"\\\1{\2}",
+    r"\\(math\w+|boldsymbol)\b ?(\\\w+|\w)": r"\\\1{\2}",
     r"\\(tilde|hat|bar) ?(\\\w+\{\w\}|\w)": r"\\\1{\2}",
 }
 

@@ -64,13 +64,8 @@ def r1_weight(step: int, gamma: float, interval: int) -> float:
     In the published code of GDD, R1 is a mean over samples but the loss a sum over those of a device: its gamma of 1e-4 at
     a batch of 256 on 8 devices is one of 1e-4 / 32 against `discriminator_loss`, a mean.
 
-    Raises: ValueError for an interval below 1.
     Source: Mescheder 2018, equation (9); lazily as StyleGAN2 (Karras 2020), section 3.1.
     """
-    if interval < 1:
-        raise ValueError(
-            f"interval is {interval}; give the number of steps from one R1 to the next, at least 1"
-        )
     return 0.0 if step % interval else gamma / 2 * interval
 
 

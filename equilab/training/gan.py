@@ -113,14 +113,13 @@ class Batch(NamedTuple):
     generator_label: Tensor | None  # (B,)
     discriminator_noise: Tensor  # (B, C, H, W), of those that the discriminator's loss is of
     discriminator_label: Tensor | None  # (B,)
-    generator_draws: (
-        Tensor | None
-    )  # (B, 10) for the augmentation of each of the three; None without augmentation
-    discriminator_draws: Tensor | None
-    real_draws: Tensor | None
-    r1_weight: float  # 0: no R1 in this update
-    consistency_noise: Tensor | None  # (B, C, H, W); None without consistency loss
-    consistency_sigmas: tuple[Tensor, Tensor] | None  # (B,) each, a noise level and the one below it
+    # (B, 10) for the augmentation of each of the three; None without augmentation
+    generator_draws: Tensor | None = None
+    discriminator_draws: Tensor | None = None
+    real_draws: Tensor | None = None
+    r1_weight: float = 0.0  # 0: no R1 in this update
+    consistency_noise: Tensor | None = None  # (B, C, H, W); None without consistency loss
+    consistency_sigmas: tuple[Tensor, Tensor] | None = None  # (B,) each, a noise level and the one below it
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
@@ -266,33 +265,25 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
     items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
     # "critic" is the discriminator; renaming a purpose would draw other numbers
     drawn = positions, shape, classes, data.label_counts
-    generator_noise, generator_label = fake_inputs(seed, "generator", *drawn)
-    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", *drawn)
-    draws: list[Tensor | None] = [None] * 3
+    batch = Batch(
+        to_float(torch.from_numpy(data.images[items])),
+        torch.from_numpy(data.labels[items]) if config.conditional else None,
+        *fake_inputs(seed, "generator", *drawn),
+        *fake_inputs(seed, "critic", *drawn),
+    )
     if config.augment != "none":
-        purposes = [f"{name} augmentation" for name in ("generator", "critic", "real")]
-        draws = [adversarial.draws(seed, purpose, positions) for purpose in purposes]
-    weight, noise, sigmas = 0.0, None, None
+        for field, name in (("generator", "generator"), ("discriminator", "critic"), ("real", "real")):
+            draws = adversarial.draws(seed, f"{name} augmentation", positions)
+            batch = batch._replace(**{f"{field}_draws": draws})
     if config.r1:
         update = positions.start // config.optimisation.batch
         weight = adversarial.r1_weight(update, config.r1.gamma, config.r1.interval)
+        batch = batch._replace(r1_weight=weight)
     if config.consistency:
         noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
         sigmas = config.consistency.levels.draw(seed, positions)
-    return Batch(
-        real=to_float(torch.from_numpy(data.images[items])),
-        label=torch.from_numpy(data.labels[items]) if config.conditional else None,
-        generator_noise=generator_noise,
-        generator_label=generator_label,
-        discriminator_noise=discriminator_noise,
-        discriminator_label=discriminator_label,
-        generator_draws=draws[0],
-        discriminator_draws=draws[1],
-        real_draws=draws[2],
-        r1_weight=weight,
-        consistency_noise=noise,
-        consistency_sigmas=sigmas,
-    )
+        batch = batch._replace(consistency_noise=noise, consistency_sigmas=sigmas)
+    return batch
 
 
 def fake_inputs(
