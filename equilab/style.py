@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from equilab.models.registry import FAMILIES
 
 WIDTH = 7.2  # inches: the text of a printed page
 DPI = 150
-DASHES = ("", (3, 1.2), (1, 1), (5, 1, 1, 1))  # of runs of one size
+DASHES = ("", (3, 1.2), (1, 1), (5, 1, 1, 1))  # of the runs of a family
 SPREAD = {
     "errorbar": ("pi", 100),
     "err_style": "bars",
@@ -78,7 +79,7 @@ def by_family() -> dict[str, Any]:
 def by_run(runs: pd.DataFrame, name: str = "run") -> dict[str, Any]:
     """Return the arguments of seaborn's `lineplot` that draw each run (or what else the column `name` holds) by itself.
 
-    The runs of a family share its colour and marker, darker the more parameters they have; those of one size differ in dashes as well.
+    The runs of a family share its colour and marker; they differ in dashes and are darker the more parameters they have.
     """
     look = by_family()
     palette, markers, dashes = {}, {}, {}
@@ -86,7 +87,7 @@ def by_run(runs: pd.DataFrame, name: str = "run") -> dict[str, Any]:
         sizes = runs[runs["label"] == label].groupby(name)["parameters"].min().sort_values(kind="stable")
         palette |= dict(zip(sizes.index, sns.light_palette(colour, len(sizes) + 2)[2:]))
         markers |= dict.fromkeys(sizes.index, look["markers"][label])
-        dashes |= {each: DASHES[k % len(DASHES)] for each, k in sizes.groupby(sizes).cumcount().items()}
+        dashes |= dict(zip(sizes.index, itertools.cycle(DASHES)))
     return {
         "hue": name,
         "style": name,

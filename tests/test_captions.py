@@ -1,0 +1,51 @@
+"""Captions of the committed figures: every number that they quote stands in the numbers drawn above them."""
+
+import itertools
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXECUTED = sorted(ROOT.glob("results/notebook/*/*.ipynb")) + sorted(
+    ROOT.glob("studies/*/results/notebook/*/*.ipynb")
+)
+SAVED = re.compile(r'style\.save\(.*?out,\s*f?"([\w{}]+)"', re.S)
+NUMBER = re.compile(r"(?<![\w.\-])\d[\d,]*\.\d+(?!\w)")  # with decimals: counts are words of the text
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: "-".join(path.parts[-5:-1]))
+def test_a_caption_quotes_numbers_of_the_figures_above_it(path):
+    files = []
+    for cell in nbformat.read(path, 4).cells:
+        names = [re.sub(r"\{.*\}", "*", name) for name in SAVED.findall(cell.source)]
+        files += [file for name in names for file in path.parent.glob(f"{name}.csv")]
+        if "caption" in cell.metadata.get("tags", []):
+            quoted = NUMBER.findall("".join(output.data["text/markdown"] for output in cell.outputs))
+            known = np.concatenate([numbers(pd.read_csv(file)) for file in files] or [[]])
+            wrong = [number for number in quoted if not stands(number, known)]
+            assert not wrong, f"{path.parent.name}: {wrong} are not in {[file.name for file in files]}"
+
+
+def stands(number, known):
+    """Return whether a number, rounded as it is quoted, is among those known."""
+    unit = 10.0 ** -len(number.partition(".")[2])
+    return bool((np.abs(known - float(number.replace(",", ""))) <= 0.5001 * unit).any())
+
+
+def numbers(frame):
+    """Return the numbers of a figure, those in its words, and their means over seeds."""
+    frame = frame.replace([np.inf, -np.inf], np.nan)
+    words = frame.select_dtypes(exclude="number").stack().dropna().astype(str)
+    found = [frame.select_dtypes("number").to_numpy().ravel()]
+    found.append(np.array([float(word) for text in words for word in re.findall(r"\d+\.\d+", text)]))
+    if {"run", "seed"} <= set(frame):
+        others = [column for column in frame if column not in ("run", "seed")]
+        for keys in [*itertools.combinations(others, 2), *itertools.combinations(others, 1), ()]:
+            means = frame.groupby(["run", *keys], dropna=False).mean(numeric_only=True)
+            found.append(means.to_numpy().ravel())
+    values = np.concatenate(found).astype(float)
+    return values[np.isfinite(values)]
