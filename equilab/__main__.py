@@ -114,8 +114,29 @@ def stages(given: argparse.Namespace) -> int:
     return 0
 
 
+def clean(given: argparse.Namespace) -> int:
+    """Remove what is left of unfinished runs that params.yaml no longer has."""
+    from equilab.core.files import abandoned, locked, remove
+    from equilab.graph import STAGES
+    from equilab.study import open_study
+
+    sections = open_study(given.params)
+    os.chdir(given.params.absolute().parent)
+    names = {job.name(stage) for stage in filter(sections.has, STAGES) for job in sections.jobs(stage)}
+    found = abandoned(names)
+    for folder in found:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {size / 2**20:,.1f} MiB{'' if given.dry_run else ', removed'}")
+        if not given.dry_run:
+            with locked(folder.name):
+                remove(folder)
+    if not found:
+        print("nothing is left of runs that params.yaml no longer has")
+    return 0
+
+
 IMPORT = "import: read published weights into results (import --help)"
-COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
+COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "clean": clean}
 
 
 def stage(given: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ def waves(sections: Sections) -> list[list[str]]:
     found = [first]
     for jobs in ("seeds", "of"):
         names = [name for name in present if STAGES[name].jobs == jobs]
-        found.append([f"{name}@{job.item}" for name in names for job in sections.jobs(name)])
+        found.append([job.name(name) for name in names for job in sections.jobs(name)])
     return found
 
 

@@ -35,6 +35,10 @@ class Replicate(NamedTuple):
             return ""
         return self.run if self.seed is None else f"{self.run}-{self.seed}"
 
+    def name(self, stage: str) -> str:
+        """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0."""
+        return f"{stage}@{self.item}" if self.item else stage
+
 
 class Seeds(Params):
     """What the entry of a run that is trained says of its seeds."""
@@ -149,10 +153,10 @@ class Sections:
             return [said] if said else []
         entry, path = self.entry(stage, run)
         if said == "network":
-            name = config.mapping(entry.get("network"), f"{path}.network").get("kind")
-            if name not in FAMILIES:
-                raise UserError(f"{path}.network.kind: {name!r} is unknown{nearest(name, FAMILIES)}")
-            return [name]
+            network = entry.get("network")
+            if not isinstance(network, dict) or network.get("kind") not in [*FAMILIES]:
+                config_of(self, stage, run)  # says what is wrong
+            return [network["kind"]]
         named = [entry.get("of")] if said == "of" else entry.get("runs")
         if not isinstance(named, list):
             raise UserError(f"{path}.runs: expected a list, got {named!r}")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
-from equilab.core.config import UserError, nearest, read, read_json
+from equilab.core.config import UserError, nearest, read, read_json, unreadable
 from equilab.models.family import family
 
 COUNTED = (
@@ -35,6 +35,10 @@ SCORES = (
     "recall",
     "inception_score",
 )  # first words of the columns of scores
+
+
+class NotRunError(UserError):
+    """A stage has not run yet whose results are asked for."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Results:
         """
         parts = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
-            sweep = _table(path.with_name("sweep.csv"), "evaluate")
+            about = read_json(path, "of", "seed", "family")
+            sweep = _table(path.with_name("sweep.csv"))
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
                 sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
@@ -94,7 +98,7 @@ class Results:
         """
         rows = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
+            about = read_json(path, "of", "seed", "family")
             summary = self._summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
@@ -118,11 +122,11 @@ class Results:
         `nimg`, `train_flops` spent until then, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
+            about = read_json(path, "of", "seed", "family")
             summary = self._summary(about["of"], about["seed"])
-            curve = _table(path.with_name("curve.csv"), "evaluate")
+            curve = _table(path.with_name("curve.csv"))
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
-                end = _table(path.with_name("sweep.csv"), "evaluate").head(1).assign(nimg=summary["nimg"])
+                end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
             flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
@@ -136,9 +140,9 @@ class Results:
         (of a training step), `as_trained` (whether the run was trained with it), `most_iterations`; `batch`, `seconds` of a batch
         (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`.
 
-        Raises: UserError if the stage cost has not run.
+        Raises: NotRunError if the stage cost has not run.
         """
-        table = _table(self.folder / "cost" / "cost.csv", "cost")
+        table = _table(self._written("cost"))
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
@@ -146,16 +150,16 @@ class Results:
         """How active layers are, a row for each run, layer and step: `of`, `seed`, `family`, `label`, `layer`, `depth`, `step`, `at`
         (noise level, timestep or iteration), `mean`, `rms`.
 
-        Raises: UserError if the stage activation has not run.
+        Raises: NotRunError if the stage activation has not run.
         """
-        return self._joined(_table(self.folder / "activation" / "activation.csv", "activation"))
+        return self._joined(_table(self._written("activation")))
 
     @cached_property
     def relative(self) -> pd.DataFrame:
         """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`; `first_of`,
         `second_of` name them as `of`.
 
-        Raises: UserError if the stage relative has not run.
+        Raises: NotRunError if the stage relative has not run.
         """
         table = self._relative()
         names = self.runs.drop_duplicates("run").set_index("run")["of"]
@@ -165,7 +169,7 @@ class Results:
     def floor(self) -> pd.DataFrame:
         """What real images score, a row for each `measure`: `bootstrap`, training images drawn at random, as many as are scored of a
         run; `test`, the held-out images."""
-        about = _json(self.folder / "evaluator" / "summary.json", "evaluator", "floor")
+        about = read_json(self.folder / "evaluator" / "summary.json", "floor")
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
     @cached_property
@@ -180,7 +184,7 @@ class Results:
         The other columns are those of the table that the comparison is over, and beside settings those of their run, and what was
         measured of it: `train_seconds`, `train_seconds_min`, `train_seconds_max`, `train_memory`, and the same of `sample`.
 
-        Raises: UserError if the study declares no such comparison, or a run of it has no results.
+        Raises: UserError if the study declares no such comparison; NotRunError if a run of it has no results.
         """
         if name not in self.comparisons:
             raise UserError(f"the study declares no comparison {name!r}{nearest(name, self.comparisons)}")
@@ -190,7 +194,7 @@ class Results:
             for side, point in sides.items():
                 rows = self._rows(comparison.table, point)
                 if rows.empty:
-                    raise UserError(
+                    raise NotRunError(
                         f"comparisons.{name}: {self.folder} has no results of {point}; run its stages first"
                     )
                 parts.append(rows.assign(pair=pair, side=side, point=str(point)))
@@ -247,12 +251,19 @@ class Results:
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
         return _arrays(rows["folder"].iloc[0] / "iterates.npz")
 
+    def _written(self, stage: str) -> Path:
+        """Return the table of a stage."""
+        path = self.folder / stage / f"{stage}.csv"
+        if not path.exists():
+            raise NotRunError(str(unreadable(path)))
+        return path
+
     def _evaluated(self) -> list[Path]:
         return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
 
     def _summary(self, of: str, seed: int) -> dict[str, Any]:
         path = self.folder / of / ("" if of == "teacher" else str(seed)) / "summary.json"
-        return _json(path, of, "stage", "config", "parameters", "nimg")
+        return read_json(path, "stage", "config", "parameters", "nimg")
 
     def _headline(self) -> pd.DataFrame:
         """Return cost and scores of every replicate at its first setting."""
@@ -269,7 +280,7 @@ class Results:
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
     def _relative(self) -> pd.DataFrame:
-        return _table(self.folder / "relative" / "relative.csv", "relative")
+        return _table(self._written("relative"))
 
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
@@ -355,31 +366,20 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
     return ratios
 
 
-def _json(path: Path, stage: str, *keys: str) -> dict[str, Any]:
-    try:
-        return read_json(path, *keys)
-    except UserError:
-        raise _unreadable(path, stage) from None
-
-
-def _table(path: Path, stage: str) -> pd.DataFrame:
+def _table(path: Path) -> pd.DataFrame:
     """Return a table that a stage wrote, all of it; an empty one if the stage had nothing to write."""
     try:
         text = path.read_text()
         if text.strip() and not text.endswith("\n"):
             raise ValueError("cut short")
         return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
-    except (OSError, ValueError):
-        raise _unreadable(path, stage) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return dict(file)
-    except Exception:  # a damaged archive raises what its damage leads to
-        raise _unreadable(path, "evaluate") from None
-
-
-def _unreadable(path: Path, stage: str) -> UserError:
-    return UserError(f"{path} is missing or damaged; run the stage {stage} again")
+    except Exception as error:  # a damaged archive raises what its damage leads to
+        raise unreadable(path, error) from None

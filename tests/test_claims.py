@@ -10,9 +10,20 @@ from made import SOLVER, table, write_study
 from scipy import stats
 
 import equilab
-from equilab.claims.claim import DEPENDS, judge, read_claims
+from equilab.claims.claim import DEPENDS, judge, read_claims, refuse_mistyped
 from equilab.claims.comparisons import check_comparisons
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, better, cheaper, no_worse, ordered
+from equilab.claims.tests import (
+    COLUMNS,
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    NONE,
+    better,
+    cheaper,
+    no_worse,
+    ordered,
+    told_apart,
+)
 from equilab.core.config import UserError, read
 from equilab.core.job import Job, Study
 from equilab.stages import claims as stage
@@ -37,6 +48,8 @@ def rows(*pairs, **columns):
     )
 
 
+ROOT = pathlib.Path(__file__).parent.parent
+STUDIES = [ROOT / "params.yaml", *ROOT.glob("studies/*/params.yaml")]
 OURS, THEIRS = [1.0, 1.1, 1.3], [2.0, 2.6, 2.2, 2.5]
 
 
@@ -202,6 +215,11 @@ def test_a_measure_that_the_runs_lack_is_an_error_and_an_unmeasured_cost_is_not_
         ({"margin": 0.1}, "better has no margin"),
         ({"test": "no worse", "times": 2.0}, "no worse has no times"),
         ({"measure": None}, "without a measure"),
+        (
+            {"measure": "fid"},
+            r"claims\[0\].measure: 'fid' is no column that a claim can be about; did you mean 'fd'",
+        ),
+        ({"test": "cheaper", "cost": "flosp"}, r"claims\[0\].cost: 'flosp' .*; did you mean 'flops'"),
     ],
 )
 def test_a_mistake_in_a_claim_is_a_sentence(tmp_path, change, sentence):
@@ -289,6 +307,73 @@ def test_a_comparison_singles_out_a_setting():
     assert check_comparisons({}) == {}
 
 
+def test_all_mistaken_comparisons_are_told():
+    comparisons = {
+        "x": {"runs": ["distill/gat"], "baseline": ["distill/vat"]},
+        "y": {"runs": "distill/get"},
+        "z": {"runs": ["distill/get"], "baseline": [{"run": "distill/vit", "at": {"steps": [1]}}]},
+    }
+    with pytest.raises(UserError) as told:
+        check_comparisons({**SECTIONS, "comparisons": comparisons}, "p: ")
+    assert str(told.value).splitlines() == [
+        "p: comparisons.x.runs[0]: the study trains no 'distill/gat'; did you mean 'distill/get'?",
+        "p: comparisons.x.baseline[0]: the study trains no 'distill/vat'; did you mean 'distill/vit'?",
+        "p: comparisons.y.runs: expected a list, got 'distill/get'",
+        "p: comparisons.z.baseline[0].at.steps: expected a single value, got [1]",
+    ]
+
+
+def test_a_comparison_that_is_mistyped_in_a_claim_is_told(tmp_path):
+    claim, other = claims_of(
+        tmp_path, {**CLAIM, "comparison": "get agianst vit"}, {**CLAIM, "id": "NEW-2", "comparison": "other"}
+    )
+    with pytest.raises(UserError, match="NEW-1: .*'get agianst vit'; did you mean 'get against vit'"):
+        refuse_mistyped([claim, other], ["get against vit"])
+    (right,) = claims_of(tmp_path, {**CLAIM, "comparison": "get against vit"})
+    refuse_mistyped([right, claim, other], ["get against vit"])  # there is a claim about it
+
+
+def run_stage(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
+    seeds = {"get": (0, 1, 2), "vit": (0, 1, 2, 3), "get-s": (0,)}
+    job = Job(study, "claims", None, None, (1, 8, 8), 10, "", print, lambda _, run: seeds[run])
+    stage.run(stage.Config(confidence=0.95), job)
+
+
+def test_claims_are_judged_by_the_results_that_there_are(tmp_path, monkeypatch, capsys):
+    runs = {"distill/get": {"fd": FD, "parameters": 10}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    runs["distill/get-s"] = {"fd": []}  # not trained yet
+    one = COMPARISONS["get against vit"]
+    comparisons = {
+        "get against vit, parameters": one,
+        "sizes of get": {"runs": ["distill/get-s", "distill/get"]},
+        "o1 memory against unrolled": {**one, "table": "costs"},
+        "of my own": one,
+    }
+    cost = {"runs": ["distill/get", "distill/vit"]}
+    results = write_study(tmp_path, runs, comparisons=comparisons, cost=cost)
+    run_stage(tmp_path, monkeypatch)
+    assert pd.read_csv(results / "claims.csv")["id"].tolist() == ["GET-1"]
+    told = "evaluate@vit-3, evaluate@get-s-0, cost"
+    assert (results / "claims.md").read_text().endswith(f"\n\nNot run yet: {told}.\n")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "results/claims.md: 1 claims judged: 1 hold",
+        "results/measured.md: 0 claims judged",
+        "claims: comparisons without a claim: of my own",
+        f"claims: not run yet: {told}",
+    ]
+
+
+def test_numbers_have_as_many_digits_as_tell_them_apart():
+    assert told_apart([5110.0, 6000.0]) == ["5.11k", "6k"]
+    assert told_apart([5110.0, 5113.0]) == ["5.11k", "5.113k"]
+    assert told_apart([5112.1, 5112.2]) == ["5.1121k", "5.1122k"]
+    assert told_apart([5110.0, 5110.0, 1.0]) == ["5.11k", "5.11k", "1"]
+    assert "1.001 against 1.002 " in better(rows(([1.001], [1.002])), "fd", 0.95).effect
+
+
 def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
     runs = {"distill/get": {"fd": FD, "parameters": 10}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
     comparisons = {
@@ -309,10 +394,7 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
         for name in ("get", "vit")
     ]
     table(results / "cost/cost.csv", cost)
-    monkeypatch.chdir(tmp_path)
-    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
-    config = stage.Config(confidence=0.95)
-    stage.run(config, Job(study, "claims", None, None, (1, 8, 8), 10, "", print, print))
+    run_stage(tmp_path, monkeypatch)
     claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
     assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
     measured = pd.read_csv(results / "measured.csv", keep_default_na=False)
@@ -323,10 +405,29 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
 
 def test_every_declared_comparison_serves_a_claim():
     """A name that no claim knows would leave its claim out of the study without a word."""
-    root = pathlib.Path(__file__).parent.parent
     known = {claim.comparison for claim in read_claims()}
-    for path in [root / "params.yaml", *root.glob("studies/*/params.yaml")]:
+    for path in STUDIES:
         assert set(read(path)["comparisons"]) <= known, path
+
+
+def test_every_claim_is_about_a_comparison_of_some_study():
+    """A name that no study knows would leave the claim out of all without a word."""
+    declared = {name for path in STUDIES for name in read(path)["comparisons"]}
+    nowhere = {
+        "additive conditioning against none"
+    }  # no study trains a ViT without classes on a teacher with them
+    assert {claim.comparison for claim in read_claims()} - declared == nowhere
+
+
+@pytest.mark.slow
+def test_every_column_that_a_claim_can_be_about_is_one_of_the_tables():
+    columns = set()
+    for folder in (".", "studies/digits-fpdm", "studies/digits-long"):
+        found = equilab.results(ROOT / folder / "results")
+        columns |= {*found.settings, *found.runs, *found.costs}
+        columns |= {column for name in found.comparisons for column in found.compare(name)}
+    made = {f"{name}_{split}" for name in ("fd", "rise") for split in ("train", "test")}
+    assert made <= columns and set(COLUMNS) - {"fd", "rise"} <= columns
 
 
 @pytest.mark.slow
@@ -334,8 +435,8 @@ def test_every_declared_comparison_serves_a_claim():
     "folder", [".", *(f"studies/digits-{name}" for name in ("long", "fpdm", "budget", "uncond"))]
 )
 def test_the_committed_claims_are_what_the_committed_results_say(folder):
-    results = pathlib.Path(__file__).parent.parent / folder / "results"
-    judged = stage.judged_claims(equilab.results(results), 0.95)
+    results = ROOT / folder / "results"
+    judged = stage.judged_claims(equilab.results(results), 0.95, read_claims())
     for name, measured in (("claims", False), ("measured", True)):
         kept = pd.read_csv(results / f"{name}.csv", keep_default_na=False, dtype=str)
         said = stage.table([(claim, outcome) for claim, outcome in judged if claim.measured == measured])

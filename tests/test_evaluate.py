@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from smoke import write_study
 from equilab import __main__
 from equilab.core import config as configs
 from equilab.core.config import UserError
-from equilab.core.files import write_arrays, write_table
+from equilab.core.files import sha256_of, write_arrays, write_table
 from equilab.metrics.fidelity import Scorer
 from equilab.sampling import load
 from equilab.sampling.settings import Solve
@@ -182,8 +183,57 @@ def test_scores_are_compared_with_a_floor_of_as_many_samples(study, tmp_path, ca
     sections["evaluator"]["samples"] = 101
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(sections))
     assert called(tmp_path, "evaluate", "vit", "--seed", "1") == 2
-    assert "run the stage `evaluator` again" in capsys.readouterr().err.replace(
-        "its stage", "the stage `evaluator`"
+    told = capsys.readouterr().err
+    assert "samples 100, params.yaml gives 101; run `python -m equilab evaluator` again" in told
+
+
+@pytest.fixture
+def copied(study, tmp_path):
+    """A copy of the study's folder."""
+    shutil.copytree(study, tmp_path / "study")
+    return tmp_path / "study"
+
+
+def rewrite(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("again", "run", "told"),
+    [
+        (
+            (),
+            "vit",
+            "results/evaluator/summary.json was made of other images than results/data holds now; run `python -m equilab evaluator` again",
+        ),
+        (("evaluator",), "vit", "results/teacher/weights.safetensors was made of other images"),
+        (("evaluator",), "teacher", "run `python -m equilab teacher` again"),
+    ],
+)
+def test_what_was_made_of_other_images_is_refused(copied, capsys, again, run, told):
+    rewrite(copied / "results/data/meta.json", source="elsewhere")
+    inputs = {"data": sha256_of(copied / "results/data/meta.json")}
+    for stage in again:
+        rewrite(copied / f"results/{stage}/summary.json", inputs=inputs)
+    assert called(copied, "evaluate", run, "--seed", "1" if run == "vit" else "0") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_generator_of_other_pairs_is_refused(copied, capsys):
+    rewrite(copied / "results/pairs/meta.json", environment="another")
+    assert called(copied, "evaluate", "vit", "--seed", "1") == 2
+    told = capsys.readouterr().err
+    assert "results/distill/vit/1/weights.safetensors was trained on other pairs than results/pairs" in told
+    assert "run `python -m equilab distill vit --seed 1` again" in told
+
+
+def test_a_stage_ends_with_a_line_of_what_came_of_it(study, capsys):
+    assert called(study, "evaluate", "vit", "--seed", "1") == 0
+    found = metrics(study, "vit", 1)
+    train, test = (f"{found[f'fd_{split}']:.4g}" for split in ("train", "test"))
+    assert (
+        capsys.readouterr().out
+        == f"evaluate@vit-1: FD {train} to training images, {test} to held-out images\n"
     )
 
 

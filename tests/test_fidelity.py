@@ -33,7 +33,8 @@ def study(tmp_path_factory):
         study = Study(name="digits", root=".", seed=0, threads=1, run_threads=1, device="cpu")
         job = Job(study, "data", None, None, (1, 8, 8), 10, "", print, print)
         params = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8]}
-        data.run(parse(data.Config, {**params, "classes": 10}, "data"), job)
+        params |= {"classes": 10, "datasets": None, "labels": "uniform"}
+        data.run(parse(data.Config, params, "data"), job)
         folder = job.out.resolve()
     images, labels = data.load(folder, "train")[:2]
     images, labels = data.to_float(torch.from_numpy(np.array(images))), torch.from_numpy(labels)
@@ -321,7 +322,7 @@ def test_an_evaluator_of_another_configuration_is_refused(study):
     network = Spec("classifier", {"width": 24, "features": 32}, Classifier)
     for config, told in (
         (SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
-        (SimpleNamespace(network=network), "under another configuration than params.yaml gives now"),
+        (SimpleNamespace(network=network), "was trained with network.features 64, params.yaml gives 32"),
     ):
         with pytest.raises(UserError, match=told):
             fidelity.Scorer(study, study, study / "cache", CPU, config)

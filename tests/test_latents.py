@@ -218,9 +218,8 @@ def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study
     shard = Path("results/latents/latents-0000000000.npy")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")
-    assert f"{shard} is missing or damaged; run the stage latents again" in refused(
-        capsys, "diffusion", "dit"
-    )
+    told = refused(capsys, "diffusion", "dit")
+    assert f"{shard} is damaged" in told and "run `python -m equilab latents` again" in told
     shard.write_bytes(whole)
     sections = config.read(Path("params.yaml"))
     sections["evaluate"]["dit"]["chain"][0]["clamp"] = True

@@ -1,4 +1,4 @@
-"""Results as tidy tables: a row each, a column a thing, and a sentence where a file is missing or damaged."""
+"""Results as tidy tables: a row each, a column a thing, and a sentence where a file is not there or damaged."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from made import SOLVER, table, write_study
 
 import equilab
 from equilab.core.config import UserError
+from equilab.tables import NotRunError
 
 ITERATIONS = [
     {**SOLVER, "most_iterations": count, "times": times} for count, times in ((6, 1.0), (1, 3.0), (2, 1.5))
@@ -149,27 +150,35 @@ def test_the_floor_and_the_iterates(study):
 
 
 @pytest.mark.parametrize(
-    ("path", "stage", "content"),
+    ("path", "content", "told"),
     [
-        ("evaluate/get/1/sweep.csv", "evaluate", None),
-        ("evaluate/get/1/sweep.csv", "evaluate", "fd_train,fd_test\n1,"),
-        ("evaluate/get/0/metrics.json", "evaluate", "{"),
-        ("evaluate/fpdm/0/iterates.npz", "evaluate", "PK"),
-        ("distill/vit/2/summary.json", "distill/vit", '{"stage": "distill"}'),
+        (
+            "evaluate/get/1/sweep.csv",
+            None,
+            "is not there; run `python -m equilab evaluate get --seed 1` first",
+        ),
+        ("evaluate/get/1/sweep.csv", "fd_train,fd_test\n1,", "is damaged .* evaluate get --seed 1` again"),
+        ("evaluate/get/0/metrics.json", "{", "is damaged .* evaluate get --seed 0` again"),
+        ("evaluate/fpdm/0/iterates.npz", "PK", "is damaged .* evaluate fpdm --seed 0` again"),
+        (
+            "distill/vit/2/summary.json",
+            '{"stage": "distill"}',
+            "is damaged .*has no config.* distill vit --seed 2` again",
+        ),
     ],
 )
-def test_a_missing_or_damaged_file_is_named_with_its_stage(study, path, stage, content):
+def test_a_missing_or_damaged_file_is_named_with_the_command_that_writes_it(study, path, content, told):
     if content is None:
         (study / path).unlink()
     else:
         (study / path).write_text(content)
-    with pytest.raises(UserError, match=f"{path}.*{stage}"):
+    with pytest.raises(UserError, match=f"{path} {told}"):
         equilab.results(study).compare("get against vit")
 
 
 def test_what_a_stage_has_not_written_is_said(study, tmp_path):
-    for name in ("costs", "activation", "relative"):
-        with pytest.raises(UserError, match="missing or damaged; run the stage"):
+    for name, stage in (("costs", "cost"), ("activation", "activation"), ("relative", "relative")):
+        with pytest.raises(NotRunError, match=f"is not there; run `python -m equilab {stage}` first"):
             getattr(equilab.results(study), name)
     with pytest.raises(UserError, match="no evaluated run"):
         equilab.results(tmp_path / "elsewhere")

@@ -245,7 +245,10 @@ def test_weights_of_a_snapshot_a_seed_or_another_config(study, generator):
     assert generator("distill/get").metadata["nimg"] == 64
     assert load("distill/get", study=study, config=parsed("distill/get")).run.config == parsed("distill/get")
     other = parsed("distill/get").model_copy(update={"pairs": 7})
-    with pytest.raises(UserError, match="another configuration than params"):
+    with pytest.raises(
+        UserError,
+        match="trained with pairs 200, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
+    ):
         load("distill/get", study=study, config=other)
     with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors is not there"):
         load("distill/get", 3, study=study)

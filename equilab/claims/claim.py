@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from equilab.claims import HERE
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, Outcome, better, cheaper, no_worse, ordered
-from equilab.core.config import Params, UserError, parse, read
+from equilab.claims.tests import (
+    COLUMNS,
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    NONE,
+    Outcome,
+    better,
+    cheaper,
+    no_worse,
+    ordered,
+)
+from equilab.core.config import Params, UserError, near, nearest, parse, read
 
 if TYPE_CHECKING:
     from equilab.tables import Results
 
 DEPENDS = "depends on the reference"
 MEASURED = ("seconds", "memory")  # words in the columns of what is measured, not counted
+MISTYPED = 0.9  # so alike are a name and the same with a letter wrong
+
+
+def _column(name: str) -> str:
+    if name not in COLUMNS:
+        raise ValueError(f"{name!r} is no column that a claim can be about{nearest(name, COLUMNS)}")
+    return name
+
+
+Column = Annotated[str, AfterValidator(_column)]
 
 
 class Hypotheses(Params):
@@ -38,9 +59,9 @@ class Claim(Params):
     published: str
     comparison: str  # of the params section `comparisons`; a study without it does not list the claim
     test: Literal["better", "cheaper", "no worse", "ordered"]
-    # a column; fd and rise are taken against training and against held-out images; null: cost alone
-    measure: str | None = "fd"
-    cost: str | None = None  # of cheaper: a column
+    # fd and rise are taken against training and against held-out images; null: cost alone
+    measure: Column | None = "fd"
+    cost: Column | None = None  # of cheaper
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
     margin: Annotated[float, Field(ge=0)] = (
         0.0  # of cheaper and no worse: relatively so much worse is as good
@@ -85,14 +106,33 @@ def read_claims(folder: Path = HERE) -> list[Claim]:
     return claims
 
 
+def refuse_mistyped(claims: Sequence[Claim], declared: Collection[str]) -> None:
+    """Refuse claims on comparisons that a study does not declare, where it declares almost the same and no claim is on that.
+
+    Raises: UserError with a sentence for each.
+    """
+    left = set(declared) - {claim.comparison for claim in claims}
+    wrong = [
+        f"claim {claim.name}: the study declares no comparison {claim.comparison!r}; did you mean {meant!r}?"
+        for claim in claims
+        if claim.comparison not in declared and (meant := near(claim.comparison, left, MISTYPED))
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
 def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     """Return what comes of a claim in a study; None where the study declares no such comparison, or has not measured the cost.
 
-    Raises: UserError if a run has no results, or they lack the claim's measure.
+    Raises: NotRunError if a run, or what is measured of it, has no results yet; UserError if they lack the claim's measure.
     """
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
+    if (
+        claim.measure == "relative" and results.relative.empty
+    ):  # which is not read where its stage has not run
+        return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
     return agreed([tested(claim, rows, column, confidence) for column in columns(claim, rows)])

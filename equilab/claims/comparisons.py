@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from equilab.core.config import Params, UserError, mapping, nearest, parse
+from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 
 RUNS = ("distill", "diffusion", "gan", "consistency")  # sections whose entries are trained runs
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
-Scalar = bool | int | float | str | None
 
 
 class Point(Params):
@@ -74,24 +74,34 @@ class Comparison(Params):
                 yield f"{side}[{k}]", point
 
 
-def check_comparisons(sections: Mapping[str, Any]) -> dict[str, Comparison]:
+def check_comparisons(sections: Mapping[str, Any], where: str = "") -> dict[str, Comparison]:
     """Return the comparisons that the sections of a params file declare: each names rows that the study will have.
 
-    Raises: UserError naming the key of the first mistake: a run that is not trained or not evaluated, a column or a setting
-        that it does not have, or one that singles out none of its settings, or several.
+    Raises: UserError with a sentence for each mistake, each with the path of its key, `where` before it: a run that is not
+        trained or not evaluated, a column or a setting that it does not have, or one that singles out none of its settings,
+        or several.
     """
-    declared = {}
-    for name, value in mapping(sections.get("comparisons", {}), "comparisons").items():
-        comparison = parse(Comparison, value, f"comparisons.{name}")
-        for place, point in comparison.points:
-            _check(sections, comparison.table, point, f"comparisons.{name}.{place}")
-        declared[name] = comparison
+    declared, wrong = {}, []
+    for name, value in mapping(sections.get("comparisons", {}), f"{where}comparisons").items():
+        path = f"{where}comparisons.{name}"
+        try:
+            declared[name] = parse(Comparison, value, path)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        table = declared[name].table
+        wrong += failures(
+            partial(_check, sections, table, point, f"{path}.{place}")
+            for place, point in declared[name].points
+        )
+    if wrong:
+        raise UserError("\n".join(wrong))
     return declared
 
 
 def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> None:
-    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage, {})]
-    trained += ["teacher"] if "teacher" in sections else []
+    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage) or {}]
+    trained += ["teacher"] if sections.get("teacher") is not None else []
     if point.run not in trained:
         raise UserError(f"{path}: the study trains no {point.run!r}{nearest(point.run, trained)}")
     if table == "settings":

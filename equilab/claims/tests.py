@@ -28,6 +28,22 @@ COUNTED = (
     "teacher_calls",
 )
 MEMORY = ("memory_mib", "train_memory", "sample_memory")  # measured once, and as good as counted
+SECONDS = ("seconds", "train_seconds", "sample_seconds")
+SCORES = (
+    "fd",
+    "kid_train",
+    "kid_test",
+    "precision",
+    "recall",
+    "inception_score",
+    "l1_held_out",
+    "l1_train",
+    "rise",
+    "relative",
+    "residual",
+    "residual_ratio",
+)
+COLUMNS = (*SCORES, *COUNTED, *MEMORY, *SECONDS)  # what a claim can be about
 HIGHER = ("precision", "recall", "inception_score")  # better the higher; all else is better the lower
 NAMES = {
     "flops": "FLOPs of an image",
@@ -85,7 +101,8 @@ class Ratio:
     def __str__(self) -> str:
         """Both values, and the ratio with its interval if it has one."""
         interval = f", {self.low:.3g} to {self.high:.3g}" if self.low < self.high else ""
-        return f"{short(self.means[0])} against {short(self.means[1])} (ratio {self.value:.3g}{interval})"
+        ours, theirs = told_apart(self.means)
+        return f"{ours} against {theirs} (ratio {self.value:.3g}{interval})"
 
 
 def better(rows: pd.DataFrame, measure: str, confidence: float, times: float = 1.0) -> Outcome:
@@ -124,7 +141,7 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
         steps.append(rows[rows["pair"] == k + 1].assign(side="runs", pair=k))
     found = _outcome(_ratios(pd.concat(steps), measure, confidence), 1.0, measure)
     points = ", ".join(rows.drop_duplicates("pair")["point"])
-    means = ", ".join(short(_mean(values)) for _, values in rows.groupby("pair")[measure])
+    means = ", ".join(told_apart([_mean(values) for _, values in rows.groupby("pair")[measure]]))
     effects = (points, f"{named(measure)} {means}"), *found.effects
     return Outcome(found.verdict, found.low, found.high, effects, found.seeds)
 
@@ -151,12 +168,21 @@ def interval(
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
 
-def short(value: float) -> str:
+def told_apart(values: Sequence[float]) -> list[str]:
+    """Return numbers as people write them, in as many digits, up to five, as it takes to tell them apart."""
+    for digits in (3, 4, 5):
+        found = [short(value, digits) for value in values]
+        if len(set(found)) == len(set(values)):
+            break
+    return found
+
+
+def short(value: float, digits: int = 3) -> str:
     """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:

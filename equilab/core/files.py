@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job
 
+SCRATCH = Path(".equilab/scratch")  # of unfinished work, a folder a job
+
 
 def write(path: Path, content: bytes | str) -> None:
     """Write a file in full or not at all: what was there stays until the new content is on disk.
@@ -199,6 +201,11 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def abandoned(names: Collection[str]) -> list[Path]:
+    """Return the folders of unfinished work that is of no job of these names."""
+    return sorted(path for path in SCRATCH.glob("*") if path.name not in names)
+
+
 @contextlib.contextmanager
 def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = False) -> Iterator[Path]:
     """Give the folder of a job's unfinished work; removed when the work is finished, unless `keep`.
@@ -208,7 +215,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
 
     Raises: UserError if it cannot be written.
     """
-    folder = Path(".equilab/scratch") / job.name
+    folder = SCRATCH / job.name
     if _first():
         try:
             _prepare(folder, identity)
@@ -219,7 +226,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
     _wait()
     yield folder
     if _first() and not keep:
-        _remove(folder)
+        remove(folder)
 
 
 def _prepare(folder: Path, identity: Mapping[str, str] | None) -> None:
@@ -235,13 +242,13 @@ def _prepare(folder: Path, identity: Mapping[str, str] | None) -> None:
                 f"equilab: {folder.name}: unfinished work was begun with other {', '.join(differing)}; it starts anew",
                 file=sys.stderr,
             )
-        _remove(folder)
+        remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if identity is not None:
         write_json(stamp, identity)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder that may be looked for again at any moment: it is there in full or not at all."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)

@@ -22,7 +22,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError, read_json
+from equilab.core.config import Params, UserError, read_json, unreadable
 from equilab.core.files import (
     is_intact,
     link,
@@ -124,7 +124,7 @@ class Encoded:
         self.shape, self.shards, left = tuple(meta["shape"]), [], meta["count"]
         for name, sha256 in meta["shards"].items():
             if not (folder / name).exists() or sha256_of(folder / name) != sha256:
-                raise UserError(f"{folder / name} is missing or damaged; run the stage latents again")
+                raise unreadable(folder / name, "its checksum is not the one in meta.json")
             self.shards.append(np.load(folder / name, mmap_mode="r"))
             left -= len(self.shards[-1])
         if left:
@@ -192,6 +192,7 @@ def run(config: Config, job: Job) -> None:
                 job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)}
             )
             remove_others(job.out, about["shards"], "latents-*.npy")
+            print(f"latents: {len(images):,} of training images, in {job.out}")
         barrier()
 
 

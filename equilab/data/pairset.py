@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from equilab.core import rng
-from equilab.core.config import UserError, plain, read_json
+from equilab.core.config import UserError, plain, read_json, unreadable
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, folder_of
-from equilab.data.images import to_float
+from equilab.data.images import require_same, to_float
 from equilab.models.checkpoint import read_metadata
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
@@ -76,13 +76,17 @@ class PairSet:
                 raise UserError(
                     f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
                 )
-        drawn = "uniform" if self.label_counts is None else "frequency"
-        if (wanted := job.read("data").labels) != drawn:
+        wanted = job.read("data").labels
+        if (wanted == "frequency") != (self.label_counts is not None):
             raise UserError(
-                f"data.labels is {wanted}, but {self.folder} was made with {drawn}; run the stages from `data` again"
+                f"data.labels is {wanted}, but {self.folder} was made otherwise; run the stages from `data` again"
             )
-        weights = folder_of("teacher") / "weights.safetensors"  # pairs alone can be trained on too
-        if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
+        weights = folder_of("teacher") / "weights.safetensors"
+        if not weights.exists():
+            return  # pairs alone can be trained on too
+        teacher = read_metadata(weights)
+        require_same(weights, teacher)
+        if teacher["checksum"] != self.meta["teacher"]:
             raise UserError(
                 f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again"
             )
@@ -91,9 +95,7 @@ class PairSet:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} is missing, cut short or damaged ({error}); run the stage `pairs` again"
-            ) from None
+            raise unreadable(path, error) from None
         if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
             raise UserError(
                 f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
@@ -108,9 +110,7 @@ class PairSet:
         """
         for array, shard in zip(self.images, self.meta["shards"].values()):
             if sha256_of(Path(array.filename)) != shard["sha256"]:
-                raise UserError(
-                    f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again"
-                )
+                raise unreadable(Path(array.filename), "its checksum is not the one in meta.json")
 
     def read(self, indices: np.ndarray) -> Pairs:
         """Return the pairs at `indices` (0..held_out+count-1)."""

@@ -61,4 +61,4 @@ def network(stage: Stage) -> Any:
     def networks() -> dict[str, type[nn.Module]]:
         return {kind: each.network for kind, each in families(stage).items()}
 
-    return choice(networks)
+    return choice(networks, "a new family is entered in equilab/models/registry.py")

@@ -140,6 +140,7 @@ def run(config: Config, job: Job) -> None:
             {"of": of, "seed": first_seed(of, job), "family": family, **row} for row in activities[of].rows()
         ]
     write_table(job.out / "activation.csv", rows)
+    print(f"activation: the layers of {len(generators)} runs, in {job.out / 'activation.csv'}")
 
 
 class _Recorded(nn.Module):

@@ -83,6 +83,7 @@ def run(config: Config, job: Job) -> None:
     write_table(job.out / "cost.csv", rows)
     about = {"environment": environment(job), "matmul_fp32_flops_s": peak, "settings": plain(config)}
     write_json(job.out / "cost.json", about)
+    print(f"cost: {len(rows)} measurements of {len(generators)} runs, in {job.out / 'cost.csv'}")
 
 
 def _inputs(config: Config, generator: Generator) -> Inputs:

@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from equilab.core.config import Params, UserError, plain, read_json
+from equilab.core.config import Params, UserError, digest, plain, read_json, writer
 from equilab.core.files import link, require_disk, scratch, write_arrays, write_json, write_table
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, rank, to_device, total, world
 from equilab.core.progress import bar
 from equilab.core.settings import setting_columns
 from equilab.data import latents
+from equilab.data.images import require_same
 from equilab.data.latents import Pixels
 from equilab.data.pairset import PairSet
 from equilab.metrics.fidelity import CACHE, Scorer
@@ -100,6 +101,7 @@ def run(config: Config, job: Job) -> None:
     generator = weights_at()
     pixels = latents.pixels(job, generator.run.shape, generator.run.latent, device)
     pairs = _pairs(job) if generator.run.paired else None
+    _check_inputs(config, job, generator, pairs)
     snapshots = trained.optimisation.snapshots
     # the headline's images, those that are being made, and the rest
     require_disk(job.out, 3 * count * int(np.prod(pixels.shape)))
@@ -125,15 +127,31 @@ def run(config: Config, job: Job) -> None:
                 "environment": environment(job),
             }
             write_json(job.out / "metrics.json", {**about, **rows[0]})
+            name = scorer.extractor.distance
+            train, test = (f"{rows[0][f'{name}_{split}']:.4g}" for split in ("train", "test"))
+            print(f"{job.name}: {name.upper()} {train} to training images, {test} to held-out images")
+
+
+def _check_inputs(config: Config, job: Job, generator: Generator, pairs: PairSet | None) -> None:
+    """Refuse a run that was trained on other images or other pairs than there are now."""
+    stage, _, name = config.of.partition("/")
+    weights = folder_of(stage, name or None, job.seed if name else None) / "weights.safetensors"
+    require_same(weights, generator.metadata)
+    if pairs is not None and generator.metadata["inputs"]["pairs"] != digest(pairs.meta):
+        raise UserError(
+            f"{weights} was trained on other pairs than {pairs.folder} holds now; run {writer(weights)} again"
+        )
 
 
 def _floor_samples(job: Job) -> int:
     """Return how many images are scored: as many as the floor, with which scores are compared, was measured on.
 
-    Raises: UserError if params ask for another number.
+    Raises: UserError if params ask for another number, or it was measured on other images.
     """
     summary = folder_of("evaluator") / "summary.json"
-    samples, wanted = read_json(summary, "samples")["samples"], job.read("evaluator").samples
+    floor = read_json(summary, "samples")
+    require_same(summary, floor)
+    samples, wanted = floor["samples"], job.read("evaluator").samples
     if samples != wanted:
         raise UserError(
             f"evaluator.samples is {wanted}, but the floor in {summary.parent} is of {samples}; "

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from equilab.core.config import Params, UserError
+from equilab.core.config import Params, UserError, unreadable
 from equilab.core.files import write_table
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.core.machine import device_of
@@ -68,10 +68,12 @@ def run(config: Config, job: Job) -> None:
             distance = frechet(statistics[first], statistics[second])
             rows.append({"seed": seed, "first": first, "second": second, "distance": distance})
     write_table(job.out / "relative.csv", rows)
+    print(f"relative: {len(rows)} distances between the images of two runs, in {job.out / 'relative.csv'}")
 
 
 def _samples(name: str, seed: int) -> np.ndarray:
     path = folder_of("evaluate", name, seed) / "samples.npy"
-    if not path.exists():
-        raise UserError(f"{path} is not there; run evaluate {name} --seed {seed} first")
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(path, error) from None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from equilab.core.config import Params, UserError
+from equilab.core.config import Params, UserError, unreadable
 from equilab.core.files import write
 from equilab.core.job import Job, Plan
 
@@ -63,6 +63,7 @@ def run(config: Config, job: Job) -> None:
     )
     page = f"<h1>{title}</h1><nav><ul>{''.join(contents)}</ul></nav>{''.join(body)}"
     write(job.out / "index.html", f"{head}<body>{page}</body></html>\n")
+    print(f"report: {job.out / 'index.html'}")
 
 
 def _anchored(chapter: str, start: int) -> tuple[str, list[str]]:
@@ -90,8 +91,8 @@ def _notebook(path: Path) -> str:
         cells = list(nbformat.reads(_text(path), 4).cells)
     except UserError:
         raise
-    except Exception:  # nbformat raises whatever a damaged file leads it to
-        raise _damaged(path) from None
+    except Exception as error:  # nbformat raises whatever a damaged file leads it to
+        raise unreadable(path, error) from None
     for cell in cells:
         if cell.cell_type == "markdown":
             parts.append(_markdown(cell.source))
@@ -113,12 +114,8 @@ def _says(output: dict) -> bool:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is missing or damaged; run the stage that writes it again")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from None
 
 
 def _output(output: dict) -> str:

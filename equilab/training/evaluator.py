@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pydantic import Field, model_validator
 
 from equilab.core.config import Params, UserError
-from equilab.core.files import write, write_json
+from equilab.core.files import sha256_of, write, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, rank
 from equilab.data.images import load
@@ -61,7 +61,7 @@ def run(config: Config, job: Job) -> None:
     if config.network is None:
         save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
         write(job.out / "log.csv", "nimg,loss,lr\n")
-        summary = {"network": "inception"}
+        summary = {"network": "inception", "inputs": {"data": sha256_of(folder_of("data") / "meta.json")}}
     else:
         summary = classify.train(config, job, data)
     if rank() != 0:
@@ -69,3 +69,6 @@ def run(config: Config, job: Job) -> None:
     scorer = Scorer(job.out, folder_of("data"), CACHE, device_of(job), config)
     floor = scorer.floor(config.samples, job.study.seed)
     write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
+    accuracy = summary.get("accuracy_test")
+    told = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
+    print(f"evaluator: {told}; the floor of scores is that of {config.samples:,} real images")

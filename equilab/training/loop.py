@@ -459,6 +459,7 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
     write_table(job.out / "log.csv", [{**{key: row[key] for key in first}, **row} for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
     write_json(job.out / "summary.json", {**about, **found})
+    print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")
 
 
 def plan(config: Optimisation, cost: Cost, note: str = "") -> Plan:

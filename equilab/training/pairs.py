@@ -146,3 +146,4 @@ def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, 
         meta["label_counts"] = about["label_counts"]
     write_json(job.out / "meta.json", meta)
     remove_others(job.out, described, "images-*.npy")
+    print(f"pairs: {config.count:,} for training, {config.held_out:,} held out, in {job.out}")
