@@ -39,6 +39,7 @@ def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
     for stage in STAGES:
         if sections.has(stage) or not STAGES[stage].optional:
             yield from _readings_of_stage(sections, stage)
+    yield partial(dvc.waves, sections)
     yield partial(_refuse_other_graph, sections)
 
 
