@@ -58,6 +58,7 @@ def _refuse_other_graph(sections: Sections) -> None:
 def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
     """Yield the checks of the graph, of what is compared and claimed, and of every run by its stage, which builds its network
     without memory."""
+    yield partial(dvc.waves, sections)
     yield partial(_refuse_other_graph, sections)
     yield partial(check_comparisons, sections.values, f"{sections.where}: ")
     yield partial(_check_claims, sections)

@@ -51,15 +51,32 @@ def _threads(stage: str) -> str:
 
 
 def waves(sections: Sections) -> list[list[str]]:
-    """Return the names that DVC has for what a study makes, in three lists, each of which needs only what those before it
-    make: the stages without runs on which runs depend, in their order; runs that are trained; runs that are evaluated."""
+    """Return the names that DVC has for what a study makes, in lists, each of which needs only what those before it make: the
+    stages without runs on which runs depend, in their order; then runs, those that are trained before those that are evaluated.
+
+    Raises: UserError if runs are each other's teachers.
+    """
     present = [name for name in STAGES if sections.has(name)]
     first = [name for name in present if STAGES[name].jobs == "one" and not _reads_runs(name)]
     found = [first]
     for jobs in ("seeds", "of"):
-        names = [name for name in present if STAGES[name].jobs == jobs]
-        found.append([job.name(name) for name in names for job in sections.jobs(name)])
+        left = [(name, job) for name in present if STAGES[name].jobs == jobs for job in sections.jobs(name)]
+        while left:
+            made_yet = {(name, job.run) for name, job in left}
+            ready = [(name, job) for name, job in left if _source(sections, name, job) not in made_yet]
+            if not ready:
+                names = ", ".join(dict.fromkeys(f"{name}.{job.run}" for name, job in left))
+                raise UserError(
+                    f"{sections.where}: {names}: each waits for another as its teacher; let one have the teacher `teacher`"
+                )
+            found.append([job.name(name) for name, job in ready])
+            left = [each for each in left if each not in ready]
     return found
+
+
+def _source(sections: Sections, stage: str, job: Replicate) -> tuple[str, str | None] | None:
+    """Return the stage and the run whose results a job reads, if its entry names one."""
+    return sections.source(stage, job.run) if STAGES[stage].source else None
 
 
 def _reads_runs(stage: str) -> bool:
@@ -98,10 +115,9 @@ def _item(sections: Sections, stage: str, job: Replicate) -> dict[str, Any]:
         item["seed"] = job.seed
     if STAGES[stage].family:
         (item["family"],) = sections.families(stage, job.run)
-    if STAGES[stage].jobs == "of":
-        entry, path = sections.entry(stage, job.run)
-        named, run = sections.trained(entry["of"], f"{path}.of")
-        item["of"] = folder_of(named, run, job.seed if run else None).as_posix()
+    if STAGES[stage].source:
+        named, run = sections.source(stage, job.run)
+        item[STAGES[stage].source] = folder_of(named, run, job.seed if run else None).as_posix()
     return item
 
 

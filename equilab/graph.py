@@ -25,12 +25,14 @@ class Stage:
 
     `jobs`: one; one for each entry; one for each seed of an entry; or one for each seed of the run that an entry is `of`.
     `family`: the family whose code it runs, or where its section names that: `network`, the run it is `of`, its `runs`.
+    `source`: the key of an entry that names a run whose results it reads, `${item.KEY}` in `reads` as a folder.
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     """
 
     module: str
     jobs: Literal["one", "entries", "seeds", "of"] = "one"
     family: str = ""
+    source: str = ""
     reads: tuple[Read, ...] = ()
     cached: tuple[str, ...] = ()
     committed: tuple[str, ...] = ()
@@ -41,7 +43,14 @@ class Stage:
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
 TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
-GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency")  # stages whose runs make images
+GENERATORS = (
+    "teacher",
+    "distill",
+    "diffusion",
+    "gan",
+    "consistency",
+    "progressive",
+)  # stages whose runs make images
 RUNS = tuple(result(name) for name in GENERATORS)
 LOGGED = ("log.csv", "summary.json")
 TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": LOGGED, "optional": True}
@@ -79,10 +88,19 @@ STAGES = {
     "consistency": Stage(
         "equilab.training.consistency", jobs="seeds", family="cd", reads=(DATA, TEACHER), **TRAINED
     ),
+    "progressive": Stage(
+        "equilab.training.progressive",
+        jobs="seeds",
+        family="pd",
+        source="teacher",
+        reads=(DATA, Read("${item.teacher}/weights.safetensors")),
+        **TRAINED,
+    ),
     "evaluate": Stage(
         "equilab.stages.evaluate",
         jobs="of",
         family="of",
+        source="of",
         reads=(DATA, EVALUATOR, PAIRS, Read("${item.of}"), VAE),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),

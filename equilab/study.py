@@ -109,7 +109,7 @@ class Sections:
                 said = {key: value for key, value in entry.items() if key in ("seed", "seeds")}
                 return config.parse(Seeds, said, path).seeds
             case "of":
-                named, of = self.trained(entry.get("of"), f"{path}.of")
+                named, of = self.source(stage, run)
                 return (self.study.seed,) if of is None else self.seeds(named, of)
             case _:
                 return (None,)
@@ -127,6 +127,14 @@ class Sections:
             raise UserError(f"{path}: {name!r} is no run that makes images{nearest(name, known)}")
         stage, _, run = name.partition("/")
         return stage, run or None
+
+    def source(self, stage: str, run: str) -> tuple[str, str | None]:
+        """Return the stage and the run whose results a run of this stage reads, as its entry names them.
+
+        Raises: UserError if the study trains no such run.
+        """
+        (entry, path), key = self.entry(stage, run), STAGES[stage].source
+        return self.trained(entry.get(key), f"{path}.{key}")
 
     def jobs(self, stage: str) -> list[Replicate]:
         """Return the jobs of a stage, in the order of its section."""

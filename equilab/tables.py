@@ -89,7 +89,7 @@ class Results:
         """A row for each evaluated replicate.
 
         - `stage`, `run`, `of`, `seed`, `family`, `label`, `folder` (of what evaluate wrote);
-        - `nimg` (training images seen), `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`,
+        - `nimg` (training images seen, by the students before it too), `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`,
           `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher for the training);
         - its config, keys joined by dots: `network.width`, `optimisation.lr`, `equilibrium.iterations`, ...; lists are tuples;
         - cost and scores at its headline setting, named as in `settings`;
@@ -103,7 +103,7 @@ class Results:
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
             calls = self._teacher_calls(summary)
-            named = {"stage": summary["stage"], **_named(about), "nimg": summary["nimg"]}
+            named = {"stage": summary["stage"], **_named(about), "nimg": _seen(summary)}
             rows.append({**named, **counted, "teacher_calls": calls, **config, "folder": path.parent})
         table = pd.DataFrame(rows)
         table["train_flops"] = table["train_flops_image"] * table["nimg"]
@@ -119,7 +119,7 @@ class Results:
     @cached_property
     def snapshots(self) -> pd.DataFrame:
         """A row for each replicate and snapshot along its training, its end included: `of`, `run`, `seed`, `family`, `label`,
-        `nimg`, `train_flops` spent until then, and distances (and L1) at the headline setting."""
+        `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
             about = read_json(path, "of", "seed", "family")
@@ -129,6 +129,7 @@ class Results:
                 end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
+            curve["nimg"] += _before(summary)
             flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
@@ -290,12 +291,13 @@ class Results:
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
-        consistency distillation (a step of Heun's method), never for the loss of a GAN."""
+        consistency distillation (a step of Heun's method) and in progressive distillation (two steps, of the student before where
+        there is one), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
             return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
-        if summary["stage"] == "consistency" or config.get("consistency"):
-            return 2.0 * summary["nimg"]
+        if summary["stage"] in ("consistency", "progressive") or config.get("consistency"):
+            return 2.0 * _seen(summary)
         return 0.0 if summary["stage"] == "gan" else float("nan")
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -341,6 +343,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
     return flat
+
+
+def _before(summary: Mapping[str, Any]) -> int:
+    """Return the training images that the students before this one saw, in a chain of which each teaches the next."""
+    return summary.get("nimg_before", 0)
+
+
+def _seen(summary: Mapping[str, Any]) -> int:
+    """Return the training images that it took to make a run."""
+    return summary["nimg"] + _before(summary)
 
 
 def _calls(sampler: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ FAMILIES = {
     "diffusion/fpdm": "fpdm",
     "gan/gdd": "gdd",
     "consistency/cd": "cd",
+    "progressive/pd": "pd",
 }
 SOLVER = {"method": "iterate", "tolerance": 0, "init": "zeros"}
 
@@ -79,7 +80,7 @@ def write_run(results, of, seed, fd, run):
         "nimg": run["nimg"],
         "train_flops_image": 30,
     }
-    summary |= {"parameters": run.get("parameters", 1000), "flops_image": 10}
+    summary |= {"parameters": run.get("parameters", 1000), "flops_image": 10, **run.get("summary", {})}
     keep(results / of / (str(seed) if name else "") / "summary.json", summary)
     at = results / "evaluate" / (name or of) / str(seed)
     keep(at / "metrics.json", about)

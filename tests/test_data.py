@@ -455,7 +455,17 @@ def test_a_damaged_zip_is_named(tmp_path):
 
 def small_study(place, **changes):
     """Write a study of one run with other keys in its section `data`."""
-    absent = ("teacher", "pairs", "distill", "features", "gan", "consistency", "relative", "activation")
+    absent = (
+        "teacher",
+        "pairs",
+        "distill",
+        "features",
+        "gan",
+        "consistency",
+        "progressive",
+        "relative",
+        "activation",
+    )
     entries = {key: {"dit": config.read(smoke.SMOKE)[key]["dit"]} for key in ("diffusion", "evaluate")}
     entries |= {"cost.runs": ["diffusion/dit"], "comparisons": {}, **dict.fromkeys(absent, ...)}
     return smoke.write_study(place, entries | {f"data.{key}": value for key, value in changes.items()})

@@ -38,7 +38,9 @@ def called(folder, *command):
 def study(tmp_path_factory):
     """The folder of a study with a teacher, a GET and a ViT of two seeds; all is trained and evaluated, the teacher in bf16."""
     absent = ["features", "diffusion", "gan", "distill.get-noise"]
-    absent += [f"evaluate.{name}" for name in ("get-noise", "fpdm", "dit", "gdd", "gdd-i-2", "cd")]
+    absent += [
+        f"evaluate.{name}" for name in ("get-noise", "fpdm", "dit", "gdd", "gdd-i-2", "cd", "pd-2", "pd-1")
+    ]
     changes = {
         "distill.vit.seeds": [1, 3],
         "evaluate.teacher.precision": "bf16",

@@ -46,7 +46,17 @@ def study(tmp_path, monkeypatch, vae):
     monkeypatch.chdir(tmp_path)
     sections = config.read(SMOKE)
     sections["study"]["root"] = str(ROOT)
-    for name in ("teacher", "pairs", "distill", "features", "gan", "consistency", "relative", "activation"):
+    for name in (
+        "teacher",
+        "pairs",
+        "distill",
+        "features",
+        "gan",
+        "consistency",
+        "progressive",
+        "relative",
+        "activation",
+    ):
         del sections[name]
     sections["latents"] = {"vae": str(vae), "shape": [2, 4, 4], "batch": 64}
     sections["evaluate"] = {name: sections["evaluate"][name] for name in ("fpdm", "dit")}

@@ -220,8 +220,9 @@ def test_a_setting_that_changes_concerns_all_seeds_of_its_run(tmp_path):
 
 
 def test_a_study_without_a_stage_depends_on_none_of_its_results(tmp_path):
-    absent = ["features", "gan", "consistency", "relative", "activation"]
-    changes = dict.fromkeys([*absent, "evaluate.gdd", "evaluate.gdd-i-2", "evaluate.cd"], ...)
+    absent = ["features", "gan", "consistency", "progressive", "relative", "activation"]
+    runs = ("gdd", "gdd-i-2", "cd", "pd-2", "pd-1")
+    changes = dict.fromkeys([*absent, *(f"evaluate.{run}" for run in runs)], ...)
     changes["cost.runs"] = ["teacher", "distill/get"]
     found = jobs(study.read(write_study(tmp_path, changes) / "params.yaml"))
     for name in absent:

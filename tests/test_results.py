@@ -40,6 +40,11 @@ def study(tmp_path):
             },
         },
         "consistency/cd": {"fd": [4.0]},
+        "progressive/pd-1": {
+            "fd": [3.5],
+            "curve": [{"nimg": 500, "times": 2.0}],
+            "summary": {"nimg_before": 3000},
+        },
     }
     points = {"runs": ["distill/get"], "baseline": [{"run": "distill/get", "at": {"most_iterations": 1}}]}
     comparisons = {
@@ -72,6 +77,8 @@ def test_what_figures_and_claims_need_is_a_column(study):
     assert runs.loc[("distill/get", 0), "train_flops"] == 30 * 1000
     assert runs.loc[("distill/get", 0), "teacher_calls"] == 100 * 35  # pairs, of 18 steps of Heun's method
     assert runs.loc[("consistency/cd", 0), "teacher_calls"] == 2 * 1000
+    chain = runs.loc[("progressive/pd-1", 0)]  # with the images of the students before it
+    assert (chain["nimg"], chain["teacher_calls"], chain["train_flops"]) == (4000, 2 * 4000, 30 * 4000)
     assert runs.loc[("distill/get", 0), "rise_train"] == pytest.approx(
         2.0
     )  # it ends at twice its best snapshot
@@ -95,6 +102,8 @@ def test_snapshots_end_with_the_end_of_training(study):
     get = snapshots[(snapshots["of"] == "distill/get") & (snapshots["seed"] == 0)]
     assert list(get["nimg"]) == [250, 500, 1000] and list(get["fd_train"]) == pytest.approx([8.0, 1.0, 2.0])
     assert list(get["train_flops"]) == [30 * 250, 30 * 500, 30 * 1000]
+    chain = snapshots[snapshots["of"] == "progressive/pd-1"]
+    assert list(chain["nimg"]) == [3500, 4000] and list(chain["train_flops"]) == [30 * 3500, 30 * 4000]
 
 
 def test_a_comparison_is_rows_of_both_sides_seed_by_seed(study):

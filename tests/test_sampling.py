@@ -99,6 +99,15 @@ CD = dict(
     seed=0,
     optimisation=OPTIMISATION,
 )
+PD = dict(
+    network=UNET,
+    conditional=True,
+    teacher="teacher",
+    levels=dict(steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0),
+    weight="truncated_snr",
+    seed=0,
+    optimisation=OPTIMISATION,
+)
 ENTRIES = {
     "teacher": TEACHER,
     "distill/get": GET,
@@ -106,6 +115,7 @@ ENTRIES = {
     "diffusion/fpdm": FPDM,
     "diffusion/dit": DIT,
     "consistency/cd": CD,
+    "progressive/pd": PD,
 }
 HEUN = dict(method="heun", steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 ITERATE = dict(
@@ -137,6 +147,7 @@ SETTINGS = {
     "diffusion/fpdm": chain(),
     "diffusion/dit": chain(fixed_point=None),
     "consistency/cd": None,
+    "progressive/pd": None,
 }
 
 
@@ -187,7 +198,7 @@ def test_every_kind_of_run_makes_images_at_the_cost_that_it_says(generator, of):
     assert counter.get_total_flops() == cost["flops"]
     iterations = sum(int(solution.iterations.sum()) for solution in samples.solutions)
     assert iterations == (cost["iterations"] or 0)
-    assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd"))
+    assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd", "progressive/pd"))
 
 
 def test_the_front_door_loads_and_samples_at_the_setting_of_the_study(study, generator):
@@ -217,7 +228,7 @@ def test_the_last_iterate_or_step_is_the_image(generator, of):
     image = made(found, setting, np.arange(3)).image
     iterates = made(found, setting, np.arange(3), return_iterates=True).image
     torch.testing.assert_close(iterates[-1], image, rtol=0, atol=1e-5)
-    counts = {"teacher": 3, "distill/get": 5, "distill/vit": 1, "consistency/cd": 2}
+    counts = {"teacher": 3, "distill/get": 5, "distill/vit": 1, "consistency/cd": 2, "progressive/pd": 3}
     assert len(iterates) == counts.get(of, 4)
 
 

@@ -11,7 +11,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 
-RUNS = ("distill", "diffusion", "gan", "consistency")  # sections whose entries are trained runs
+RUNS = (
+    "distill",
+    "diffusion",
+    "gan",
+    "consistency",
+    "progressive",
+)  # sections whose entries are trained runs
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
 
 
@@ -153,6 +159,10 @@ def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> Non
     if set(point.at) != {"nimg"}:
         raise UserError(f"{path}.at: say which snapshot, by nimg alone")
     stage, _, run = point.run.partition("/")
+    if stage == "progressive":
+        raise UserError(
+            f"{path}: snapshots of {point.run} are counted from the first student of its chain; compare its end"
+        )
     optimisation = (sections[stage][run] if run else sections[stage])["optimisation"]
     kept = [*optimisation["snapshots"], optimisation["nimg"]]
     if point.at["nimg"] not in kept:

@@ -71,6 +71,58 @@ def consistency(
     return l2(student(x, sigmas[0], label).image, target)
 
 
+def progressive(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+    weight: Callable[[Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    """Return weight(sigma) * (student - progressive_target)^2 at image + sigma noise, its mean over pixels and samples.
+
+    `sigmas` are the levels of each sample at which the student's step begins, its teacher's second step begins, and both
+    end; `weight` is one of SNR_WEIGHTS.
+
+    Source: "Progressive distillation" (Salimans 2022), algorithm 2; GDD (Zheng 2024), equation 2 and table 5, PD.
+    Differs: noise levels and denoiser are EDM's, where theirs are of a cosine schedule that keeps the variance.
+    """
+    x = image + sigmas[0][:, None, None, None] * noise
+    target = progressive_target(teacher, x, sigmas, label)
+    error = (student(x, sigmas[0], label).image - target).square()
+    return (weight(sigmas[0])[:, None, None, None] * error).mean()
+
+
+@torch.no_grad()
+def progressive_target(
+    teacher: Callable[..., Denoised],
+    x: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the denoised image with which one Euler step from sigmas[0] ends where two of the teacher's end.
+
+    These go to sigmas[1], then to sigmas[2]. If they lead to H, it is (sigmas[0] H - sigmas[2] x) / (sigmas[0] - sigmas[2]);
+    written as here, by the mean of the two slopes, it loses no digits where the levels lie close together.
+
+    Source: "Progressive distillation" (Salimans 2022), algorithm 2; GDD (Zheng 2024), table 5c.
+    """
+    first, middle, last = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1) each
+    slope = (x - teacher(x, sigmas[0], label).image) / first
+    between = x + (middle - first) * slope
+    second_slope = (between - teacher(between, sigmas[1], label).image) / middle
+    share = (middle - last) / (first - last)  # of the way that the second step goes
+    return x - first * torch.lerp(slope, second_slope, share)
+
+
+# of the error of the denoised image, by the noise level; the signal-to-noise ratio of EDM's states is 1 / sigma^2
+SNR_WEIGHTS = {
+    "truncated_snr": lambda sigma: (1 / sigma**2).clamp_min(1),
+    "snr_plus_one": lambda sigma: 1 / sigma**2 + 1,
+}  # Source: "Progressive distillation" (Salimans 2022), section 4
+
+
 def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """Return the absolute error, mean over pixels and samples.
 

@@ -12,7 +12,7 @@ from equilab.core.config import UserError, choice, nearest
 from equilab.models.published_keys import Published
 from equilab.models.registry import FAMILIES
 
-Stage = Literal["teacher", "distill", "diffusion", "gan", "consistency"]
+Stage = Literal["teacher", "distill", "diffusion", "gan", "consistency", "progressive"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Family:
     """What the package knows of a family of models.
 
     The stage that trains its runs says how they are trained and sampled: `teacher`, a denoiser of noise levels followed by
-    an ODE solver; `distill`, a generator of one step; `diffusion`, a denoiser of timesteps followed along a chain; `gan` and
-    `consistency`, the teacher's network as a generator of few steps.
+    an ODE solver; `distill`, a generator of one step; `diffusion`, a denoiser of timesteps followed along a chain; `gan`,
+    `consistency` and `progressive`, the teacher's network as a generator of few steps.
     """
 
     name: str  # in the registry, in tables and in claims

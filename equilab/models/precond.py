@@ -144,3 +144,17 @@ FAMILY = Family(
         "EDMPrecond",
     ),
 )
+
+
+PROGRESSIVE = Family(
+    name="pd",
+    label="PD",
+    colour="#882255",
+    marker="<",
+    stage="progressive",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=None,
+)

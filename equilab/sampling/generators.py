@@ -23,13 +23,14 @@ from equilab.sampling.runs import (
     ImplicitOneStep,
     Inputs,
     OneStep,
+    ProgressiveStudent,
     Run,
     Samples,
     Student,
     Teacher,
 )
 from equilab.sampling.settings import Setting
-from equilab.training import consistency, diffusion, distill, gan, teacher
+from equilab.training import consistency, diffusion, distill, gan, progressive, teacher
 
 
 class Kind(NamedTuple):
@@ -47,6 +48,7 @@ KINDS = {
     "diffusion": Kind(diffusion, Denoiser, Denoiser),
     "gan": Kind(gan, Student),
     "consistency": Kind(consistency, Student),
+    "progressive": Kind(progressive, ProgressiveStudent),
 }
 
 

@@ -7,7 +7,7 @@ weights, which `equilab.sampling.load` brings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,8 @@ from equilab.core import rng
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
-from equilab.diffusion.protocols import finish
+from equilab.diffusion.protocols import Step, finish
+from equilab.diffusion.samplers import euler
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.precond import EDM
 from equilab.sampling.settings import ChainSampler, Sampler, Setting, Solve
@@ -159,14 +160,18 @@ class Teacher(Run):
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or the states of all steps."""
-        steps = setting.start(model, inputs.noise, inputs.label)
-        if return_iterates:
-            return Samples(torch.stack([step.x.float() for step in steps]))
-        return Samples(finish(steps).x.float())
+        return _followed(setting.start(model, inputs.noise, inputs.label), return_iterates)
 
     def nfe(self, setting: Sampler) -> int:
         """Return the calls of the denoiser for an image."""
         return setting.nfe
+
+
+def _followed(steps: Iterator[Step], return_iterates: bool) -> Samples:
+    """Return where the steps of a sampler of noise levels lead; with `return_iterates`, its states after all of them."""
+    if return_iterates:
+        return Samples(torch.stack([step.x.float() for step in steps]))
+    return Samples(finish(steps).x.float())
 
 
 class OneStep(Run):
@@ -225,6 +230,24 @@ class Student(Run):
 
     def _flops(self, calls, iterations):
         return self.counted.image.flops()  # of all steps
+
+
+class ProgressiveStudent(Student):
+    """A denoiser that was distilled to take Euler's steps between noise levels of its own."""
+
+    def model(self, net, metadata):
+        """Return the denoiser that the network is."""
+        return EDM(net, sigma_data=metadata["sigma_data"])
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or the states of all steps."""
+        sigmas = self.config.levels.sigmas().double().flip(0)
+        return _followed(euler(model, inputs.noise, sigmas, inputs.label), return_iterates)
+
+    def nfe(self, setting: None) -> int:
+        """Return the calls of the network for an image: one for each step."""
+        return self.config.levels.steps
 
 
 class Denoiser(Run):

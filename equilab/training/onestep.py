@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -79,17 +80,22 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-class Config(Params):
-    """What the entries of the params sections `gan` and `consistency` share."""
+class OfTeacher(Params):
+    """What the entries of all students of the teacher share."""
 
     network: Network  # the teacher's
     conditional: bool  # as the teacher
-    student: Student
     seed: Seed  # of this run: the order of its images, what it draws
     optimisation: Optimisation
 
 
-def check(config: Config, job: Job) -> None:
+class Config(OfTeacher):
+    """What the entries of the params sections `gan` and `consistency` share."""
+
+    student: Student
+
+
+def check(config: OfTeacher, job: Job) -> None:
     """Refuse a student that is not the study's teacher.
 
     Raises: UserError naming the key that differs.
@@ -112,20 +118,37 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
 
     Raises: UserError if the teacher's weights are missing, damaged, of another configuration or of other images.
     """
-    path, shape = folder_of("teacher") / "weights.safetensors", data.images.shape[1:]
-    net, about = load_network(path, job.read("teacher"))
+    own, teacher = networks(config, job, data, folder_of("teacher"), job.read("teacher"))
+    if config.student.start == "random":
+        own = untrained(config, data).to(machine.device_of(job))
+    gdd.prepare(own, config.student.freeze)
+    return own, teacher
+
+
+def networks(
+    config: OfTeacher, job: Job, data: Dataset, folder: Path, trained: Params
+) -> tuple[nn.Module, EDM]:
+    """Return a student's network with its teacher's weights, and the teacher, which was trained as `trained` says.
+
+    Raises: UserError if the weights in the folder are missing, damaged, of another configuration or of other images.
+    """
+    path, shape = folder / "weights.safetensors", tuple(data.images.shape[1:])
+    net, about = load_network(path, trained)
     classes = data.classes if config.conditional else 0
-    if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
+    if (tuple(about["image"]), about["classes"]) != (shape, classes):
         raise UserError(
             f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
-            f"{tuple(shape)} in {classes}; train it again"
+            f"{shape} in {classes}; train it again"
         )
-    own = loop.build(config.network, config.seed, "weights", shape, classes)
-    if config.student.start == "teacher":
-        own.load_state_dict(net.state_dict())
-    gdd.prepare(own, config.student.freeze)
-    device = machine.device_of(job)
-    return own.to(device), EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
+    own, device = untrained(config, data), machine.device_of(job)
+    own.load_state_dict(net.state_dict())
+    return own.to(device), EDM(net, sigma_data=job.read("teacher").sigma_data).to(device)
+
+
+def untrained(config: OfTeacher, data: Dataset) -> nn.Module:
+    """Return a student's network as it is drawn by its seed."""
+    classes = data.classes if config.conditional else 0
+    return loop.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
 
 
 def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
