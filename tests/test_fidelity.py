@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,8 @@ from equilab.core.job import Job, Study
 from equilab.data import images as data
 from equilab.metrics import fidelity
 from equilab.models import checkpoint as state
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS, Classifier
+from equilab.models.feature_networks import classifier_network
 
 CPU = torch.device("cpu")
 
@@ -89,11 +91,19 @@ def test_a_short_training_classifies_digits_better_than_98_percent(study):
     assert (found.numpy() == labels).mean() > 0.98
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (3, 12, 20)])
-def test_the_classifier_fits_images_of_any_size(image):
-    net = Classifier(image, 7, width=8, features=5)
+def test_a_classifier_of_either_kind_fits_images_of_any_size_and_has_maps_of_several(kind, image):
+    net = CLASSIFIERS[kind](image, 7, width=8, features=5)
     found = net(torch.zeros(2, *image))
     assert [part.shape for part in found] == [(2, 5), (2, 7)]
+    maps = classifier_network(net).features(torch.zeros(2, *image))
+    sides = [tuple(each.shape[2:]) for each in maps]
+    assert sides[0] == image[1:] and max(sides[-1]) <= 4
+    assert all(
+        2 * after >= before > after for one, next_ in pairwise(sides) for before, after in zip(one, next_)
+    )
+    assert [each.shape[1] for each in maps] == [8 * 2**k for k in range(len(maps))]
 
 
 @pytest.mark.parametrize(
