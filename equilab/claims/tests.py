@@ -28,7 +28,8 @@ COUNTED = (
     "teacher_calls",
 )
 MEMORY = ("memory_mib", "train_memory", "sample_memory")  # measured once, and as good as counted
-HIGHER = ("precision", "recall", "inception_score")  # better the higher; all else is better the lower
+# better the higher; all else is better the lower
+HIGHER = ("precision", "recall", "inception_score", "pairs_mean", "pairs_rms")
 NAMES = {
     "flops": "FLOPs of an image",
     "train_flops": "training FLOPs",
@@ -36,6 +37,8 @@ NAMES = {
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
     "relative": "distance to the images of the first run",
+    "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
+    "pairs_rms": "pairs of layers, by their root mean square",
     "residual_ratio": "residual, less noisy over noisier half",
     "train_memory": "MiB of a training step",
     "train_seconds": "seconds of a training step",
