@@ -197,8 +197,9 @@ class Results:
 
     @cached_property
     def relative(self) -> pd.DataFrame:
-        """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`; `first_of`,
-        `second_of` name them as `of`.
+        """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`, `images` (of
+        either side); `first_of`, `second_of` name them as `of`. Where both are the same run, its images of two disjoint sets of noises
+        are compared: what no difference looks like, between so many images.
 
         Raises: UserError if the stage relative has not run.
         """
@@ -208,8 +209,8 @@ class Results:
 
     @cached_property
     def floor(self) -> pd.DataFrame:
-        """What real images score, a row for each `measure`: `bootstrap`, training images drawn at random, as many as are scored of a
-        run; `test`, the held-out images."""
+        """What real images score, a row for each `measure`: `test`, the held-out images against the training images; `halves`,
+        training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
         about = _json(self.folder / "evaluator" / "summary.json", "evaluator", "floor")
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
@@ -319,7 +320,7 @@ class Results:
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
         table = self._relative()
-        table = table[table["first"] == table["first"].iloc[0]]
+        table = table[(table["first"] == table["first"].iloc[0]) & (table["second"] != table["first"])]
         return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:

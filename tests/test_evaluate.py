@@ -118,10 +118,12 @@ def test_a_sweep_has_a_row_a_setting_with_its_cost_and_a_curve_a_row_a_snapshot(
 def test_runs_are_compared_within_the_seeds_that_all_have(study):
     assert called(study, "relative") == 0
     rows = table(study / "results/relative/relative.csv")
-    assert [(row["seed"], row["first"], row["second"]) for row in rows] == [
-        ("1", "get", "vit"),
-        ("1", "vit", "get"),
+    assert [tuple(row[key] for key in ("seed", "first", "second", "images")) for row in rows] == [
+        ("1", "get", "vit", "100"),
+        ("1", "vit", "get", "100"),
+        ("1", "get", "get", "50"),
     ]
+    assert float(rows[2]["distance"]) > 0  # two sets of noises
     assert float(rows[0]["distance"]) == pytest.approx(float(rows[1]["distance"]), rel=1e-6)
 
 

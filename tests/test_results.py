@@ -163,17 +163,18 @@ def test_relative_distances_name_their_runs(study):
     rows = [
         {"seed": 0, "first": "cd", "second": "get", "distance": 1.5},
         {"seed": 0, "first": "get", "second": "cd", "distance": 1.5},
+        {"seed": 0, "first": "cd", "second": "cd", "distance": 0.5},  # two halves of one run's images
     ]
     table(study / "relative/relative.csv", rows)
     found = equilab.results(study)
-    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd"]
+    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd", "consistency/cd"]
     runs = found.runs.set_index(["of", "seed"])["relative"].dropna()
     assert runs.to_dict() == {("distill/get", 0): 1.5}
 
 
 def test_the_floor_and_the_iterates(study):
     found = equilab.results(study)
-    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"bootstrap": 0.3, "test": 9.0}
+    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"test": 9.0, "halves": 4.0}
     assert found.iterates("distill/get", 2)["images"].shape == (1, 2, 1, 8, 8)
     with pytest.raises(UserError, match="seed 3"):
         found.iterates("distill/get", 3)
