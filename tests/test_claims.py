@@ -1,6 +1,7 @@
 """Claims: four tests against closed forms, declared comparisons, and a claim that YAML alone adds."""
 
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -232,6 +233,23 @@ def test_two_claims_of_one_name_are_refused(tmp_path):
         claims_of(tmp_path, CLAIM, CLAIM)
 
 
+def test_readings_of_activity_must_agree():
+    claim = next(claim for claim in read_claims() if claim.name == "GDD-4, students")
+    deep, shallow = [14.0, 15.0, 16.0], [9.0, 9.5, 8.0]
+    found = rows((deep, shallow)).assign(of="gan/gdd").rename(columns={"fd": "pairs_mean"})
+
+    def judged(rms):
+        results = SimpleNamespace(
+            comparisons={claim.comparison: None}, compare=lambda _: found.assign(pairs_rms=rms)
+        )
+        return judge(claim, results, 0.95)
+
+    outcome = judged([*deep, *shallow])
+    assert (outcome.verdict, outcome.seeds) == (HOLDS, 3) and "by the mean" in outcome.effect
+    assert judged([*shallow, *deep]).verdict == INCONCLUSIVE  # one reading holds, the other fails
+    assert judged([12.0] * 6).verdict == INCONCLUSIVE
+
+
 SECTIONS = {
     "distill": {name: {"optimisation": {"nimg": 100, "snapshots": [50]}} for name in ("get", "vit", "idle")},
     "evaluate": {
@@ -245,6 +263,7 @@ SECTIONS = {
         "vit": {"of": "distill/vit"},
     },
     "cost": {"runs": ["distill/get"]},
+    "activation": {"runs": ["distill/get"]},
 }
 
 
@@ -289,6 +308,14 @@ SECTIONS = {
         (
             {"table": "costs", "runs": [{"run": "distill/get", "at": {"steps": 1}}, "distill/vit"]},
             r"at.steps: costs are told apart",
+        ),
+        (
+            {"table": "orders", "runs": ["distill/get", "distill/vit"]},
+            r"runs\[0\].at: say which of two layers .*, first: deep or shallow",
+        ),
+        (
+            {"table": "orders", "runs": [{"run": "distill/vit", "at": {"first": "deep"}}, "distill/get"]},
+            r"runs\[0\]: activation.runs does not look at distill/vit; add it there",
         ),
     ],
 )

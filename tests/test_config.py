@@ -428,6 +428,8 @@ def test_check_tells_when_dvc_yaml_is_of_other_params(tmp_path, capsys, monkeypa
         ("pairs", "pairs.sampler.sigma_min", 90.0, ["pairs.sampler", "90"]),
         ("pairs", "pairs.shard", 70, ["pairs", "70"]),
         ("evaluator", "evaluator.samples", 10**20, ["evaluator.samples"]),
+        ("evaluator", "evaluator.images", None, ["evaluator", "images"]),
+        ("features", "features.images", "third_half", ["features.images", "'first_half'"]),
         ("cost", "cost.runs", [], ["cost.runs"]),
         ("evaluate get", "evaluate.get.batch", 0, ["evaluate.get.batch"]),
         ("evaluate get", "evaluate.get.of", "distill/gett", ["evaluate.get.of", "'distill/get'"]),

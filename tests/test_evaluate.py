@@ -121,18 +121,24 @@ def test_a_sweep_has_a_row_a_setting_with_its_cost_and_a_curve_a_row_a_snapshot(
 def test_runs_are_compared_within_the_seeds_that_all_have(study):
     assert called(study, "relative") == 0
     rows = table(study / "results/relative/relative.csv")
-    assert [(row["seed"], row["first"], row["second"]) for row in rows] == [
-        ("1", "get", "vit"),
-        ("1", "vit", "get"),
+    assert [tuple(row[key] for key in ("seed", "first", "second", "images")) for row in rows] == [
+        ("1", "get", "vit", "100"),
+        ("1", "vit", "get", "100"),
+        ("1", "get", "get", "50"),
     ]
+    assert float(rows[2]["distance"]) > 0  # two sets of noises
     assert float(rows[0]["distance"]) == pytest.approx(float(rows[1]["distance"]), rel=1e-6)
 
 
-def test_activity_and_cost_are_of_the_first_seed_and_say_of_which_run(study):
+def test_activity_is_of_all_seeds_and_cost_of_the_first_and_both_say_of_which_run(study):
     assert called(study, "activation") == called(study, "cost") == 0
     activity = table(study / "results/activation/activation.csv")
-    first = {(row["of"], row["seed"], row["family"]) for row in activity}
-    assert first == {("teacher", "0", "edm"), ("distill/get", "0", "get")}
+    seen = {(row["of"], row["seed"], row["family"]) for row in activity}
+    assert seen == {("teacher", "0", "edm"), ("distill/get", "0", "get"), ("distill/get", "1", "get")}
+    get = [
+        [row["rms"] for row in activity if (row["of"], row["seed"]) == ("distill/get", seed)] for seed in "01"
+    ]
+    assert len(get[0]) == len(get[1]) and get[0] != get[1]
     layers = {row["layer"] for row in activity if row["of"] == "teacher"}
     assert len(layers) > 5 and all(layer.startswith(("enc.", "dec.")) for layer in layers)
     cost = table(study / "results/cost/cost.csv")

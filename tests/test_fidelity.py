@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,8 @@ from equilab.core.job import Job, Study
 from equilab.data import images as data
 from equilab.metrics import fidelity
 from equilab.models import checkpoint as state
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS, Classifier
+from equilab.models.feature_networks import classifier_network
 
 CPU = torch.device("cpu")
 
@@ -90,11 +92,19 @@ def test_a_short_training_classifies_digits_better_than_98_percent(study):
     assert (found.numpy() == labels).mean() > 0.98
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (3, 12, 20)])
-def test_the_classifier_fits_images_of_any_size(image):
-    net = Classifier(image, 7, width=8, features=5)
+def test_a_classifier_of_either_kind_fits_images_of_any_size_and_has_maps_of_several(kind, image):
+    net = CLASSIFIERS[kind](image, 7, width=8, features=5)
     found = net(torch.zeros(2, *image))
     assert [part.shape for part in found] == [(2, 5), (2, 7)]
+    maps = classifier_network(net).features(torch.zeros(2, *image))
+    sides = [tuple(each.shape[2:]) for each in maps]
+    assert sides[0] == image[1:] and max(sides[-1]) <= 4
+    assert all(
+        2 * after >= before > after for one, next_ in pairwise(sides) for before, after in zip(one, next_)
+    )
+    assert [each.shape[1] for each in maps] == [8 * 2**k for k in range(len(maps))]
 
 
 @pytest.mark.parametrize(
@@ -283,17 +293,23 @@ def test_the_distances_alone_are_the_same_numbers_from_an_array_or_from_batches(
 
 def test_noise_scores_worse_than_real_images_by_every_score(scorer, images):
     noise, floor = scorer.scores(images), scorer.floor(1437, seed=0)
-    assert set(floor["test"]) == {
-        "fd_train",
-        "kid_train",
-        "precision",
-        "recall",
-        "inception_score",
-        "n_samples",
-    }
-    assert floor["test"]["n_samples"] == 360 and floor["bootstrap"]["n_samples"] == 1437
-    assert floor["bootstrap"]["fd_train"] < floor["test"]["fd_train"] < noise["fd_train"] / 10
-    assert abs(floor["test"]["kid_train"]) < noise["kid_train"] / 10
+    assert (
+        set(floor["test"])
+        == set(floor["halves"])
+        == {
+            "fd_train",
+            "kid_train",
+            "precision",
+            "recall",
+            "inception_score",
+            "n_samples",
+            "n_reference",
+        }
+    )
+    for name, sizes in (("test", (360, 1437)), ("halves", (718, 718))):
+        assert (floor[name]["n_samples"], floor[name]["n_reference"]) == sizes
+        assert 0 < floor[name]["fd_train"] < noise["fd_train"] / 10
+        assert abs(floor[name]["kid_train"]) < noise["kid_train"] / 10
     for key in ("precision", "recall", "inception_score"):
         assert floor["test"][key] > noise[key], key
 
@@ -310,12 +326,18 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
     assert found["inception_score"] == parts.score() != first["inception_score"]
 
 
-def test_the_floor_draws_the_same_images_in_pieces_as_at_once():
-    whole = rng.generator(0, "floor").integers(1437, size=1001)
-    draw = rng.generator(0, "floor")
-    assert np.array_equal(
-        np.concatenate([draw.integers(1437, size=n) for n in (250, 250, 250, 250, 1)]), whole
-    )
+def test_the_floor_compares_images_that_are_not_in_both_sets(study, tmp_path):
+    seen = []
+
+    def network(image):
+        seen.append(image.numpy())
+        return image.flatten(1).float(), image.flatten(1).float()
+
+    scorer = fidelity.Scorer(study, study, tmp_path, CPU)
+    scorer.extractor = scorer.extractor._replace(network=network)
+    scorer.floor(300, seed=0)
+    images = np.concatenate(seen).reshape(600, -1)
+    assert len(np.unique(images, axis=0)) == 600
 
 
 def test_an_evaluator_of_another_configuration_is_refused(study):

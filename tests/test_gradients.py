@@ -39,6 +39,7 @@ def transformer():
     torch.manual_seed(0)
     sizes = {"width": 16, "depth": 1, "heads": 2, "patch": 2, "expansion": 2}
     model = GET((1, 8, 8), 0, **sizes, equilibrium_depth=2, equilibrium_expansion=3, normalise=True)
+    torch.nn.init.normal_(model.final.linear.weight)  # at zero, where it starts, nothing else has a gradient
     return model, torch.randn(5, 1, 8, 8)
 
 

@@ -137,21 +137,54 @@ def test_what_was_measured_stands_beside_every_seed(study):
     assert set(compared["train_memory"]) == {20.0}
 
 
+def layer(of, seed, name, depth, mean, rms):
+    """Return the rows of a layer: its activity at three noise levels, of which the order is judged by the lower two."""
+    about = {"of": of, "seed": seed, "family": "edm", "layer": name, "depth": depth, "judged_up_to": 30.0}
+    levels = zip((80.0, 10.0, 0.1), mean, rms)
+    return [
+        {**about, "step": step, "at": at, "mean": one, "rms": other}
+        for step, (at, one, other) in enumerate(levels, 1)
+    ]
+
+
+def test_of_two_layers_the_deeper_or_the_shallower_is_active_at_the_higher_noise_level(study):
+    early, late, first = (0.0, 2.0, 1.0), (0.0, 1.0, 2.0), (3.0, 2.0, 1.0)  # `first` beyond what is judged
+    rows = [
+        *layer("teacher", 0, "enc.a", 0, late, early),
+        *layer("teacher", 0, "enc.b", 1, early, late),
+        *layer("teacher", 0, "dec.c", 2, first, early),
+        *layer("teacher", 0, "dec.d", 3, late, early),
+    ]
+    fpdm = {"of": "diffusion/fpdm", "seed": 0, "family": "fpdm", "layer": "iteration.2", "depth": 0}
+    table(
+        study / "activation/activation.csv", [*rows, {**fpdm, "step": 1, "at": 9.0, "mean": 1.0, "rms": 1.0}]
+    )
+    found = equilab.results(study)
+    assert len(found.activation) == 13 and found.activation["deep"].notna().sum() == 12
+    peaks = found.peaks.set_index(["layer", "reading"])
+    assert (peaks["deep"].unstack()["mean"]).to_dict() == {"enc.a": 0, "enc.b": 1, "dec.c": 1, "dec.d": 0}
+    assert peaks.loc[("dec.c", "mean"), ["sigma", "sigma_judged"]].tolist() == [80.0, 10.0]
+    orders = found.orders.set_index("first")
+    assert orders["pairs_mean"].to_dict() == {"deep": 2.5, "shallow": 0.5}
+    assert orders["pairs_rms"].to_dict() == {"deep": 1.0, "shallow": 2.0}  # those of the decoder are alike
+
+
 def test_relative_distances_name_their_runs(study):
     rows = [
         {"seed": 0, "first": "cd", "second": "get", "distance": 1.5},
         {"seed": 0, "first": "get", "second": "cd", "distance": 1.5},
+        {"seed": 0, "first": "cd", "second": "cd", "distance": 0.5},  # two halves of one run's images
     ]
     table(study / "relative/relative.csv", rows)
     found = equilab.results(study)
-    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd"]
+    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd", "consistency/cd"]
     runs = found.runs.set_index(["of", "seed"])["relative"].dropna()
     assert runs.to_dict() == {("distill/get", 0): 1.5}
 
 
 def test_the_floor_and_the_iterates(study):
     found = equilab.results(study)
-    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"bootstrap": 0.3, "test": 9.0}
+    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"test": 9.0, "halves": 4.0}
     assert found.iterates("distill/get", 2)["images"].shape == (1, 2, 1, 8, 8)
     with pytest.raises(UserError, match="seed 3"):
         found.iterates("distill/get", 3)
@@ -186,7 +219,12 @@ def test_a_missing_or_damaged_file_is_named_with_the_command_that_writes_it(stud
 
 
 def test_what_a_stage_has_not_written_is_said(study, tmp_path):
-    for name, stage in (("costs", "cost"), ("activation", "activation"), ("relative", "relative")):
+    for name, stage in (
+        ("costs", "cost"),
+        ("activation", "activation"),
+        ("orders", "activation"),
+        ("relative", "relative"),
+    ):
         with pytest.raises(NotRunError, match=f"is not there; run `python -m equilab {stage}` first"):
             getattr(equilab.results(study), name)
     with pytest.raises(UserError, match="no evaluated run"):

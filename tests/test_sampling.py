@@ -15,7 +15,7 @@ from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
 from equilab.core.settings import setting_columns
 from equilab.models.checkpoint import save_tensors
-from equilab.sampling import KINDS, describe, first_seed, load, solver_statistics
+from equilab.sampling import KINDS, describe, load, seeds_of, solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 from equilab.training import loop
 
@@ -291,9 +291,9 @@ def test_denoisers_of_timesteps_alone_work_in_latents():
     assert {of for of, shape in shapes.items() if shape == (2, 4, 4)} == {"diffusion/fpdm", "diffusion/dit"}
 
 
-def test_the_first_seed_is_the_runs_or_the_studys():
-    assert first_seed("distill/get", job()) == 4
-    assert first_seed("teacher", job()) == 9
+def test_the_seeds_are_the_runs_or_the_studys():
+    assert seeds_of("distill/get", job()) == (4, 5)
+    assert seeds_of("teacher", job()) == (9,)
 
 
 def test_an_implicit_generator_starts_where_its_setting_says(generator):

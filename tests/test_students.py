@@ -1,7 +1,6 @@
 """Students of the teacher: consistency, steps, two networks in turn, what is frozen, resumption, refusals."""
 
 import copy
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from equilab.models.classifier import Classifier
 from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.study import Sections
-from equilab.training import gan, onestep
+from equilab.training import classify, gan, onestep
 from equilab.training.loop import Adversary, Halt, Logged, Run, fit
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +28,7 @@ SMOKE = ROOT / "studies/smoke/params.yaml"
 CPU = torch.device("cpu")
 IMAGE = (1, 8, 8)
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+STYLEGAN2 = {"kind": "stylegan2", "width": 8, "embedding": 8, "condition": 8}
 
 
 @pytest.fixture(scope="module")
@@ -299,18 +299,15 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(
     assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
 
 
-def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(capsys, given):
+def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, given):
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "consistency", "cd")
     few = {"nimg": 64, "report_nimg": 32, "decay_start_nimg": 0, "warmup_nimg": 0, "snapshots": []}
     for entry in (given["evaluator"], given["teacher"], given["features"], *given["gan"].values()):
         entry["optimisation"] = {**entry["optimisation"], **few}
     keep(given)
-    for stage in ("evaluator", "teacher"):
-        assert __main__.main([stage]) == 0
-    shutil.copytree("results/evaluator", "results/features")
-    assert "is the evaluator, which scores the images" in refused(capsys, "gan", "gdd")
-    shutil.rmtree("results/features")
+    assert __main__.main(["teacher"]) == 0
+    assert "results/features/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
     assert __main__.main(["features"]) == 0
     capsys.readouterr()
     assert __main__.main(["gan", "gdd-i-2"]) == 0
@@ -335,15 +332,30 @@ def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
     assert "is damaged" in refused(capsys, "gan", "gdd")
 
 
-def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(given):
-    given["features"] = {key: given["evaluator"][key] for key in ("network", "optimisation")}
-    keep(given)
-    weights = []
-    for stage in ("evaluator", "features"):
-        assert __main__.main([stage]) == 0
-        weights.append(checkpoint.load_tensors(Path("results", stage, "weights.safetensors"))[0])
-    drawn = [key for key, value in weights[0].items() if key.endswith("weight") and value.ndim > 1]
-    assert drawn and not any(torch.equal(weights[0][key], weights[1][key]) for key in drawn)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"network": {"kind": "classifier", "width": 16, "features": 8}}, "as the evaluator's"),
+        ({"images": "first_half"}, "give first_half to one and second_half to the other"),
+        ({"images": "all"}, "learn from the same images"),
+    ],
+)
+def test_a_discriminator_does_not_look_through_what_the_evaluator_knows(
+    capsys, tmp_path, monkeypatch, sections, change, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    keep({**sections, "features": {**sections["features"], **change}})
+    assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
+    alone = {**sections["gan"]["gdd"], "discriminator": STYLEGAN2, "features": []}  # looks through none
+    keep({**sections, "features": {**sections["features"], **change}, "gan": {"gdd": alone}})
+    assert __main__.main(["gan", "gdd", "--dry-run"]) == 0
+
+
+def test_the_halves_of_the_training_images_are_disjoint_and_each_holds_all_classes():
+    labels = np.repeat(np.arange(5), 21)  # sorted, as folders of classes are
+    first, second = (classify.part_of(part, 105, 0) for part in ("first_half", "second_half"))
+    assert sorted([*first, *second]) == list(classify.part_of("all", 105, 0)) == list(range(105))
+    assert set(labels[first]) == set(labels[second]) == set(range(5))
 
 
 def test_an_update_of_both_networks_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):

@@ -59,7 +59,8 @@ class Claim(Params):
     published: str
     comparison: str  # of the params section `comparisons`; a study without it does not list the claim
     test: Literal["better", "cheaper", "no worse", "ordered"]
-    # fd and rise are taken against training and against held-out images; null: cost alone
+    # a column; fd and rise are taken against training and against held-out images, pairs in both readings of a layer's
+    # activity; null: cost alone
     measure: Column | None = "fd"
     cost: Column | None = None  # of cheaper
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
@@ -135,18 +136,20 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
         return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
-    return agreed([tested(claim, rows, column, confidence) for column in columns(claim, rows)])
+    outcomes = [tested(claim, rows, column, confidence) for column in columns(claim, rows)]
+    return agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
 
 
 def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
-    """Return the columns of a claim's measure: one for each reference that images are compared with.
+    """Return the columns of a claim's measure: one for each reference that images are compared with, or each reading.
 
     Raises: UserError if the rows lack it.
     """
     if claim.measure is None:
         return [None]
     first = "fid" if claim.measure == "fd" and "fid_train" in rows else claim.measure
-    found = [f"{first}_train", f"{first}_test"] if claim.measure in ("fd", "rise") else [first]
+    several = {"fd": ("train", "test"), "rise": ("train", "test"), "pairs": ("mean", "rms")}
+    found = [f"{first}_{end}" for end in several[claim.measure]] if claim.measure in several else [first]
     for column in found:
         if column not in rows or rows[column].isna().any():
             raise UserError(
@@ -168,15 +171,15 @@ def tested(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: flo
             return ordered(rows, column, confidence)
 
 
-def agreed(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return what the references come to together: what they agree on, or that it depends on them where one holds and one fails."""
+def agreed(outcomes: Sequence[Outcome], split: str = DEPENDS) -> Outcome:
+    """Return what the references or readings come to together: what they agree on, or `split` where one holds and one fails."""
     verdicts = {outcome.verdict for outcome in outcomes}
     if len(verdicts) == 1:
         verdict = outcomes[0].verdict
     elif NONE in verdicts:
         verdict = NONE
     else:
-        verdict = DEPENDS if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
+        verdict = split if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
     effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
     low, high = np.min([(outcome.low, outcome.high) for outcome in outcomes], axis=0)
     return Outcome(verdict, low, high, effects, outcomes[0].seeds)

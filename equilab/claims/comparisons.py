@@ -52,7 +52,7 @@ class Comparison(Params):
 
     runs: Annotated[Points, Field(min_length=1)]
     baseline: Points = ()  # as many as runs, or one for all of them
-    table: Literal["settings", "snapshots", "costs"] = "settings"  # whose rows are compared
+    table: Literal["settings", "snapshots", "costs", "orders"] = "settings"  # whose rows are compared
 
     @model_validator(mode="after")
     def _paired(self) -> Comparison:
@@ -116,6 +116,8 @@ def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> 
         _check_snapshot(sections, point, path)
     if table == "costs":
         _check_cost(sections, point, path)
+    if table == "orders":
+        _check_order(sections, point, path)
 
 
 def position(sections: Mapping[str, Any], point: Point, path: str) -> int:
@@ -178,6 +180,16 @@ def _check_cost(sections: Mapping[str, Any], point: Point, path: str) -> None:
     for key in point.at:
         if key not in COSTS:
             raise UserError(f"{path}.at.{key}: costs are told apart by other columns{nearest(key, COSTS)}")
+
+
+def _check_order(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    looked_at = sections.get("activation", {}).get("runs", ())
+    if point.run not in looked_at:
+        raise UserError(f"{path}: activation.runs does not look at {point.run}; add it there")
+    if point.at not in ({"first": "deep"}, {"first": "shallow"}):
+        raise UserError(
+            f"{path}.at: say which of two layers is active at the higher noise level, first: deep or shallow"
+        )
 
 
 def _words(at: Mapping[str, Scalar]) -> str:

@@ -42,9 +42,11 @@ SCORES = (
     "relative",
     "residual",
     "residual_ratio",
+    "pairs",
 )
 COLUMNS = (*SCORES, *COUNTED, *MEMORY, *SECONDS)  # what a claim can be about
-HIGHER = ("precision", "recall", "inception_score")  # better the higher; all else is better the lower
+# better the higher; all else is better the lower
+HIGHER = ("precision", "recall", "inception_score", "pairs_mean", "pairs_rms")
 NAMES = {
     "flops": "FLOPs of an image",
     "train_flops": "training FLOPs",
@@ -52,6 +54,8 @@ NAMES = {
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
     "relative": "distance to the images of the first run",
+    "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
+    "pairs_rms": "pairs of layers, by their root mean square",
     "residual_ratio": "residual, less noisy over noisier half",
     "train_memory": "MiB of a training step",
     "train_seconds": "seconds of a training step",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equilab.core.config import Spec, UserError, difference, plain, shown, spec, unreadable, writer
 from equilab.core.files import write
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS
 from equilab.models.family import families, family
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
@@ -103,5 +103,5 @@ def _network(path: Path, metadata: Mapping[str, Any]) -> Spec:
         known = [family(name)] if name is not None else families(metadata["stage"]).values()
     except (KeyError, TypeError):
         raise UserError(f"{path} does not say what network it is of; run {writer(path)} again") from None
-    kinds = {each.kind: each.network for each in known} or {"classifier": Classifier}
+    kinds = {each.kind: each.network for each in known} or CLASSIFIERS
     return spec(kinds, network, f"{path}: network")

@@ -172,5 +172,5 @@ def feature_network(name: str, *, pretrained: bool) -> FeatureNetwork:
 
 def classifier_network(classifier: Classifier) -> FeatureNetwork:
     """Return a classifier trained on the study's own data as a feature network; it is taken over, and frozen."""
-    layers = list(classifier.body)[:-1]  # without the last, which flattens
+    layers = list(classifier.body)[:-1]  # without the last, which makes a vector of the map
     return FeatureNetwork("classifier", Stages(layers), layers[0].in_channels, HALF)

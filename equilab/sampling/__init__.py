@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equilab.sampling.generators import KINDS, Generator, batches, describe, first_seed, load, load_first
+from equilab.sampling.generators import KINDS, Generator, batches, describe, load, load_first, seeds_of
 from equilab.sampling.runs import Inputs, Run, Samples, solver_statistics
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Samples",
     "batches",
     "describe",
-    "first_seed",
     "load",
     "load_first",
+    "seeds_of",
     "solver_statistics",
 ]

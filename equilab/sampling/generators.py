@@ -112,10 +112,10 @@ def describe(of: str, job: Job, seed: int | None = None) -> Run:
     return kind(of, config, shape, job.classes if config.conditional else 0, KINDS[stage].training.cost)
 
 
-def first_seed(of: str, job: Job) -> int:
-    """Return the first seed of a run; the study's for a run of a stage without runs."""
+def seeds_of(of: str, job: Job) -> tuple[int, ...]:
+    """Return the seeds of a run; the study's for a run of a stage without runs."""
     stage, name = _stage_and_name(of)
-    return job.seeds(stage, name)[0] if name else job.study.seed
+    return job.seeds(stage, name) if name else (job.study.seed,)
 
 
 def load(
@@ -158,7 +158,7 @@ def load_first(of: str, job: Job) -> Generator:
 
     Raises: UserError if the weights are missing, damaged, or not of the study's params.
     """
-    return load(of, first_seed(of, job), config=describe(of, job).config, device=device_of(job))
+    return load(of, seeds_of(of, job)[0], config=describe(of, job).config, device=device_of(job))
 
 
 def _stage_and_name(of: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
-from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load_first
+from equilab.sampling import Generator, Inputs, Run, describe, load_first, seeds_of
 from equilab.sampling.runs import Denoiser, OneStep
 from equilab.sampling.settings import Count, Sampler, Solve, iterated
 from equilab.solvers import Solver
@@ -72,7 +72,7 @@ def run(config: Config, job: Job) -> None:
     with bar(job.name, len(generators), unit="run") as progress:
         for generator in generators:
             of, family = generator.run.of, generator.run.family.name
-            named = {"of": of, "seed": first_seed(of, job), "family": family}
+            named = {"of": of, "seed": seeds_of(of, job)[0], "family": family}
             inputs = _inputs(config, generator)
             for measurement in _measurements(config, generator.run):
                 row = _measured(config, measurement.prepare(generator, inputs), device)

@@ -22,14 +22,16 @@ class Config(Params):
     """The params section `evaluator`."""
 
     network: classify.Network | None  # null: torch-fidelity's Inception
+    images: classify.Part | None  # training images that the classifier learns from; null with Inception
     samples: int = Field(ge=SPLITS, le=10_000_000)  # generated images in every comparison
     optimisation: Optimisation | None  # of the classifier; null with Inception
 
     @model_validator(mode="after")
     def _fits(self):
-        if (self.network is None) != (self.optimisation is None):
+        given = {each is None for each in (self.network, self.images, self.optimisation)}
+        if len(given) > 1:
             raise ValueError(
-                "network and optimisation must both be given (a classifier) or both be null (Inception)"
+                "network, images and optimisation must all be given (a classifier) or all be null (Inception)"
             )
         return self
 

@@ -21,6 +21,7 @@ class Config(Params):
     """The params section `features`."""
 
     network: classify.Network
+    images: classify.Part  # training images that it learns from
     optimisation: Optimisation
 
 

@@ -19,7 +19,7 @@ from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
-from equilab.models.checkpoint import checksum, load_network, load_tensors
+from equilab.models.checkpoint import checksum, load_network
 from equilab.models.classifier import Classifier
 from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
 from equilab.models.family import Family, family
@@ -143,8 +143,27 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 
 def _study_features(config: Config, job: Job) -> Spec | None:
-    """Return what builds the feature network that the study trains, if the run's discriminator sees it."""
-    return job.read("features").network if STUDY_FEATURES in config.features else None
+    """Return what builds the feature network that the study trains, if the run's discriminator sees it.
+
+    Raises: UserError if it is of the evaluator's kind, or learns from images that the evaluator learns from: what the
+        discriminator then knows of the score would leak into the images.
+    """
+    if STUDY_FEATURES not in config.features:
+        return None
+    features, evaluator = job.read("features"), job.read("evaluator")
+    if evaluator.network is None:  # Inception, which learned from other images
+        return features.network
+    if features.network.kind == evaluator.network.kind:
+        raise UserError(
+            f"features.network.kind is {features.network.kind}, as the evaluator's, so that the discriminator would see "
+            "what scores the images; give another kind"
+        )
+    if {features.images, evaluator.images} != {"first_half", "second_half"}:
+        raise UserError(
+            f"features.images is {features.images} and evaluator.images {evaluator.images}, so that they learn from the same "
+            "images; give first_half to one and second_half to the other"
+        )
+    return features.network
 
 
 def _classes(config: Config, classes: int) -> int:
@@ -168,8 +187,9 @@ def run(config: Config, job: Job) -> None:
     torch.manual_seed(rng.torch_seed(config.seed, "discriminator weights"))
     classifier = None
     if STUDY_FEATURES in config.features:
-        inputs["features"] = _require_own_features()
-        classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
+        weights = folder_of("features") / "weights.safetensors"
+        classifier, _ = load_network(weights, job.read("features"))
+        inputs["features"] = sha256_of(weights)
     try:
         networks = feature_networks(config.features, classifier, pretrained=True)
     except ValueError as error:
@@ -195,21 +215,6 @@ def run(config: Config, job: Job) -> None:
         adversary,
         functools.partial(collapsed, config),
     )
-
-
-def _require_own_features() -> str:
-    """Return the checksum of the study's feature network; empty if it is not there.
-
-    Raises: UserError if it is the evaluator.
-    """
-    path, evaluator = (folder_of(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
-    if not path.exists():
-        return ""
-    if evaluator.exists() and checksum(load_tensors(path)[0]) == checksum(load_tensors(evaluator)[0]):
-        raise UserError(
-            f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again"
-        )
-    return sha256_of(path)
 
 
 def feature_networks(
