@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job
+from equilab.core.process import is_first
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -176,7 +177,7 @@ def locked(name: str) -> Iterator[None]:
 
     Raises: UserError if another process holds it, or it cannot be written.
     """
-    if not _first():
+    if not is_first():
         yield
         return
     path = Path(".equilab/locks") / name
@@ -194,11 +195,6 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def _first() -> bool:
-    """Return whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextlib.contextmanager
 def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = False) -> Iterator[Path]:
     """Give the folder of a job's unfinished work; removed when the work is finished, unless `keep`.
@@ -209,7 +205,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
     Raises: UserError if it cannot be written.
     """
     folder = Path(".equilab/scratch") / job.name
-    if _first():
+    if is_first():
         try:
             _prepare(folder, identity)
         except OSError as error:
@@ -218,7 +214,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
             ) from None
     _wait()
     yield folder
-    if _first() and not keep:
+    if is_first() and not keep:
         _remove(folder)
 
 

@@ -15,7 +15,7 @@ from equilab.core.config import Params, UserError
 from equilab.core.job import Job, Seed, folder_of
 from equilab.data.images import Dataset
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
 from equilab.models.family import network
@@ -79,7 +79,7 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-class Config(Params):
+class Config(loop.Trained):
     """What the entries of the params sections `gan` and `consistency` share."""
 
     network: Network  # the teacher's
@@ -114,7 +114,7 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
     """
     path, shape = folder_of("teacher") / "weights.safetensors", data.images.shape[1:]
     net, about = load_network(path, job.read("teacher"))
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
         raise UserError(
             f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
@@ -168,6 +168,6 @@ def on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
 
     Raises: UserError if its sizes do not fit.
     """
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     gdd.prepare(net, config.student.freeze)
     return net
