@@ -32,7 +32,7 @@ def code_files(sections: Sections) -> dict[str, str]:
 
 
 def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
-    """Return what a job depends on beside the results of others, by paths: the code that it runs, and what params say of it."""
+    """Return what a job depends on besides the results of others, by paths: the code that it runs, and what params say of it."""
     study = sections.section("study")
     params = {"study": {key: study.get(key) for key in ("device", "seed", _threads(stage))}}
     params[stage] = sections.frozen(stage, job)[0]

@@ -19,7 +19,7 @@ from equilab.core.job import Distinct, Job, Seed, Study, checked_name
 from equilab.graph import GENERATORS, STAGES
 from equilab.models.registry import FAMILIES
 
-CODE = "results/code"  # what the stages depend on beside the results of others
+CODE = "results/code"  # what the stages depend on besides the results of others
 
 
 class Replicate(NamedTuple):
@@ -147,9 +147,8 @@ class Sections:
         entry, path = self.entry(stage, job.run)
         if STAGES[stage].jobs != "seeds":
             return entry, path
-        return {("seed" if key == "seeds" else key): value for key, value in entry.items()} | {
-            "seed": job.seed
-        }, path
+        frozen = {("seed" if key == "seeds" else key): value for key, value in entry.items()}
+        return {**frozen, "seed": job.seed}, path
 
     def families(self, stage: str, run: str | None = None) -> list[str]:
         """Return the names of the families whose code a stage runs, or one of its runs.
@@ -168,8 +167,10 @@ class Sections:
         named = [entry.get("of")] if said == "of" else entry.get("runs")
         if not isinstance(named, list):
             raise UserError(f"{path}.runs: expected a list, got {named!r}")
-        found = [self.families(*self.trained(name, f"{path}.{said}")) for name in named]
-        return list(dict.fromkeys(name for names in found for name in names))
+        found = []
+        for name in named:
+            found += self.families(*self.trained(name, f"{path}.{said}"))
+        return list(dict.fromkeys(found))
 
 
 def read(params: Path) -> Sections:
@@ -183,7 +184,7 @@ def read(params: Path) -> Sections:
 def open_study(params: Path) -> Sections:
     """Return the sections of a study's params.
 
-    Raises: UserError if the file is missing or no YAML, or the study lies beside other code than runs.
+    Raises: UserError if the file is missing or no YAML, or the study is of other code than runs.
     """
     sections = read(params)
     refuse_other_code(sections)
@@ -195,10 +196,10 @@ def refuse_other_code(sections: Sections) -> None:
 
     Raises: UserError with what to do.
     """
-    here, beside = code.PACKAGE.parent.resolve(), (sections.folder / sections.study.root).resolve()
-    if beside != here:
+    here, root = code.PACKAGE.parent.resolve(), (sections.folder / sections.study.root).resolve()
+    if root != here:
         raise UserError(
-            f"{sections.where}: study.root leads to {beside}, but the equilab that runs is that of {here}; correct the "
+            f"{sections.where}: study.root leads to {root}, but the equilab that runs is that of {here}; correct the "
             "key, or use the environment of the study's own repository (`make study` there makes one)"
         )
 

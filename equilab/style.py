@@ -23,11 +23,8 @@ from equilab.models.registry import FAMILIES
 WIDTH = 7.2  # inches: the text of a printed page
 DPI = 150
 DASHES = ("", (3, 1.2), (1, 1), (5, 1, 1, 1))  # of the runs of a family
-SPREAD = {
-    "errorbar": ("pi", 100),
-    "err_style": "bars",
-    "err_kws": {"capsize": 2, "elinewidth": 0.8},
-}  # all seeds
+# arguments of seaborn's `lineplot`: bars that span all seeds
+SPREAD = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 2, "elinewidth": 0.8}}
 
 
 def use() -> None:

@@ -17,24 +17,14 @@ import numpy as np
 import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
-from equilab.core.config import UserError, nearest, read, read_json, unreadable
+from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
 
-COUNTED = (
-    "parameters",
-    "parameters_trained",
-    "flops_image",
-    "train_flops_image",
-)  # of a summary, if it has them
-SCORES = (
-    "fd",
-    "fid",
-    "kid",
-    "l1",
-    "precision",
-    "recall",
-    "inception_score",
-)  # first words of the columns of scores
+# counts in the summary of a training, where it has them
+COUNTED = ("parameters", "parameters_trained", "flops_image", "train_flops_image")
+# how the columns of scores begin
+SCORES = ("fd", "fid", "kid", "l1", "precision", "recall", "inception_score")
 
 
 class NotRunError(UserError):
@@ -228,7 +218,7 @@ class Results:
         """Return the rows of a declared comparison, a row for each side and seed of each pair.
 
         `pair` counts from 0; `side` is "runs" or "baseline" ("runs" alone where they stand in an order); `point` names the row in words.
-        The other columns are those of the table that the comparison is over, and beside settings those of their run, and what was
+        The other columns are those of the table that the comparison is over; for settings also those of their run, and what was
         measured of it: `train_seconds`, `train_seconds_min`, `train_seconds_max`, `train_memory`, and the same of `sample`.
 
         Raises: UserError if the study declares no such comparison; NotRunError if a run of it has no results.
@@ -260,7 +250,7 @@ class Results:
     @cached_property
     def _settings_of_runs(self) -> pd.DataFrame:
         """Return the settings with the columns of their runs, and with what was measured of these: of a training step as the run was
-        trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and stand beside every seed."""
+        trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and repeated for every seed."""
         more = [column for column in self.runs if column not in self.settings]
         rows = self.settings.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
         if not (self.folder / "cost" / "cost.csv").exists():
@@ -341,7 +331,8 @@ class Results:
         there is one), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
-            return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
+            sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
+            return float(config["pairs"] * sampler.nfe)
         if summary["stage"] in ("consistency", "progressive") or config.get("consistency"):
             return 2.0 * _seen(summary)
         return 0.0 if summary["stage"] == "gan" else float("nan")
@@ -401,11 +392,6 @@ def _seen(summary: Mapping[str, Any]) -> int:
     return summary["nimg"] + _before(summary)
 
 
-def _calls(sampler: Mapping[str, Any]) -> int:
-    """Return the network evaluations of an image: Heun's method evaluates twice a step, but for the last."""
-    return 2 * sampler["steps"] - 1 if sampler["method"] == "heun" else sampler["steps"]
-
-
 def _residual_ratios(path: Path, settings: int) -> list[float]:
     """Return for each setting of a chain the geometric mean of the last residuals in the less noisy half of its timesteps over that in
     the noisier half; nan where there is no fixed point, or too few steps. The first step, which has nothing to reuse, is left out."""
@@ -414,9 +400,8 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
     for k in range(settings):
         ratio = np.nan
         if f"residual_{k}" in arrays and (half := (len(arrays[f"t_{k}"]) - 1) // 2):
-            medians = arrays[f"residual_{k}"][
-                1
-            ]  # (S, K), the noisiest step first; nan after the last iteration
+            # (S, K), the noisiest step first; nan after the last iteration
+            _, medians, _ = arrays[f"residual_{k}"]
             last = np.isfinite(medians).sum(1) - 1
             logs = np.log(medians[np.arange(len(medians)), last])
             ratio = np.exp(logs[-half:].mean() - logs[1 : 1 + half].mean())

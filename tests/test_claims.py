@@ -77,9 +77,8 @@ def test_all_pairs_must_hold_with_intervals_that_are_right_at_once():
     one = better(rows((OURS, THEIRS)), "fd", 0.95)
     assert (outcome.low, outcome.high) == pytest.approx((one.low, one.high)) and outcome.verdict == HOLDS
     outcome = better(rows((OURS, THEIRS), (THEIRS, OURS)), "fd", 0.9)
-    assert (
-        outcome.verdict == FAILS and "runs-1 against distill/baseline-1" in outcome.effect
-    )  # the pair that decides
+    assert outcome.verdict == FAILS
+    assert "runs-1 against distill/baseline-1" in outcome.effect  # the pair that decides
     assert better(rows((OURS, THEIRS), (OURS, OURS)), "fd", 0.9).verdict == INCONCLUSIVE
 
 
@@ -88,9 +87,8 @@ def test_fewer_than_three_seeds_give_numbers_and_no_verdict():
     assert outcome.verdict == NONE and np.isnan(outcome.low) and outcome.seeds == 1
     assert "1 against 2 (ratio 2)" in outcome.effect
     assert better(rows((OURS, THEIRS), (OURS, [2.0, 2.1])), "fd", 0.95).verdict == NONE
-    assert (
-        better(rows((THEIRS, OURS), (OURS, [2.0])), "fd", 0.95).verdict == FAILS
-    )  # one pair that fails is enough
+    one_fails = rows((THEIRS, OURS), (OURS, [2.0]))  # which is enough
+    assert better(one_fails, "fd", 0.95).verdict == FAILS
 
 
 def test_no_worse_allows_a_margin():
@@ -117,9 +115,8 @@ def test_a_counted_cost_needs_no_seeds():
     found = rows(([1.0], [2.0]), parameters=(10, 50))
     outcome = cheaper(found, None, 0.95, "parameters")
     assert (outcome.verdict, outcome.low, outcome.high, outcome.seeds) == (HOLDS, 5.0, 5.0, None)
-    assert (
-        cheaper(found, None, 0.95, "parameters", times=5.0).verdict == INCONCLUSIVE
-    )  # not more than five times
+    exactly = cheaper(found, None, 0.95, "parameters", times=5.0)
+    assert exactly.verdict == INCONCLUSIVE  # not more than five times
     assert cheaper(found, None, 0.95, "parameters", times=6.0).verdict == FAILS
     assert cheaper(found, "fd", 0.95, "parameters").verdict == NONE  # the quality is not counted
     assert cheaper(rows(([1.0], [2.0]), parameters=(50, 10)), "fd", 0.95, "parameters").verdict == FAILS
@@ -186,9 +183,8 @@ def test_references_that_disagree_are_said_to(tmp_path):
     runs = {"distill/get": {"fd": FD, "held_out": 9.0}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
     found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
     (claim,) = claims_of(tmp_path / "claims", CLAIM)
-    assert (
-        judge(claim, found, 0.95).verdict == DEPENDS
-    )  # better than half of ViT's, and more than twice the other
+    # better than half of ViT's, and more than twice the other
+    assert judge(claim, found, 0.95).verdict == DEPENDS
     runs["distill/get"]["held_out"] = 4.0  # on average as good
     found = equilab.results(write_study(tmp_path / "b", runs, comparisons=COMPARISONS))
     assert judge(claim, found, 0.95).verdict == INCONCLUSIVE

@@ -126,9 +126,8 @@ def denoiser(chain, mean, std):
 def moments(sampler, chain, predict, **options):
     """Return mean and standard deviation of what a sampler, affine in its noises, makes of unit noise."""
     count = len(chain.t)
-    units = torch.eye(
-        count + 1, count, dtype=torch.float64
-    )  # row i: one of the noises is 1; the last row: none
+    # row i: one of the noises is 1; the last row: none
+    units = torch.eye(count + 1, count, dtype=torch.float64)
     units = units.T[:, :, None, None, None]  # the first is the start
 
     def noises(step):

@@ -151,10 +151,8 @@ def test_inception_score_agrees_with_the_published_values():
 def test_the_inception_score_of_what_is_not_kept_is_that_of_the_same_parts():
     values, _ = golden("metrics")
     logits = values["in.logits"]
-    parts, order = (
-        fidelity.Parts(10),
-        torch.arange(len(logits)).reshape(10, -1).T.flatten(),
-    )  # image k of part k modulo 10
+    parts = fidelity.Parts(10)
+    order = torch.arange(len(logits)).reshape(10, -1).T.flatten()  # image k of part k modulo 10
     for block in logits[order].split(37):
         parts.update(block)
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -182,10 +180,8 @@ def test_precision_and_recall_agree_with_the_published_values(neighbours):
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     generator = torch.Generator().manual_seed(0)
     mix = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
-    a, b = (
-        torch.linspace(0.1, 3, 12).double(),
-        torch.linspace(2, 0.5, 12).double(),
-    )  # variances along common axes
+    # variances along common axes
+    a, b = torch.linspace(0.1, 3, 12).double(), torch.linspace(2, 0.5, 12).double()
     gap = torch.linspace(-1, 1, 12).double()
     one = fidelity.Statistics(torch.zeros(12).double(), mix @ a.diag() @ mix.T)
     two = fidelity.Statistics(gap, mix @ b.diag() @ mix.T)

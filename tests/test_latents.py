@@ -5,18 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
-import yaml
 from diffusers import AutoencoderKL
+from smoke import called, keep, refused
 
 from equilab import __main__, dvc
 from equilab.core import config, rng
 from equilab.data import images as data
 from equilab.data import latents
 from equilab.study import open_study
-
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +42,7 @@ def vae(tmp_path_factory):
 def study(tmp_path, monkeypatch, vae):
     """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
     monkeypatch.chdir(tmp_path)
-    sections = config.read(SMOKE)
-    sections["study"]["root"] = str(ROOT)
+    sections = smoke.sections()
     for name in (
         "teacher",
         "pairs",
@@ -70,21 +67,6 @@ def study(tmp_path, monkeypatch, vae):
     return tmp_path
 
 
-def keep(sections):
-    Path("params.yaml").write_text(yaml.safe_dump(sections))
-
-
-def called(*command):
-    assert __main__.main(list(command)) == 0
-
-
-def refused(capsys, *command):
-    """Return the sentence with which a command is refused."""
-    capsys.readouterr()
-    assert __main__.main(list(command)) == 2
-    return capsys.readouterr().err
-
-
 def content():
     return {path.name: path.read_bytes() for path in sorted(Path("results/latents").iterdir())}
 
@@ -96,9 +78,8 @@ def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, v
     images = data.load(Path("results/data"), "train").images
     net = AutoencoderKL.from_pretrained(vae).eval()
     with torch.inference_mode():
-        moments = net.quant_conv(
-            net.encoder(data.to_float(torch.from_numpy(images[items])))
-        )  # mean and log variance
+        encoded = net.encoder(data.to_float(torch.from_numpy(images[items])))
+        moments = net.quant_conv(encoded)  # mean and log variance
     mean, log_variance = moments.chunk(2, 1)
     noise = torch.from_numpy(rng.noise(0, "latents", items, (2, 4, 4)))
     torch.testing.assert_close(found, 0.5 * (mean + (log_variance / 2).exp() * noise))
@@ -108,15 +89,15 @@ def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, v
 
 def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_bytes(study, monkeypatch):
     called("latents")
-    whole, encoded, calls = content(), latents._encoded, []
+    whole, encode, calls = content(), AutoencoderKL.encode, []
 
-    def counted(*given):
-        calls.append(len(given[1]))
+    def counted(vae, image):
+        calls.append(len(image))
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return encoded(*given)
+        return encode(vae, image)
 
-    monkeypatch.setattr(latents, "_encoded", counted)
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
     assert __main__.main(["latents"]) == 130 and content() == whole  # what was there is still there
     called("latents")
     assert content() == whole and sum(calls[20:]) == 1597 - 1024
@@ -200,7 +181,7 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
         for path in stage.get("do", stage)["deps"]
         if "pairs/" in path or ("distill" in path and "results" in path)
     ]
-    assert "latents" not in dvc.graph(open_study(SMOKE))["stages"]
+    assert "latents" not in dvc.graph(open_study(smoke.SMOKE))["stages"]
 
 
 @pytest.mark.parametrize(

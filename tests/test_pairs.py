@@ -140,9 +140,8 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
     monkeypatch.chdir(study)
     assert __main__.main(["distill", "vit"]) == 0
     two, one = (load_tensors(f / "results/distill/vit/0/weights.safetensors")[0] for f in (folder, study))
-    torch.testing.assert_close(
-        two, one, rtol=1e-3, atol=5e-4
-    )  # Adam divides by gradients near 0: rounding grows
+    # Adam divides by gradients near 0: rounding grows
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
     losses = [
         np.genfromtxt(f / "results/distill/vit/0/log.csv", delimiter=",", names=True)["loss"]
         for f in (folder, study)

@@ -79,9 +79,8 @@ def test_what_figures_and_claims_need_is_a_column(study):
     assert runs.loc[("consistency/cd", 0), "teacher_calls"] == 2 * 1000
     chain = runs.loc[("progressive/pd-1", 0)]  # with the images of the students before it
     assert (chain["nimg"], chain["teacher_calls"], chain["train_flops"]) == (4000, 2 * 4000, 30 * 4000)
-    assert runs.loc[("distill/get", 0), "rise_train"] == pytest.approx(
-        2.0
-    )  # it ends at twice its best snapshot
+    rise = runs.loc[("distill/get", 0), "rise_train"]
+    assert rise == pytest.approx(2.0)  # it ends at twice its best snapshot
     assert runs.loc[("distill/vit", 0), "rise_train"] == 1.0
 
 
@@ -92,9 +91,8 @@ def test_a_setting_is_a_row_and_the_first_is_the_headline(study):
     assert list(get["fd_train"]) == pytest.approx([2.2, 6.6, 3.3])
     chains = settings[settings["of"] == "diffusion/fpdm"]
     assert list(chains["iterations_per_call"]) == [4 / 5] * 2 and list(chains["reuse"]) == [True, False]
-    assert list(chains["residual_ratio"]) == pytest.approx(
-        [0.25] * 2
-    )  # 0.1 over 0.4; the first step is left out
+    # 0.1 over 0.4; the first step is left out
+    assert list(chains["residual_ratio"]) == pytest.approx([0.25] * 2)
 
 
 def test_snapshots_end_with_the_end_of_training(study):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
-import yaml
 from conftest import golden
+from smoke import called, keep, refused
 
-from equilab import __main__, study
+from equilab import study
 from equilab.core import config
 from equilab.data.images import Dataset, load
 from equilab.diffusion import losses
@@ -23,8 +24,6 @@ from equilab.study import Sections
 from equilab.training import classify, gan, onestep
 from equilab.training.loop import Adversary, Halt, Logged, Run, fit
 
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 CPU = torch.device("cpu")
 IMAGE = (1, 8, 8)
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
@@ -34,13 +33,11 @@ STYLEGAN2 = {"kind": "stylegan2", "width": 8, "embedding": 8, "condition": 8}
 @pytest.fixture(scope="module")
 def sections():
     """The params of the smoke study, for a study anywhere."""
-    sections = config.read(SMOKE)
-    sections["study"]["root"] = str(ROOT)
-    return sections
+    return smoke.sections()
 
 
 def config_of(sections, stage, run=None):
-    return study.config_of(Sections(sections, "params.yaml", SMOKE.parent), stage, run)
+    return study.config_of(Sections(sections, "params.yaml", smoke.SMOKE.parent), stage, run)
 
 
 @pytest.fixture(scope="module")
@@ -239,19 +236,8 @@ def given(tmp_path, monkeypatch, sections):
     monkeypatch.chdir(tmp_path)
     given = copy.deepcopy(sections)
     keep(given)
-    assert __main__.main(["data"]) == 0
+    called("data")
     return given
-
-
-def keep(sections):
-    Path("params.yaml").write_text(yaml.safe_dump(sections))
-
-
-def refused(capsys, *command):
-    """Return the sentence with which a command is refused."""
-    capsys.readouterr()
-    assert __main__.main(list(command)) == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -306,16 +292,17 @@ def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, g
     for entry in (given["evaluator"], given["teacher"], given["features"], *given["gan"].values()):
         entry["optimisation"] = {**entry["optimisation"], **few}
     keep(given)
-    assert __main__.main(["teacher"]) == 0
+    for stage in ("evaluator", "teacher"):
+        called(stage)
     assert "results/features/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
-    assert __main__.main(["features"]) == 0
+    called("features")
     capsys.readouterr()
-    assert __main__.main(["gan", "gdd-i-2"]) == 0
+    called("gan", "gdd-i-2")
     shares = capsys.readouterr().out
     assert "# convolution" in shares and shares.count("frozen") == 2 and shares.count("trained") == 7
     metadata = checkpoint.read_metadata(Path("results/gan/gdd-i-2/0/weights.safetensors"))
     assert (metadata["family"], metadata["run"], metadata["seed"]) == ("gdd", "gdd-i-2", 0)
-    assert __main__.main(["gan", "gdd", "--dry-run"]) == 0
+    called("gan", "gdd", "--dry-run")
     assert "# parameters: 48," in capsys.readouterr().out.replace("\n", " ")
     assert len(load(Path("results/data"), "test").images) == 200
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job
+from equilab.core.process import is_first
 
 SCRATCH = Path(".equilab/scratch")  # of unfinished work, a folder a job
 
@@ -178,7 +179,7 @@ def locked(name: str) -> Iterator[None]:
 
     Raises: UserError if another process holds it, or it cannot be written.
     """
-    if not _first():
+    if not is_first():
         yield
         return
     path = Path(".equilab/locks") / name
@@ -196,11 +197,6 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def _first() -> bool:
-    """Return whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def abandoned(names: Collection[str]) -> list[Path]:
     """Return the folders of unfinished work that is of no job of these names."""
     return sorted(path for path in SCRATCH.glob("*") if path.name not in names)
@@ -216,7 +212,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
     Raises: UserError if it cannot be written.
     """
     folder = SCRATCH / job.name
-    if _first():
+    if is_first():
         try:
             _prepare(folder, identity)
         except OSError as error:
@@ -225,7 +221,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
             ) from None
     _wait()
     yield folder
-    if _first() and not keep:
+    if is_first() and not keep:
         remove(folder)
 
 

@@ -61,9 +61,7 @@ class Job:
     image: tuple[int, int, int]  # channels, height, width, as params say
     classes: int  # 0: no labels
     code: str  # digest of what the modules behind the stage mean
-    read: Callable[
-        ..., Any
-    ]  # (stage, run=None, seed=None) -> its config; of the first seed where none is given
+    read: Callable[..., Any]  # (stage, run=None, seed=None) -> its config, by default of the first seed
     seeds: Callable[[str, str], tuple[int, ...]]  # (stage, run) -> the seeds of its replicates
 
     @property
@@ -80,7 +78,7 @@ class Job:
 
 
 class Plan(NamedTuple):
-    """What a stage will cost, before anything is spent; None where it cannot be told beforehand."""
+    """What a stage will cost, before anything is spent; None where that cannot be known."""
 
     parameters: int | None = None
     flops: float = 0.0  # of networks, in all

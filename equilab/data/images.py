@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -28,12 +27,13 @@ from equilab.core.files import (
     write_json,
 )
 from equilab.core.job import Job, Plan, folder_of
+from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.data import reading
 from equilab.data.hub import Datasets, locate, open_splits
 from equilab.data.reading import Images, Refusals, RefusedError, expanded
 
-# per source, the keys beside `source` that it reads: all of one group, and no others
+# per source, the keys besides `source` that it reads: all of one group, and no others
 READS = {
     "digits": [("test",)],
     "cifar10": [("path",)],
@@ -198,7 +198,7 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError naming the key or the file that is wrong, and what to do; images that are refused are counted.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return  # of several processes the first one does it
     with scratch(job) as place:  # what is there stays until everything new is
         splits = _open(config, job.study.seed, place)

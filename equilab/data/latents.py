@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,21 +24,11 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import Params, UserError, read_json, unreadable
-from equilab.core.files import (
-    is_intact,
-    link,
-    remove_others,
-    require_disk,
-    scratch,
-    sha256_of,
-    write,
-    write_array,
-    write_json,
-)
+from equilab.core.files import remove_others, scratch, sha256_of, write_json
 from equilab.core.job import Job, Plan, folder_of
-from equilab.core.machine import barrier, device_of, environment, identity, rank, world
-from equilab.core.progress import bar
+from equilab.core.machine import barrier, device_of, environment, identity, rank
 from equilab.data import images as data
+from equilab.data import shards
 from equilab.data.images import to_float, to_uint8
 from equilab.models.checkpoint import checksum
 
@@ -162,44 +153,25 @@ def run(config: Config, job: Job) -> None:
         "vae": checksum({**vae.state_dict(), **scaling._asdict()}),
         "shape": config.shape,
     }
+
+    @torch.inference_mode()
+    def encoded(items: np.ndarray) -> np.ndarray:
+        noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(device)
+        image = to_float(torch.from_numpy(images[items])).to(device)
+        posterior = vae.encode(image).latent_dist
+        latent = (posterior.mean + posterior.std * noise - scaling.center) * scaling.scale
+        return latent.cpu().numpy()
+
+    sizes = {"count": len(images), "shard": SHARD, "batch": config.batch}
     with scratch(job, identity(job, config, about)) as folder:
-        shards = [folder / f"latents-{start:010d}.npy" for start in range(0, len(images), SHARD)]
-        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
-        require_disk(folder, 4 * int(np.prod(config.shape)) * SHARD * len(missing))
-        with bar(
-            job.name, len(images), done=min((len(shards) - len(missing)) * SHARD, len(images))
-        ) as progress:
-            for k in missing[rank() :: world()]:
-                blocks = []
-                for start in range(k * SHARD, min((k + 1) * SHARD, len(images)), config.batch):
-                    items = np.arange(start, min(start + config.batch, (k + 1) * SHARD, len(images)))
-                    noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(
-                        device
-                    )
-                    image = to_float(torch.from_numpy(images[items])).to(device)
-                    blocks.append(_encoded(vae, image, noise, scaling))
-                    progress.update(len(items))
-                write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
-        barrier()
+        made = shards.make(job, folder, "latents", encoded, row_bytes=4 * math.prod(config.shape), **sizes)
         if rank() == 0:
-            job.out.mkdir(parents=True, exist_ok=True)
-            for path in shards:
-                link(path, job.out)
-            about["shards"] = {
-                path.name: path.with_suffix(".sha256").read_text(encoding="utf-8") for path in shards
-            }
-            write_json(
-                job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)}
-            )
+            about["shards"] = shards.publish(made, job.out)
+            meta = {**about, "count": len(images), "environment": environment(job)}
+            write_json(job.out / "meta.json", meta)
             remove_others(job.out, about["shards"], "latents-*.npy")
             print(f"latents: {len(images):,} of training images, in {job.out}")
         barrier()
-
-
-@torch.inference_mode()
-def _encoded(vae: nn.Module, image: Tensor, noise: Tensor, scaling: Scaling) -> np.ndarray:
-    posterior = vae.encode(image).latent_dist
-    return ((posterior.mean + posterior.std * noise - scaling.center) * scaling.scale).cpu().numpy()
 
 
 def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
@@ -295,7 +267,7 @@ def _load(path: Path) -> nn.Module:
     from diffusers import AutoencoderKL
 
     try:
-        vae, told = AutoencoderKL.from_pretrained(
+        vae, mismatch = AutoencoderKL.from_pretrained(
             str(path),
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -308,8 +280,8 @@ def _load(path: Path) -> nn.Module:
             f"latents.vae: the VAE in {path} cannot be read ({reason}); fetch its files again"
         ) from None
     for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have, against its config.json,")):
-        if told[keys]:
+        if mismatch[keys]:
             raise UserError(
-                f"latents.vae: the weights in {path} {what} {sorted(told[keys])[0]}; fetch its files again"
+                f"latents.vae: the weights in {path} {what} {sorted(mismatch[keys])[0]}; fetch its files again"
             )
     return vae.eval().requires_grad_(False)

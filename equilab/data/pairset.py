@@ -19,6 +19,9 @@ from equilab.data.images import require_same, to_float
 from equilab.models.checkpoint import read_metadata
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
+# of meta.json
+COUNTS = ("count", "held_out", "classes")
+KEYS = (*COUNTS, "shape", "seed", "shard", "dtype", "shards", "noise_checksum", "teacher")
 
 
 class Pairs(NamedTuple):
@@ -38,20 +41,8 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        keys = (
-            "count",
-            "held_out",
-            "classes",
-            "shape",
-            "seed",
-            "shard",
-            "dtype",
-            "shards",
-            "noise_checksum",
-            "teacher",
-        )
-        self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
-        self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
+        self.folder, self.meta = folder, read_json(folder / "meta.json", *KEYS)
+        self.count, self.held_out, self.classes = (self.meta[key] for key in COUNTS)
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.label_counts = self.meta.get("label_counts")
         self.images = [self._open(folder / name) for name in self.meta["shards"]]
@@ -62,8 +53,9 @@ class PairSet:
             )
 
     def check(self, job: Job) -> None:
-        """Compare what meta.json says of how the pairs were made with params as they are, seed, numbers, type and sampler, and with
-        the teacher that lies beside them; it does not hold the batch and the precision, on which their last bits depend too.
+        """Compare how the pairs were made, as meta.json says, with params as they are: seed, numbers, type, sampler, labels, teacher.
+
+        It does not say the batch and the precision, on which their last bits depend too.
 
         Raises: UserError naming the key that differs.
         """
@@ -136,9 +128,8 @@ def labels(
         return None
     if counts is None:
         return torch.from_numpy(rng.integers(seed, purpose, indices, classes))
-    image = rng.integers(
-        seed, purpose, indices, sum(counts)
-    )  # of the training images in the order of their classes
+    # which training image has the label, in the order of their classes
+    image = rng.integers(seed, purpose, indices, sum(counts))
     return torch.from_numpy(np.searchsorted(np.cumsum(counts), image, side="right"))
 
 

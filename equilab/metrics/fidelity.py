@@ -29,10 +29,9 @@ from equilab.models.checkpoint import checksum, load_network, load_tensors, read
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
-# as published with each score
-KID_SUBSET = 1000  # images
-NEIGHBOURS = 3  # of precision and recall
-SPLITS = 10  # of the inception score
+KID_SUBSET = 1000  # images in a subset, as published
+NEIGHBOURS = 3  # of precision and recall, as published
+SPLITS = 10  # of the inception score, as published
 SEED = 2020  # torch-fidelity's
 CACHE = Path(".equilab/references")  # of a study, ignored by git and DVC
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -372,9 +371,8 @@ class Scorer:
         for split, real in references.items():
             sizes = len(compared), len(real.features)
             subset = min(KID_SUBSET, *sizes)
-            subsets = math.ceil(
-                2 * max(sizes) / subset
-            )  # an image is drawn twice on average, as by 100 of 50,000
+            # an image is drawn twice on average, as by 100 subsets of 50,000 images
+            subsets = math.ceil(2 * max(sizes) / subset)
             values[f"kid_{split}"] = kid(compared, real.features, subsets=subsets, subset=subset, seed=SEED)
         device, real = self.extractor.device, references["train"].features
         values["precision"], values["recall"] = precision_recall(

@@ -30,9 +30,7 @@ class Family:
     marker: str
     stage: Stage
     kind: str  # `network.kind` in params
-    network: type[
-        nn.Module
-    ]  # positional arguments: what the data determines; by keyword alone: what params give
+    network: type[nn.Module]  # built of what the data determines and, by keyword alone, of what params give
     implicit: bool  # solves for a fixed point, at a cost that is linear in its iterations
     layered: bool  # has layers whose activity is measured along noise levels, timesteps or iterations
     published: Published | None  # how it is read from the authors' weights; None: there are none

@@ -101,8 +101,8 @@ class Tokens(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Return the maps, the finest first."""
-        # (B, D, h, w) each
-        grids = self.vit.forward_intermediates(image, indices=self.blocks, intermediates_only=True)
+        options = {"indices": self.blocks, "intermediates_only": True}
+        grids = self.vit.forward_intermediates(image, **options)  # (B, D, h, w) each
         return [convolve(grid) for convolve, grid in zip(self.reassemble, grids)]
 
 

@@ -109,7 +109,7 @@ def describe(of: str, job: Job, seed: int | None = None) -> Run:
     config = job.read(stage, name, seed) if name else job.read(stage)
     kind = _class(stage, config)
     shape = latents.shape_of(job.read, job.image) if kind.latent else job.image
-    return kind(of, config, shape, job.classes if config.conditional else 0, KINDS[stage].training.cost)
+    return kind(of, config, shape, config.classes_of(job.classes), KINDS[stage].training.cost)
 
 
 def seeds_of(of: str, job: Job) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from equilab.core import rng
+from equilab.core.machine import to_device
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
@@ -103,9 +104,9 @@ class Run(ABC):
         self, seed: int, indices: np.ndarray, setting: Any, device: torch.device, net: nn.Module
     ) -> Inputs:
         """Return what the evaluation's images at `indices` are made from: the same for every run."""
-        noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape)).to(device)
+        noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape))
         label = labels(seed, indices, self.classes, LABEL, self.label_counts)
-        return Inputs(noise, label if label is None else label.to(device))
+        return Inputs(*to_device((noise, label), device))
 
     def nfe(self, setting: Any) -> int:
         """Return the calls of the network for an image."""
@@ -303,11 +304,9 @@ class Denoiser(Run):
         if setting.guidance:
             scale, channels = setting.guidance.scale, setting.guidance.channels
             predict = discrete_samplers.guided(predict, scale, self.classes, channels)
-        sampler = (
-            discrete_samplers.ddpm
-            if setting.method == "ddpm"
-            else partial(discrete_samplers.ddim, eta=setting.eta)
-        )
+        sampler = discrete_samplers.ddpm
+        if setting.method == "ddim":
+            sampler = partial(discrete_samplers.ddim, eta=setting.eta)
         return sampler(
             predict,
             inputs.noise,
@@ -342,9 +341,8 @@ def solver_statistics(samples: Samples) -> Float64[Tensor, "b 3"]:
     statistics = torch.zeros(batch, 3, dtype=torch.float64)
     for solution in samples.solutions:
         final = (solution.iterations - 1).clamp_min(0)[:, None]
-        residual = solution.residuals.gather(1, final)[:, 0] / len(
-            samples.solutions
-        )  # (B,), with guidance (2B,)
+        residual = solution.residuals.gather(1, final)[:, 0]  # (B,), with guidance (2B,)
+        residual = residual / len(samples.solutions)
         call = torch.stack([solution.iterations, residual, solution.diverged], 1).double().cpu()
         halves = call.unflatten(0, (-1, batch))  # (1 or 2, B, 3)
         iterations, residual, diverged = halves.unbind(2)

@@ -66,9 +66,8 @@ class FixedPointAlongChain(Params):
     """How the fixed points along a chain are solved, and what they may cost."""
 
     blocks: Count  # of a chain without guidance (which takes two): over all steps, explicit layers included
-    budget: Literal[
-        "constant", "increasing", "decreasing", "adaptive"
-    ]  # how iterations are spread over steps
+    # how iterations are spread over steps
+    budget: Literal["constant", "increasing", "decreasing", "adaptive"]
     reuse: bool  # each step starts from the solution of the one before
     method: Method
     tolerance: Tolerance

@@ -84,9 +84,8 @@ class Record:
                 stopped = broken | (distance <= self.tolerance * size)
             smallest = torch.finfo(size.dtype).tiny
             residual = distance / size.clamp_min(smallest).masked_fill(broken, 1)
-            self.residuals.append(
-                torch.full_like(self.scale, torch.nan).index_copy(0, rows, residual)
-            )  # (B,)
+            of_all = torch.full_like(self.scale, torch.nan).index_copy(0, rows, residual)  # (B,)
+            self.residuals.append(of_all)
             self.iterations[rows] += 1
         stopping = bool(stopped.any())
         if len(rows) == len(self.z) and not stopping:

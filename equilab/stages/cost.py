@@ -18,7 +18,6 @@ from equilab.metrics.measuring import matmul_peak, peak_memory, timed
 from equilab.sampling import Generator, Inputs, Run, describe, load_first, seeds_of
 from equilab.sampling.runs import Denoiser, OneStep
 from equilab.sampling.settings import Count, Sampler, Solve, iterated
-from equilab.solvers import Solver
 from equilab.training import diffusion, distill, loop
 
 Row = dict[str, Any]
@@ -136,35 +135,28 @@ def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[]
 
 def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return a call of a denoiser of timesteps, halfway, at so many iterations of its fixed point."""
-    t = torch.full(
-        (len(inputs.noise),), generator.run.config.diffusion.timesteps // 2, device=generator.device
-    )
-    given = [inputs.noise, t, inputs.label]
-    if iterations is not None:
-        given += [None, Solver("iterate", iterations, 0.0, "last", measure=False)]
+    batch = diffusion.example(generator.run.config, inputs.noise, inputs.label)
+    applied = None if iterations is None else diffusion.Iterations(0, iterations)
 
     @torch.inference_mode()
     def call() -> None:
-        generator.net(*given)
+        diffusion.output_of(generator.net, batch.noise, batch.t, batch.label, applied)
 
     return call
 
 
 def _denoiser_training(run: Run) -> Measurement:
     """Return the training step of a denoiser at the most iterations that training draws: what there must be memory for."""
-    trained, iterations, gradient = run.config, None, "explicit"
+    trained, gradient = run.config, "explicit"
     if trained.fixed_point is not None:
-        fixed_point = trained.fixed_point
-        iterations = diffusion.Iterations(fixed_point.no_grad_iterations, fixed_point.grad_iterations)
-        gradient = fixed_point.gradient
-        most = fixed_point.model_copy(update={"gradient": "multi_step"})  # which takes both as they are
+        gradient = trained.fixed_point.gradient
+        # of multi_step every update takes the most iterations
+        most = trained.fixed_point.model_copy(update={"gradient": "multi_step"})
         trained = trained.model_copy(update={"fixed_point": most})
     flops = diffusion.cost(trained, run.shape, run.classes).train_flops_image
 
     def prepare(generator: Generator, inputs: Inputs) -> Callable[[], object]:
-        noise, timesteps = inputs.noise, run.config.diffusion.timesteps
-        t = torch.full((len(noise),), timesteps // 2, device=generator.device)
-        batch = diffusion.Batch(torch.tanh(noise), noise, t, inputs.label, iterations)
+        batch = diffusion.example(run.config, inputs.noise, inputs.label)
         return _update(generator, diffusion.loss_of(run.config), batch)
 
     columns = {"what": "train", "gradient": gradient, "as_trained": True, "nfe": 1, "flops": int(flops)}

@@ -38,9 +38,10 @@ class Config(Params):
     of: str  # the run's folder below results/
     batch: Annotated[int, Field(ge=1, le=1_000_000)]
     precision: Literal["fp32", "tf32", "bf16"]  # of the run's networks; features and scores are float32
-    sampler: tuple[Sampler, ...]  # of a teacher; the first is the headline, the others are its sweep
-    solver: tuple[Solve, ...]  # of an implicit generator of one step, likewise
-    chain: tuple[ChainSampler, ...]  # of a denoiser of discrete timesteps, likewise
+    # of what a run lists, the first setting is the headline, the others are its sweep
+    sampler: tuple[Sampler, ...]  # of a teacher
+    solver: tuple[Solve, ...]  # of an implicit generator of one step
+    chain: tuple[ChainSampler, ...]  # of a denoiser of discrete timesteps
 
     @property
     def settings(self) -> tuple[Any, ...]:

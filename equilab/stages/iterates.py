@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,9 @@ def _solved(setting: Solve, batch: int, seed: int, generator: Generator, pixels:
         made = generator.sample(generator.inputs(seed, indices, setting), setting, return_iterates=True)
         images.append(pixels.decode(made.image[:, :SHOWN]).cpu().numpy())  # (K, B, C, H, W)
         traces.append(trace(made.solutions[0]))
-    found = {name: np.concatenate([each[name] for each in traces]) for name in traces[0]}
+    found = {}
+    for name in traces[0]:
+        found[name] = np.concatenate([each[name] for each in traces])
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]
     return found
 
@@ -125,9 +128,12 @@ def _residuals(solution: Solution, samples: int) -> np.ndarray:
 
 def _percentiles(residuals: list[list[np.ndarray]]) -> np.ndarray:
     """Return the percentiles (3, S, K) over all samples of residuals that come by batch and step, (B, K) each."""
-    longest = max(step.shape[1] for batch in residuals for step in batch)
-    padded = [np.stack([_padded(step, longest) for step in batch]) for batch in residuals]  # each (S, B, K)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # iterations that no sample made
+    longest = max(step.shape[1] for step in chain.from_iterable(residuals))
+    padded = []
+    for batch in residuals:
+        padded.append(np.stack([_padded(step, longest) for step in batch]))  # (S, B, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of iterations that no sample made
         found = np.nanpercentile(np.concatenate(padded, 1), (10, 50, 90), axis=1)
     return found.astype(np.float32)
 

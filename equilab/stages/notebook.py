@@ -26,7 +26,7 @@ NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opene
 class Config(Params):
     """An entry of the params section `notebook`."""
 
-    parameters: dict[str, Scalar]  # of the notebook's `parameters` cell, beside `results` and `out`
+    parameters: dict[str, Scalar]  # of the notebook's `parameters` cell, besides `results` and `out`
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:

@@ -20,8 +20,7 @@ from equilab.training import classify
 class Config(Params):
     """The params section `relative`."""
 
-    # of the stage evaluate; each is compared with each
-    runs: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
+    runs: Annotated[tuple[str, ...], Field(min_length=2), Distinct]  # of evaluate, compared each with each
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
@@ -44,13 +43,13 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 def _common_seeds(config: Config, job: Job) -> list[int]:
     """Return the seeds that all runs have, in the order of the first run's."""
-    seeds = [job.seeds("evaluate", name) for name in config.runs]
-    common = [seed for seed in seeds[0] if all(seed in others for others in seeds)]
+    first, *others = (job.seeds("evaluate", name) for name in config.runs)
+    common = set(first).intersection(*others)
     if not common:
         raise UserError(
             f"relative.runs: {', '.join(config.runs)} have no seed in common; give their runs the same seeds"
         )
-    return common
+    return [seed for seed in first if seed in common]
 
 
 def run(config: Config, job: Job) -> None:

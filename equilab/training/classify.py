@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,6 @@ from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_
 from equilab.models.checkpoint import load_network
 from equilab.models.classifier import CLASSIFIERS
 from equilab.training import loop
-from equilab.training.loop import Optimisation
 
 BATCH = 1000  # test images through the network at once
 Network = choice(lambda: CLASSIFIERS)  # of a field of params
@@ -85,9 +85,13 @@ def _accuracy(net: nn.Module, data: Dataset) -> float:
     return (found == torch.from_numpy(data.labels)).float().mean().item()
 
 
-def plan(network: Spec, optimisation: Optimisation, job: Job) -> Plan:
-    """Return what training the classifier costs."""
-    return loop.plan(optimisation, cost(network, job.image, job.classes))
+def plan(config: Any, job: Job) -> Callable[[], Plan]:
+    """Check the classifier of a stage's `network` against the study; return what estimates the cost.
+
+    Raises: UserError if its sizes do not fit.
+    """
+    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, cost(config.network, job.image, job.classes))
 
 
 @functools.cache

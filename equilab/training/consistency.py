@@ -15,7 +15,6 @@ from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
-from equilab.models.family import Family, family
 from equilab.models.precond import EDM
 from equilab.training import loop, onestep
 from equilab.training.onestep import Levels
@@ -24,17 +23,14 @@ from equilab.training.onestep import Levels
 class Config(onestep.Config):
     """An entry of the params section `consistency`."""
 
+    stage = "consistency"
+
     levels: Levels
 
     @model_validator(mode="after")
     def _fits(self):
         onestep.check_levels(self.student, self.levels)
         return self
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("cd")
 
 
 class Batch(NamedTuple):
@@ -82,7 +78,7 @@ def run(config: Config, job: Job) -> None:
             torch.from_numpy(data.labels[items]) if config.conditional else None,
         )
 
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))
     inputs = {
         "data": sha256_of(folder_of("data") / "meta.json"),

@@ -11,7 +11,6 @@ from equilab.core.files import sha256_of, write, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, rank
 from equilab.data.images import load
-from equilab.metrics.counting import network_on_meta
 from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
 from equilab.models.checkpoint import save_tensors
 from equilab.training import classify
@@ -41,10 +40,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the network's sizes do not fit.
     """
-    if config.network is None:
-        return Plan
-    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: classify.plan(config.network, config.optimisation, job)
+    return Plan if config.network is None else classify.plan(config, job)
 
 
 def run(config: Config, job: Job) -> None:

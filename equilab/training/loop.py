@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ from equilab.core.machine import (
 )
 from equilab.core.progress import bar
 from equilab.data.images import label_counts
-from equilab.metrics.counting import Cost
+from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.checkpoint import load_tensors, save_tensors
+from equilab.models.family import Family, Stage, families
 
 ImageCount = Annotated[int, Field(ge=1, le=10**10)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
@@ -99,6 +100,28 @@ class Optimisation(Params):
                 f"decay_start_nimg ({self.decay_start_nimg}) must be less than nimg ({self.nimg})"
             )
         return self
+
+
+class Trained(Params):
+    """What the configs of all runs that make images share, which have a `network` and are `conditional` or not."""
+
+    stage: ClassVar[Stage]  # that trains them
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return families(self.stage)[self.network.kind]
+
+    def classes_of(self, classes: int) -> int:
+        """Return how many of the data's classes the network knows: all of them, or 0 if it is not conditional."""
+        return classes if self.conditional else 0
+
+    def on_meta(self, image: tuple[int, ...], classes: int) -> nn.Module:
+        """Return the network for such data on the meta device.
+
+        Raises: UserError if its sizes do not fit.
+        """
+        return network_on_meta(self.network, image, self.classes_of(classes))
 
 
 def learning_rate(config: Optimisation, nimg: int) -> float:
@@ -255,7 +278,7 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
         upcoming = _read(reader, batch_of, config, run.nimg)
         while run.nimg < config.nimg:
             rate, update = learning_rate(config, run.nimg), run.nimg // config.batch % updates
-            # dropout alone knows of processes
+            # the seed of dropout is all that differs between processes
             torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))
             batches = [to_device(batch.result(), run.device) for batch in upcoming]
             upcoming = _read(reader, batch_of, config, run.nimg + config.batch)
@@ -416,7 +439,7 @@ def train(
     """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`.
 
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
-    what the run depends on beside its config (checksums); `about` is kept with the weights.
+    what the run depends on besides its config (checksums); `about` is kept with the weights.
     """
     optimisation, about = config.optimisation, {**about, **label_counts(job)}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
@@ -439,8 +462,8 @@ def _require_disk(
     job: Job, net: nn.Module, config: Optimisation, parameters: int, adversary: Adversary | None
 ) -> None:
     """Check that the results fit on the disk, and two states (weights, average, moments) of what is trained."""
-    nets = [net] if adversary is None else [net, adversary.net]
-    state = 4 * sum(p.numel() for each in nets for p in each.parameters())
+    nets = nn.ModuleList([net] if adversary is None else [net, adversary.net])
+    state = 4 * sum(p.numel() for p in nets.parameters())
     kept = parameters * (1 + 2 * len(config.snapshots))
     require_disk(job.out, 4 * (2 * state + kept))
 
@@ -455,8 +478,8 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
     save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    first = ("nimg", "loss", "lr")
-    write_table(job.out / "log.csv", [{**{key: row[key] for key in first}, **row} for row in run.log])
+    first = dict.fromkeys(("nimg", "loss", "lr"))  # columns, whatever order a state that was read again has
+    write_table(job.out / "log.csv", [first | row for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
     write_json(job.out / "summary.json", {**about, **found})
     print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")

@@ -16,7 +16,7 @@ from equilab.core.config import Params, UserError
 from equilab.core.job import Job, Seed, folder_of
 from equilab.data.images import Dataset
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
 from equilab.models.family import network
@@ -80,7 +80,7 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-class OfTeacher(Params):
+class OfTeacher(loop.Trained):
     """What the entries of all students of the teacher share."""
 
     network: Network  # the teacher's
@@ -134,7 +134,7 @@ def networks(
     """
     path, shape = folder / "weights.safetensors", tuple(data.images.shape[1:])
     net, about = load_network(path, trained)
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     if (tuple(about["image"]), about["classes"]) != (shape, classes):
         raise UserError(
             f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
@@ -147,7 +147,7 @@ def networks(
 
 def untrained(config: OfTeacher, data: Dataset) -> nn.Module:
     """Return a student's network as it is drawn by its seed."""
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     return loop.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
 
 
@@ -191,6 +191,6 @@ def on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
 
     Raises: UserError if its sizes do not fit.
     """
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     gdd.prepare(net, config.student.freeze)
     return net

@@ -15,8 +15,7 @@ from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.diffusion import losses
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
-from equilab.models.family import Family, family
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models.precond import EDM
 from equilab.training import loop, onestep
 from equilab.training.onestep import Levels
@@ -31,16 +30,13 @@ def _teacher(name: str) -> str:
 class Config(onestep.OfTeacher):
     """An entry of the params section `progressive`."""
 
+    stage = "progressive"
+
     teacher: Annotated[
         str, AfterValidator(_teacher)
     ]  # teacher, or progressive/RUN: a student of twice the steps
     levels: Levels  # between which the student's steps lead
     weight: Literal[tuple(losses.SNR_WEIGHTS)]  # of a noise level in the loss
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("pd")
 
     @property
     def before(self) -> str | None:
@@ -66,7 +62,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     onestep.check(config, job)
     students_before(config, job)
-    _on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -127,7 +123,7 @@ def run(config: Config, job: Job) -> None:
             torch.from_numpy(data.labels[items]) if config.conditional else None,
         )
 
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))
     about["nimg_before"] = sum(each.optimisation.nimg for each in before)  # by the students before it
     inputs = {
@@ -167,7 +163,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
 
     An update has two calls of the teacher, without gradient, and one of the student.
     """
-    net = _on_meta(config, image, classes)
+    net = config.on_meta(image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
     denoise, count = EDM(net, sigma_data=1.0), parameters(net)
@@ -175,8 +171,3 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     loss, batch = loss_of(config, denoise), Batch(noise, noise, (sigma, sigma, sigma), label)
     update = flops(lambda: loss(net, batch).backward())
     return Cost(count, count, Work(config.levels.steps * call), update)
-
-
-def _on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
-    """Return the network on the meta device."""
-    return network_on_meta(config.network, image, classes if config.conditional else 0)
