@@ -155,7 +155,7 @@ def run(config: Config, job: Job) -> None:
         judged = {"judged_up_to": config.judged_up_to} if each in unets else {}
         rows += [{**named, **row, **judged} for row in each.activity.rows()]
     write_table(job.out / "activation.csv", rows)
-    print(f"activation: the layers of {len(generators)} runs, in {job.out / 'activation.csv'}")
+    print(f"activation: the layers of {len(config.runs)} runs, in {job.out / 'activation.csv'}")
 
 
 class _Recorded(nn.Module):
