@@ -140,6 +140,8 @@ class Results:
         Raises: UserError if the stage cost has not run.
         """
         table = _table(self.folder / "cost" / "cost.csv", "cost")
+        for column in {"gradient", "as_trained"} - set(table):  # no training is measured
+            table[column] = np.nan
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
