@@ -140,8 +140,9 @@ class Results:
         Raises: UserError if the stage cost has not run.
         """
         table = _table(self.folder / "cost" / "cost.csv", "cost")
-        for column in {"gradient", "as_trained"} - set(table):  # no training is measured
-            table[column] = np.nan
+        for column in ("gradient", "as_trained"):
+            if column not in table:  # no training is measured
+                table[column] = np.nan
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
