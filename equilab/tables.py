@@ -134,6 +134,9 @@ class Results:
         Raises: NotRunError if the stage cost has not run.
         """
         table = _table(self._written("cost"))
+        for column in ("gradient", "as_trained"):
+            if column not in table:  # no training is measured
+                table[column] = np.nan
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property

@@ -167,6 +167,21 @@ def test_of_two_layers_the_deeper_or_the_shallower_is_active_at_the_higher_noise
     assert orders["pairs_rms"].to_dict() == {"deep": 1.0, "shallow": 2.0}  # those of the decoder are alike
 
 
+def test_costs_of_a_study_that_measures_no_training_are_those_of_sampling(study):
+    row = {
+        "of": "distill/get",
+        "seed": 0,
+        "family": "get",
+        "what": "sample",
+        "iterations": 6,
+        "memory_mib": 7.0,
+    }
+    table(study / "cost/cost.csv", [{**row, "seconds": 0.2, "seconds_min": 0.1, "seconds_max": 0.3}])
+    rows = equilab.results(study).compare("get against vit")
+    get = rows[rows["of"] == "distill/get"]
+    assert set(get["sample_seconds"]) == {0.2} and get["train_seconds"].isna().all()
+
+
 def test_relative_distances_name_their_runs(study):
     rows = [
         {"seed": 0, "first": "cd", "second": "get", "distance": 1.5},
