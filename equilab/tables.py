@@ -20,6 +20,38 @@ from equilab.claims.comparisons import Comparison, Point, check_comparisons, pos
 from equilab.core.config import UserError, nearest, read, read_json
 from equilab.models.family import family
 
+# columns that tables have even where a study has no use for them, or the stage that measures them has not run
+SETTINGS = (
+    "method",
+    "steps",
+    "most_iterations",
+    "tolerance",
+    "pick",
+    "init",
+    "blocks",
+    "budget",
+    "reuse",
+    "l1_held_out",
+)
+RUN = ("of", "seed", "family")
+COSTS = (
+    *RUN,
+    "what",
+    "gradient",
+    "as_trained",
+    "iterations",
+    "batch",
+    "seconds",
+    "seconds_min",
+    "seconds_max",
+    "images_s",
+    "memory_mib",
+    "flops",
+    "peak_share",
+)
+ACTIVATION = (*RUN, "layer", "depth", "step", "at", "mean", "rms")
+RELATIVE = ("seed", "first", "second", "distance")
+CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "published", "where")
 COUNTED = (
     "parameters",
     "parameters_trained",
@@ -76,8 +108,7 @@ class Results:
             parts.append(sweep.assign(**_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table["iterations_per_call"] = table["iterations"] / table["nfe"]
-        if "most_iterations" not in table:  # a study without equilibrium generators
-            table["most_iterations"] = np.nan
+        table = table.reindex(columns=list(dict.fromkeys([*table, *SETTINGS])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "position"])
 
     @cached_property
@@ -104,12 +135,12 @@ class Results:
         table = pd.DataFrame(rows)
         table["train_flops"] = table["train_flops_image"] * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
-        table = table.merge(self._headline(), on=["of", "seed"]).merge(
-            self._rises(), on=["of", "seed"], how="left"
-        )
-        if (self.folder / "relative" / "relative.csv").exists():
-            table = table.merge(self._from_first(), on=["run", "seed"], how="left")
-        table = table.drop(columns=[name for name in table if table[name].isna().all()])
+        table = table.drop(
+            columns=[name for name in table if table[name].isna().all()]
+        )  # keys that no run sets
+        table = table.merge(self._headline(), on=["of", "seed"])
+        table = table.merge(self._rises(), on=["of", "seed"], how="left")
+        table = table.merge(self._from_first(), on=["run", "seed"], how="left")
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
@@ -128,38 +159,45 @@ class Results:
             flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
+        table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "nimg", "train_flops"])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
         """Measured seconds and memory, a row each: `of`, `seed`, `family`, `label`; `what` ("sample", "call" or "train"), `gradient`
         (of a training step), `as_trained` (whether the run was trained with it), `most_iterations`; `batch`, `seconds` of a batch
-        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`.
-
-        Raises: UserError if the stage cost has not run.
+        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
+        not run.
         """
-        table = _table(self.folder / "cost" / "cost.csv", "cost")
+        table = self._table("cost", "cost/cost.csv", COSTS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
     def activation(self) -> pd.DataFrame:
         """How active layers are, a row for each run, layer and step: `of`, `seed`, `family`, `label`, `layer`, `depth`, `step`, `at`
-        (noise level, timestep or iteration), `mean`, `rms`.
-
-        Raises: UserError if the stage activation has not run.
+        (noise level, timestep or iteration), `mean`, `rms`. Without rows if the stage activation has not run.
         """
-        return self._joined(_table(self.folder / "activation" / "activation.csv", "activation"))
+        return self._joined(self._table("activation", "activation/activation.csv", ACTIVATION))
 
     @cached_property
     def relative(self) -> pd.DataFrame:
         """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`; `first_of`,
-        `second_of` name them as `of`.
-
-        Raises: UserError if the stage relative has not run.
+        `second_of` name them as `of`. Without rows if the stage relative has not run.
         """
-        table = self._relative()
+        table = self._relative
         names = self.runs.drop_duplicates("run").set_index("run")["of"]
         return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
+        rows if the stage claims has not run."""
+        return self._table("claims", "claims.csv", CLAIMS).fillna("")
+
+    @cached_property
+    def measured(self) -> pd.DataFrame:
+        """The same of claims on seconds and memory."""
+        return self._table("claims", "measured.csv", CLAIMS).fillna("")
 
     @cached_property
     def floor(self) -> pd.DataFrame:
@@ -195,6 +233,20 @@ class Results:
                     )
                 parts.append(rows.assign(pair=pair, side=side, point=str(point)))
         return _keys_first(pd.concat(parts, ignore_index=True), ["pair", "side", "point", "of", "seed"])
+
+    def pairs(self, stage: str) -> pd.DataFrame:
+        """Return the settings that the study compares with a baseline and that are of a stage's runs: the rows of `compare` of all such
+        comparisons, `pair` in words ("get-m against vit-l"). Those that wait for results are left out."""
+        parts = []
+        for name, comparison in self.comparisons.items():
+            runs = {point.run for _, point in comparison.points}
+            about = comparison.table == "settings" and comparison.baseline
+            if about and comparison.runs[0].run.startswith(f"{stage}/") and runs <= set(self.runs["of"]):
+                rows = self.compare(name)
+                words = rows.groupby("pair")["point"].unique().map(" against ".join)
+                parts.append(rows.assign(pair=rows["pair"].map(words)))
+        none = self._settings_of_runs.head(0).assign(pair="", side="", point="")
+        return pd.concat(parts or [none], ignore_index=True).drop_duplicates(["pair", "side", "seed"])
 
     def _rows(self, table: str, point: Point) -> pd.DataFrame:
         """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
@@ -268,13 +320,19 @@ class Results:
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
+    @cached_property
     def _relative(self) -> pd.DataFrame:
-        return _table(self.folder / "relative" / "relative.csv", "relative")
+        return self._table("relative", "relative/relative.csv", RELATIVE)
+
+    def _table(self, stage: str, file: str, columns: tuple[str, ...]) -> pd.DataFrame:
+        """Return a table that a stage wrote; one without rows if the stage has not run."""
+        path = self.folder / file
+        return _table(path, stage) if path.exists() else pd.DataFrame(columns=list(columns))
 
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
-        table = self._relative()
-        table = table[table["first"] == table["first"].iloc[0]]
+        table = self._relative
+        table = table[table["first"].isin(table["first"].head(1))]
         return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """Results as tidy tables: a row each, a column a thing, and a sentence where a file is missing or damaged."""
 
+import shutil
 import subprocess
 import sys
 
@@ -167,10 +168,37 @@ def test_a_missing_or_damaged_file_is_named_with_its_stage(study, path, stage, c
         equilab.results(study).compare("get against vit")
 
 
-def test_what_a_stage_has_not_written_is_said(study, tmp_path):
-    for name in ("costs", "activation", "relative"):
-        with pytest.raises(UserError, match="missing or damaged; run the stage"):
-            getattr(equilab.results(study), name)
+def test_a_table_of_a_stage_that_has_not_run_has_no_rows(study):
+    found = equilab.results(study)
+    for name, column in {
+        "costs": "seconds",
+        "activation": "rms",
+        "relative": "distance",
+        "claims": "id",
+    }.items():
+        table = getattr(found, name)
+        assert table.empty and column in table
+    assert found.runs["relative"].isna().all()
+
+
+def test_a_damaged_table_is_refused(study):
+    (study / "cost").mkdir()
+    (study / "cost/cost.csv").write_text("of,seed\n1,")
+    with pytest.raises(UserError, match="cost.csv is missing or damaged; run the stage cost again"):
+        print(equilab.results(study).costs)
+
+
+def test_the_pairs_of_a_stage_are_in_words_and_those_without_results_left_out(study):
+    pairs = equilab.results(study).pairs("distill")
+    assert set(pairs["pair"]) == {"get against vit", "get against get (most iterations 1)"}
+    assert not pairs.duplicated(["pair", "side", "seed"]).any()
+    assert equilab.results(study).pairs("gan").empty
+    for seed in range(3):
+        shutil.rmtree(study / f"evaluate/vit/{seed}")
+    assert set(equilab.results(study).pairs("distill")["pair"]) == {"get against get (most iterations 1)"}
+
+
+def test_what_is_asked_for_and_not_there_is_said(study, tmp_path):
     with pytest.raises(UserError, match="no evaluated run"):
         equilab.results(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="did you mean 'get against vit'"):
