@@ -21,6 +21,38 @@ from equilab.core.config import UserError, nearest, parse, read, read_json, unre
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
 
+# columns that tables have even where a study has no use for them, or the stage that measures them has not run
+SETTINGS = (
+    "method",
+    "steps",
+    "most_iterations",
+    "tolerance",
+    "pick",
+    "init",
+    "blocks",
+    "budget",
+    "reuse",
+    "l1_held_out",
+)
+RUN = ("of", "seed", "family")
+COSTS = (
+    *RUN,
+    "what",
+    "gradient",
+    "as_trained",
+    "iterations",
+    "batch",
+    "seconds",
+    "seconds_min",
+    "seconds_max",
+    "images_s",
+    "memory_mib",
+    "flops",
+    "peak_share",
+)
+ACTIVATION = (*RUN, "layer", "depth", "step", "at", "mean", "rms", "judged_up_to")
+RELATIVE = ("seed", "first", "second", "distance", "images")
+CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "published", "where")
 # counts in the summary of a training, where it has them
 COUNTED = ("parameters", "parameters_trained", "flops_image", "train_flops_image")
 # how the columns of scores begin
@@ -70,8 +102,7 @@ class Results:
             parts.append(sweep.assign(**_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table["iterations_per_call"] = table["iterations"] / table["nfe"]
-        if "most_iterations" not in table:  # a study without equilibrium generators
-            table["most_iterations"] = np.nan
+        table = table.reindex(columns=list(dict.fromkeys([*table, *SETTINGS])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "position"])
 
     @cached_property
@@ -98,12 +129,12 @@ class Results:
         table = pd.DataFrame(rows)
         table["train_flops"] = table["train_flops_image"] * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
-        table = table.merge(self._headline(), on=["of", "seed"]).merge(
-            self._rises(), on=["of", "seed"], how="left"
-        )
-        if (self.folder / "relative" / "relative.csv").exists():
-            table = table.merge(self._from_first(), on=["run", "seed"], how="left")
-        table = table.drop(columns=[name for name in table if table[name].isna().all()])
+        table = table.drop(
+            columns=[name for name in table if table[name].isna().all()]
+        )  # keys that no run sets
+        table = table.merge(self._headline(), on=["of", "seed"])
+        table = table.merge(self._rises(), on=["of", "seed"], how="left")
+        table = table.merge(self._from_first(), on=["run", "seed"], how="left")
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
@@ -123,20 +154,17 @@ class Results:
             flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
+        table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "nimg", "train_flops"])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
         """Measured seconds and memory, a row each: `of`, `seed`, `family`, `label`; `what` ("sample", "call" or "train"), `gradient`
         (of a training step), `as_trained` (whether the run was trained with it), `most_iterations`; `batch`, `seconds` of a batch
-        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`.
-
-        Raises: NotRunError if the stage cost has not run.
+        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
+        not run.
         """
-        table = _table(self._written("cost"))
-        for column in ("gradient", "as_trained"):
-            if column not in table:  # no training is measured
-                table[column] = np.nan
+        table = self._read("cost/cost.csv", COSTS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
@@ -146,13 +174,12 @@ class Results:
         also `part` ("encoder", "decoder"), `deep` (how many layers of that part lie between it and the image) and `judged_up_to`
         (noise levels by which the order of layers is judged).
 
-        Raises: NotRunError if the stage activation has not run.
+        Without rows if the stage activation has not run.
         """
-        table = self._joined(_table(self._written("activation")))
+        table = self._joined(self._read("activation/activation.csv", ACTIVATION))
         table["part"] = table["layer"].str.split(".").str[0].map({"enc": "encoder", "dec": "decoder"})
-        inwards = table["depth"].where(
-            table["part"] == "encoder", -table["depth"]
-        )  # a decoder begins deep inside
+        # the encoder begins at the image, the decoder deep inside
+        inwards = table["depth"].where(table["part"] == "encoder", -table["depth"])
         table["deep"] = inwards.groupby([table["of"], table["seed"], table["part"]]).rank("dense") - 1
         return table
 
@@ -162,7 +189,7 @@ class Results:
         `family`, `label`, `layer`, `part`, `deep`, `reading` ("mean", "rms"), `sigma`, and `sigma_judged`, the same among the noise
         levels by which the order of layers is judged. The paper's min-max normalisation of each layer moves none of them.
 
-        Raises: NotRunError if the stage activation has not run.
+        Without rows if the stage activation has not run.
         """
         keys = ["of", "seed", "family", "label", "layer", "part", "deep", "reading"]
         columns = [*keys[:-1], "at", "judged_up_to"]
@@ -182,7 +209,7 @@ class Results:
 
         Kendall's rank correlation of depth and noise level is about (deep - shallow) / (deep + shallow).
 
-        Raises: NotRunError if the stage activation has not run.
+        Without rows if the stage activation has not run.
         """
         keys = ["of", "seed", "family", "label", "reading"]
         pairs = self.peaks.merge(self.peaks, on=[*keys, "part"])
@@ -190,8 +217,14 @@ class Results:
         sign = np.sign(pairs["sigma_judged_x"] - pairs["sigma_judged_y"])
         pairs = pairs.assign(deep=(1 + sign) / 2, shallow=(1 - sign) / 2)
         counts = pairs.groupby(keys)[["deep", "shallow"]].sum() + 0.5
-        counts = counts.rename_axis(columns="first").stack().unstack("reading").add_prefix("pairs_")
-        return counts.rename_axis(columns=None).reset_index()
+        counts = counts.reset_index().melt(keys, var_name="first", value_name="pairs")
+        counts = counts.pivot(index=[*keys[:-1], "first"], columns="reading", values="pairs")
+        return (
+            counts.reindex(columns=["mean", "rms"])
+            .add_prefix("pairs_")
+            .rename_axis(columns=None)
+            .reset_index()
+        )
 
     @cached_property
     def relative(self) -> pd.DataFrame:
@@ -199,11 +232,22 @@ class Results:
         either side); `first_of`, `second_of` name them as `of`. Where both are the same run, its images of two disjoint sets of noises
         are compared: what no difference looks like, between so many images.
 
-        Raises: NotRunError if the stage relative has not run.
+        Without rows if the stage relative has not run.
         """
-        table = self._relative()
+        table = self._relative
         names = self.runs.drop_duplicates("run").set_index("run")["of"]
         return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
+        rows if the stage claims has not run."""
+        return self._read("claims.csv", CLAIMS).fillna("")
+
+    @cached_property
+    def measured(self) -> pd.DataFrame:
+        """The same of claims on seconds and memory."""
+        return self._read("measured.csv", CLAIMS).fillna("")
 
     @cached_property
     def floor(self) -> pd.DataFrame:
@@ -239,6 +283,20 @@ class Results:
                     )
                 parts.append(rows.assign(pair=pair, side=side, point=str(point)))
         return _keys_first(pd.concat(parts, ignore_index=True), ["pair", "side", "point", "of", "seed"])
+
+    def pairs(self, stage: str) -> pd.DataFrame:
+        """Return the settings that the study compares with a baseline and that are of a stage's runs: the rows of `compare` of all such
+        comparisons, `pair` in words ("get-m against vit-l"). Those that wait for results are left out."""
+        parts = []
+        for name, comparison in self.comparisons.items():
+            runs = {point.run for _, point in comparison.points}
+            about = comparison.table == "settings" and comparison.baseline
+            if about and comparison.runs[0].run.startswith(f"{stage}/") and runs <= set(self.runs["of"]):
+                rows = self.compare(name)
+                words = rows.groupby("pair")["point"].unique().map(" against ".join)
+                parts.append(rows.assign(pair=rows["pair"].map(words)))
+        none = self._settings_of_runs.head(0).assign(pair="", side="", point="")
+        return pd.concat(parts or [none], ignore_index=True).drop_duplicates(["pair", "side", "seed"])
 
     def _rows(self, table: str, point: Point) -> pd.DataFrame:
         """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
@@ -291,13 +349,6 @@ class Results:
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
         return _arrays(rows["folder"].iloc[0] / "iterates.npz")
 
-    def _written(self, stage: str) -> Path:
-        """Return the table of a stage."""
-        path = self.folder / stage / f"{stage}.csv"
-        if not path.exists():
-            raise NotRunError(str(unreadable(path)))
-        return path
-
     def _evaluated(self) -> list[Path]:
         return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
 
@@ -319,13 +370,21 @@ class Results:
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
+    @cached_property
     def _relative(self) -> pd.DataFrame:
-        return _table(self._written("relative"))
+        return self._read("relative/relative.csv", RELATIVE)
+
+    def _read(self, file: str, columns: tuple[str, ...]) -> pd.DataFrame:
+        """Return a table that a stage wrote, with these columns even where it had nothing to write there; one without rows if
+        the stage has not run."""
+        path = self.folder / file
+        table = _table(path) if path.exists() else pd.DataFrame(columns=list(columns))
+        return table.reindex(columns=list(dict.fromkeys([*table, *columns])))
 
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
-        table = self._relative()
-        table = table[(table["first"] == table["first"].iloc[0]) & (table["second"] != table["first"])]
+        table = self._relative
+        table = table[table["first"].isin(table["first"].head(1)) & (table["second"] != table["first"])]
         return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:

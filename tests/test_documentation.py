@@ -4,6 +4,7 @@ import argparse
 import re
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ import yaml
 from conftest import golden, weights_of
 
 from equilab import __main__, graph
+from equilab.claims.claim import Claim
+from equilab.claims.comparisons import Comparison
+from equilab.core.config import parse
+from equilab.tables import Results
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,6 +93,25 @@ def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
     )
 
 
+def test_the_template_reads_the_images_that_the_docs_make(tmp_path, monkeypatch, capsys):
+    code = next(block for block in blocks(ROOT / "docs/extending.md", "python") if "load_digits" in block)
+    text = (ROOT / "studies/template/params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("root: ../..", f"root: {ROOT}"))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    for command in ("check", "data"):
+        assert __main__.main([command]) == 0, capsys.readouterr().err
+    assert (tmp_path / "results/data/train_labels.npy").exists()
+
+
+def test_the_docs_name_every_key_of_a_claim_and_every_table_of_results():
+    page = (ROOT / "docs/extending.md").read_text()
+    named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
+    members = {name: each for name, each in vars(Results).items() if isinstance(each, cached_property)}
+    tables = {name for name, each in members.items() if each.func.__annotations__["return"] == "pd.DataFrame"}
+    assert named >= {*Claim.model_fields, *(name for name in tables if not name.startswith("_"))}
+
+
 def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
     page = ROOT / "docs/checkpoints.md"
     (load,) = blocks(page, "python")
@@ -114,10 +138,6 @@ def test_the_citation_is_complete():
 
 @each_page
 def test_claims_and_comparisons_are_what_the_package_reads(page):
-    from equilab.claims.claim import Claim
-    from equilab.claims.comparisons import Comparison
-    from equilab.core.config import parse
-
     for block in blocks(page, "yaml"):
         if block.startswith("claims:"):
             for entry in yaml.safe_load(block)["claims"]:

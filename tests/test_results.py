@@ -1,5 +1,6 @@
 """Results as tidy tables: a row each, a column a thing, and a sentence where a file is not there or damaged."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,6 @@ from made import SOLVER, table, write_study
 
 import equilab
 from equilab.core.config import UserError
-from equilab.tables import NotRunError
 
 ITERATIONS = [
     {**SOLVER, "most_iterations": count, "times": times} for count, times in ((6, 1.0), (1, 3.0), (2, 1.5))
@@ -231,15 +231,39 @@ def test_a_missing_or_damaged_file_is_named_with_the_command_that_writes_it(stud
         equilab.results(study).compare("get against vit")
 
 
-def test_what_a_stage_has_not_written_is_said(study, tmp_path):
-    for name, stage in (
-        ("costs", "cost"),
-        ("activation", "activation"),
-        ("orders", "activation"),
-        ("relative", "relative"),
-    ):
-        with pytest.raises(NotRunError, match=f"is not there; run `python -m equilab {stage}` first"):
-            getattr(equilab.results(study), name)
+def test_a_table_of_a_stage_that_has_not_run_has_no_rows(study):
+    found = equilab.results(study)
+    for name, column in {
+        "costs": "seconds",
+        "activation": "rms",
+        "peaks": "sigma",
+        "orders": "pairs_rms",
+        "relative": "distance",
+        "claims": "id",
+    }.items():
+        table = getattr(found, name)
+        assert table.empty and column in table
+    assert found.runs["relative"].isna().all()
+
+
+def test_a_damaged_table_is_refused(study):
+    (study / "cost").mkdir()
+    (study / "cost/cost.csv").write_text("of,seed\n1,")
+    with pytest.raises(UserError, match="cost.csv is damaged"):
+        print(equilab.results(study).costs)
+
+
+def test_the_pairs_of_a_stage_are_in_words_and_those_without_results_left_out(study):
+    pairs = equilab.results(study).pairs("distill")
+    assert set(pairs["pair"]) == {"get against vit", "get against get (most iterations 1)"}
+    assert not pairs.duplicated(["pair", "side", "seed"]).any()
+    assert equilab.results(study).pairs("gan").empty
+    for seed in range(3):
+        shutil.rmtree(study / f"evaluate/vit/{seed}")
+    assert set(equilab.results(study).pairs("distill")["pair"]) == {"get against get (most iterations 1)"}
+
+
+def test_what_is_asked_for_and_not_there_is_said(study, tmp_path):
     with pytest.raises(UserError, match="no evaluated run"):
         equilab.results(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="did you mean 'get against vit'"):

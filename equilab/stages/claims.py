@@ -83,7 +83,7 @@ def not_run(found: Results, job: Job) -> list[str]:
     needed = {
         f"evaluate@{run}-{seed}": folder_of("evaluate", run, seed) / "metrics.json" for run, seed in runs
     }
-    for stage in ("relative", "cost"):
+    for stage in ("relative", "activation", "cost"):
         if found.params.get(stage) is not None:
             needed[stage] = folder_of(stage) / f"{stage}.csv"
     return [name for name, path in needed.items() if not path.exists()]
