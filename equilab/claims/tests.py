@@ -37,6 +37,8 @@ NAMES = {
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
     "relative": "distance to the images of the first run",
+    "images_train": "images until the target, by training images",
+    "images_test": "images until the target, by held-out images",
     "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
     "pairs_rms": "pairs of layers, by their root mean square",
     "residual_ratio": "residual, less noisy over noisier half",
@@ -135,13 +137,16 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
 def interval(
     runs: pd.DataFrame, baseline: pd.DataFrame, column: str, confidence: float
 ) -> tuple[float, float]:
-    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three seeds.
+    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three
+    seeds, 0 if any of `runs` is infinite: it never got there.
 
     Source: Welch 1947; two settings of the same run are compared seed by seed (Student 1908).
     """
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
+    if np.isinf(ours).any():
+        return 0.0, 0.0
     same = set(runs["of"]) == set(baseline["of"])
     samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
     middle = sum(sample.mean() for sample in samples)
@@ -155,7 +160,9 @@ def interval(
 
 
 def short(value: float) -> str:
-    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
+    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
+    if np.isinf(value):
+        return "never"
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -204,11 +211,13 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
 
 def named(column: str) -> str:
     """Return how a column is called in a sentence: FD to training images."""
+    if column in NAMES:
+        return NAMES[column]
     for end, reference in REFERENCES.items():
         if column.endswith(end):
             first = column.removesuffix(end)
             return f"{first.upper() if first in ('fd', 'fid', 'kid') else first} {reference}"
-    return NAMES.get(column, column.replace("_", " "))
+    return column.replace("_", " ")
 
 
 def _all(verdicts: Sequence[str]) -> str:
