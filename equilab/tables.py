@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
+from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
@@ -276,7 +277,7 @@ class Results:
         parts = []
         for pair, sides in enumerate(comparison.pairs):
             for side, point in sides.items():
-                rows = self._rows(comparison.table, point)
+                rows = self._rows(comparison, side, point)
                 if rows.empty:
                     raise NotRunError(
                         f"comparisons.{name}: {self.folder} has no results of {point}; run its stages first"
@@ -298,12 +299,39 @@ class Results:
         none = self._settings_of_runs.head(0).assign(pair="", side="", point="")
         return pd.concat(parts or [none], ignore_index=True).drop_duplicates(["pair", "side", "seed"])
 
-    def _rows(self, table: str, point: Point) -> pd.DataFrame:
-        """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
-        rows = self._settings_of_runs if table == "settings" else getattr(self, table)
-        rows = rows[rows["of"] == point.run]
+    def reached(self, target: Target) -> pd.DataFrame:
+        """After how many training images a run comes as near as a target, a row for each evaluated replicate: `of`, `run`, `seed`,
+        `family`, `label`, `nimg` (all of its training), `images_train`, `images_test` (by either reference; inf: never).
+
+        The target is the mean distance of a run at its end, and its margin. Between two snapshots the logarithm of the distance is
+        taken to be linear in that of the images; before the first snapshot nothing is known, so that this is the least.
+        """
+        name = self.score.lower()
+        ends = self._headline().query("of == @target.run")
+        rows = []
+        for keys, curve in self.snapshots.groupby(["of", "run", "seed", "family", "label"], sort=False):
+            row = dict(zip(["of", "run", "seed", "family", "label"], keys), nimg=curve["nimg"].max())
+            for reference in ("train", "test"):
+                column = f"{name}_{reference}"
+                aim = (1 + target.margin) * stats.gmean(ends[column])
+                row[f"images_{reference}"] = _images_to(aim, curve.sort_values("nimg"), column)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _rows(self, comparison: Comparison, side: str, point: Point) -> pd.DataFrame:
+        """Return the rows of one point, a row for each seed; costs are of the first seed alone. A baseline that never reaches the
+        target has seen all images of its training by then, at least."""
+        table = comparison.table
         if table == "settings":
+            rows = self._settings_of_runs[self._settings_of_runs["of"] == point.run]
             return rows[rows["position"] == position(self.params, point, "comparisons")]
+        rows = self.reached(comparison.target) if table == "reached" else getattr(self, table)
+        rows = rows[rows["of"] == point.run]
+        if table == "reached" and side == "baseline":
+            seen = {
+                f"images_{end}": rows[f"images_{end}"].clip(upper=rows["nimg"]) for end in ("train", "test")
+            }
+            return rows.assign(**seen)
         for column, value in point.at.items():
             rows = rows[rows[column].isna() if value is None else rows[column] == value]
         return rows
@@ -452,6 +480,20 @@ def _before(summary: Mapping[str, Any]) -> int:
 def _seen(summary: Mapping[str, Any]) -> int:
     """Return the training images that it took to make a run."""
     return summary["nimg"] + _before(summary)
+
+
+def _images_to(aim: float, curve: pd.DataFrame, column: str) -> float:
+    """Return after how many images a curve first comes down to a distance; inf if it never does."""
+    distance, nimg = curve[column].to_numpy(), curve["nimg"].to_numpy(float)
+    near = np.flatnonzero(distance <= aim)
+    if not len(near):
+        return np.inf
+    if near[0] == 0:
+        return nimg[0]
+    after, before = near[0], near[0] - 1
+    return float(
+        np.exp(np.interp(np.log(aim), np.log(distance[[after, before]]), np.log(nimg[[after, before]])))
+    )
 
 
 def _residual_ratios(path: Path, settings: int) -> list[float]:

@@ -41,7 +41,11 @@ def write_study(folder, runs, **sections):
         params.setdefault(stage, {})
         if name:
             params[stage][name] = {
-                "optimisation": {"nimg": run["nimg"], "snapshots": [row["nimg"] for row in run["curve"]]}
+                "optimisation": {
+                    "nimg": run["nimg"],
+                    "decay": "none",
+                    "snapshots": [row["nimg"] for row in run["curve"]],
+                }
             }
         params["evaluate"][name or of] = {"of": of, **params_of(run["settings"])}
         for seed, fd in enumerate(run["fd"]):

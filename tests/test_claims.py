@@ -246,8 +246,17 @@ def test_readings_of_activity_must_agree():
     assert judged([12.0] * 6).verdict == INCONCLUSIVE
 
 
+def test_a_run_that_never_reaches_the_target_fails():
+    never = better(rows(([10.0, 20.0, np.inf], THEIRS)), "fd", 0.95)
+    assert never.verdict == FAILS and "never against" in never.effect
+    assert better(rows(([10.0, np.inf], [20.0, 30.0])), "fd", 0.95).verdict == NONE
+
+
 SECTIONS = {
-    "distill": {name: {"optimisation": {"nimg": 100, "snapshots": [50]}} for name in ("get", "vit", "idle")},
+    "distill": {
+        name: {"optimisation": {"nimg": 100, "snapshots": [50], "decay": decay}}
+        for name, decay in (("get", "none"), ("vit", "cosine"), ("idle", "none"))
+    },
     "evaluate": {
         "get": {
             "of": "distill/get",
@@ -261,6 +270,9 @@ SECTIONS = {
     "cost": {"runs": ["distill/get"]},
     "activation": {"runs": ["distill/get"]},
 }
+
+
+REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
 
 
 @pytest.mark.parametrize(
@@ -304,6 +316,26 @@ SECTIONS = {
         (
             {"table": "costs", "runs": [{"run": "distill/get", "at": {"steps": 1}}, "distill/vit"]},
             r"at.steps: costs are told apart",
+        ),
+        (
+            {"table": "reached", "runs": ["distill/get", "distill/get"]},
+            "comparisons.x: target belongs to the table reached",
+        ),
+        (
+            {**REACHED, "runs": ["distill/get"], "baseline": ["distill/vit"]},
+            r"baseline\[0\]: the learning rate of distill/vit decays",
+        ),
+        (
+            {
+                **REACHED,
+                "runs": [{"run": "distill/get", "at": {"most_iterations": 6}}],
+                "baseline": ["distill/get"],
+            },
+            r"runs\[0\]: name a run with snapshots, and no setting",
+        ),
+        (
+            {**REACHED, "target": {"run": "distill/idle", "margin": 0.1}, "runs": ["distill/get"] * 2},
+            "comparisons.x.target: distill/idle is not evaluated",
         ),
         (
             {"table": "orders", "runs": ["distill/get", "distill/vit"]},

@@ -47,12 +47,22 @@ def _point(value: Any) -> Any:
 Points = tuple[Annotated[Point, BeforeValidator(_point)], ...]
 
 
+class Target(Params):
+    """A distance that runs are to come down to: the one that another run ends at, and relatively so much more."""
+
+    run: str
+    margin: Annotated[float, Field(ge=0)]
+
+
 class Comparison(Params):
     """An entry of the section: `runs` against `baseline`, pair by pair; without a baseline, `runs` stand in a claimed order."""
 
     runs: Annotated[Points, Field(min_length=1)]
     baseline: Points = ()  # as many as runs, or one for all of them
-    table: Literal["settings", "snapshots", "costs", "orders"] = "settings"  # whose rows are compared
+    table: Literal["settings", "snapshots", "costs", "orders", "reached"] = (
+        "settings"  # whose rows are compared
+    )
+    target: Target | None = None  # of reached
 
     @model_validator(mode="after")
     def _paired(self) -> Comparison:
@@ -62,6 +72,8 @@ class Comparison(Params):
             )
         if not self.baseline and len(self.runs) < 2:
             raise ValueError("give a baseline, or two runs or more in their order")
+        if (self.table == "reached") != (self.target is not None):
+            raise ValueError("target belongs to the table reached, and to no other; give both or neither")
         return self
 
     @property
@@ -100,6 +112,10 @@ def check_comparisons(sections: Mapping[str, Any], where: str = "") -> dict[str,
             partial(_check, sections, table, point, f"{path}.{place}")
             for place, point in declared[name].points
         )
+        if target := declared[name].target:
+            wrong += failures(
+                [partial(_check, sections, "settings", Point(run=target.run), f"{path}.target")]
+            )
     if wrong:
         raise UserError("\n".join(wrong))
     return declared
@@ -118,6 +134,8 @@ def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> 
         _check_cost(sections, point, path)
     if table == "orders":
         _check_order(sections, point, path)
+    if table == "reached":
+        _check_reached(sections, point, path)
 
 
 def position(sections: Mapping[str, Any], point: Point, path: str) -> int:
@@ -157,19 +175,37 @@ def _settings(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     ] or [{}]
 
 
+def _optimisation(sections: Mapping[str, Any], of: str) -> Mapping[str, Any]:
+    stage, _, run = of.partition("/")
+    return (sections[stage][run] if run else sections[stage])["optimisation"]
+
+
 def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:
     if set(point.at) != {"nimg"}:
         raise UserError(f"{path}.at: say which snapshot, by nimg alone")
-    stage, _, run = point.run.partition("/")
-    if stage == "progressive":
+    if point.run.startswith("progressive/"):
         raise UserError(
             f"{path}: snapshots of {point.run} are counted from the first student of its chain; compare its end"
         )
-    optimisation = (sections[stage][run] if run else sections[stage])["optimisation"]
+    optimisation = _optimisation(sections, point.run)
     kept = [*optimisation["snapshots"], optimisation["nimg"]]
     if point.at["nimg"] not in kept:
         raise UserError(
             f"{path}.at.nimg: {point.run} keeps no snapshot of {point.at['nimg']} images; it has {kept}"
+        )
+
+
+def _check_reached(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    position(sections, point, path)
+    optimisation = _optimisation(sections, point.run)
+    if point.at or not optimisation["snapshots"]:
+        raise UserError(
+            f"{path}: name a run with snapshots, and no setting: it is followed along its training"
+        )
+    if optimisation["decay"] != "none":
+        raise UserError(
+            f"{path}: the learning rate of {point.run} decays, so that it comes near its end only there; name a run with "
+            "decay: none"
         )
 
 

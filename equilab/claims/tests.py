@@ -43,6 +43,7 @@ SCORES = (
     "residual",
     "residual_ratio",
     "pairs",
+    "images",
 )
 COLUMNS = (*SCORES, *COUNTED, *MEMORY, *SECONDS)  # what a claim can be about
 # better the higher; all else is better the lower
@@ -54,6 +55,8 @@ NAMES = {
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
     "relative": "distance to the images of the first run",
+    "images_train": "images until the target, by training images",
+    "images_test": "images until the target, by held-out images",
     "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
     "pairs_rms": "pairs of layers, by their root mean square",
     "residual_ratio": "residual, less noisy over noisier half",
@@ -153,13 +156,16 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
 def interval(
     runs: pd.DataFrame, baseline: pd.DataFrame, column: str, confidence: float
 ) -> tuple[float, float]:
-    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three seeds.
+    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three
+    seeds, 0 if any of `runs` is infinite: it never got there.
 
     Source: Welch 1947; two settings of the same run are compared seed by seed (Student 1908).
     """
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
+    if np.isinf(ours).any():
+        return 0.0, 0.0
     same = set(runs["of"]) == set(baseline["of"])
     samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
     middle = sum(sample.mean() for sample in samples)
@@ -182,7 +188,9 @@ def told_apart(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
+    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
+    if np.isinf(value):
+        return "never"
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
@@ -231,11 +239,13 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
 
 def named(column: str) -> str:
     """Return how a column is called in a sentence: FD to training images."""
+    if column in NAMES:
+        return NAMES[column]
     for end, reference in REFERENCES.items():
         if column.endswith(end):
             first = column.removesuffix(end)
             return f"{first.upper() if first in ('fd', 'fid', 'kid') else first} {reference}"
-    return NAMES.get(column, column.replace("_", " "))
+    return column.replace("_", " ")
 
 
 def _all(verdicts: Sequence[str]) -> str:
