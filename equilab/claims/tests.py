@@ -35,6 +35,7 @@ NAMES = {
     "nimg": "images seen",
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
+    "l1_train": "L1 on training pairs",
     "relative": "distance to the images of the first run",
     "residual_ratio": "residual, less noisy over noisier half",
     "train_memory": "MiB of a training step",
@@ -201,11 +202,13 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
 
 def named(column: str) -> str:
     """Return how a column is called in a sentence: FD to training images."""
+    if column in NAMES:
+        return NAMES[column]
     for end, reference in REFERENCES.items():
         if column.endswith(end):
             first = column.removesuffix(end)
             return f"{first.upper() if first in ('fd', 'fid', 'kid') else first} {reference}"
-    return NAMES.get(column, column.replace("_", " "))
+    return column.replace("_", " ")
 
 
 def _all(verdicts: Sequence[str]) -> str:

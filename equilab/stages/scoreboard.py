@@ -18,11 +18,11 @@ from equilab.core.job import Job, Plan
 KEYS = ["id", "part"]
 ABOUT = ["paper", *KEYS, "claim", "where", "published"]
 FOUND = ["verdict", "effect", "low", "high", "seeds"]
+EFFECTS = "## Effects"  # a heading
 HEAD = f"""\
 Every claim once, with a column for each study that tests a claim of its paper. A verdict needs {SEEDS} seeds on either side, or a
 counted quantity: – marks numbers without a verdict, an empty cell a study that does not make the comparison. What the verdicts mean
-is said in docs/figures.md. The effects are listed under each table, and stand with their intervals in scoreboard.csv. Published
-numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
+is said in docs/figures.md. The effects are listed under the tables, and stand with their intervals in scoreboard.csv. Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
 
 
 class Config(Params):
@@ -117,12 +117,12 @@ def _listed(words: list[str]) -> str:
 
 def markdown(found: pd.DataFrame, studies: Sequence[str]) -> str:
     """Return the scoreboard as a page: for each paper a table of verdicts, with a column for each of the `studies` that tests
-    one of its claims, and the effects in a list."""
+    one of its claims; then all effects in a list."""
     parts = ["# Scoreboard", HEAD]
     for paper, rows in found.groupby("paper", sort=False):
         columns = [study for study in studies if study in set(rows["study"])]
-        parts += [f"## {paper}", _verdicts(rows, columns).to_markdown(index=False), _effects(rows)]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {paper}", _verdicts(rows, columns).to_markdown(index=False)]
+    return "\n\n".join([*parts, EFFECTS, _effects(found)]) + "\n"
 
 
 def _verdicts(rows: pd.DataFrame, studies: Sequence[str]) -> pd.DataFrame:
