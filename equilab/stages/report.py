@@ -83,6 +83,12 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError naming the file, if a result is missing or damaged, or a figure that params name is not there.
     """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from equilab import style  # brings pyplot along, which takes seconds
+
+    style.use()  # also of equations
     study = results("results")
     notebooks = {name: _notebook(study.folder / "notebook" / name) for name in study.params["notebook"]}
     figures = {}
@@ -242,12 +248,8 @@ def _measured(study: Results, of: str) -> str:
 
 def _curves(study: Results, rows: pd.DataFrame) -> str:
     """Return the learning curves of all seeds as a drawing: the loss, and the distances where there are snapshots."""
-    import matplotlib
+    from equilab import style
 
-    matplotlib.use("agg")
-    from equilab import style  # brings pyplot along
-
-    style.use()
     of, colour = rows["of"].iloc[0], family(rows["family"].iloc[0]).colour
     kept = study.snapshots[study.snapshots["of"] == of]
     several = kept["nimg"].nunique() > 1
@@ -281,10 +283,9 @@ def _samples(images: np.ndarray, name: str) -> str:
     """Return images (N, C, H, W) uint8 as a picture, eight in a line."""
     from PIL import Image
 
-    tiles = np.pad(
-        images.transpose(0, 2, 3, 1), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255
-    )  # (N, H, W, C)
-    lines = [np.concatenate(list(tiles[k : k + 8]), axis=1) for k in range(0, len(tiles) - 7, 8)]
+    margins = (0, -len(images) % 8), (0, 0), (0, 1), (0, 1)  # the last line filled; white between images
+    tiles = np.pad(images, margins, constant_values=255).transpose(0, 2, 3, 1)  # (N, H, W, C)
+    lines = [np.concatenate(list(tiles[k : k + 8]), axis=1) for k in range(0, len(tiles), 8)]
     grid = np.concatenate(lines)  # (N / 8 H, 8 W, C)
     drawn = io.BytesIO()
     Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(drawn, "png", optimize=True)
@@ -378,7 +379,7 @@ def _equation(tex: str) -> str:
     for known, other in MATHTEXT.items():
         tex = re.sub(known, other, tex)
     drawn = io.BytesIO()
-    with rc_context({"mathtext.fontset": "cm", "savefig.transparent": True}):
+    with rc_context({"mathtext.fontset": "cm", "savefig.transparent": True, "font.size": 12}):
         depth = mathtext.math_to_image(f"${tex}$", drawn, dpi=192, format="png")  # in points
     width = Image.open(drawn).width // 2  # of 96 to an inch
     style = f"vertical-align: {-depth * 4 / 3:.1f}px"
