@@ -152,9 +152,9 @@ def interval(
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
 
-def short(value: float) -> str:
+def short(value: int | float) -> str:
     """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"

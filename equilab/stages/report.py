@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: 
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; min-width: 4rem; }
 .holds { color: #00693e; font-weight: 600; } .fails { color: #a5320b; font-weight: 600; }
 figure { margin: 1.5rem 0; } figcaption { border-left: 3px solid #0173b2; padding: .1rem 1rem; margin: .4rem 0 1rem; }
-details { margin: .4rem 0; } summary { color: #777; font-size: 12px; cursor: pointer; } li { overflow-wrap: anywhere; font-size: 14px; }
+details { margin: .4rem 0; } summary { color: #777; font-size: 12px; cursor: pointer; } #effects li { overflow-wrap: anywhere; font-size: 14px; }
 @media (max-width: 40rem) {
   body { font-size: 15px; } th, td { padding: .2rem .35rem; } h1 { font-size: 1.4rem; }
   .scoreboard thead, .scoreboard td:nth-child(n+3):not(:last-child) { display: none; } /* what its last column says, too */

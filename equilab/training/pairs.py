@@ -65,7 +65,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
         total, counted = config.count + config.held_out, cost(job.read("teacher"), job.image, job.classes)
         work = float(counted.image.flops(calls=config.sampler.nfe)) * total
         disk = total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
-        return Plan(counted.parameters, work, disk)
+        calls = config.sampler.nfe * total
+        return Plan(counted.parameters, work, disk, images=total, teacher_calls=calls)
 
     return count
 
