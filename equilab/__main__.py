@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # The rest of the package is imported within functions: interrupted while it is, a command answers as it does later.
 
-USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -135,8 +134,19 @@ def clean(given: argparse.Namespace) -> int:
     return 0
 
 
+def plan(given: argparse.Namespace) -> int:
+    """Print what a whole study takes, and how much of it is left; RUN may be the study's folder."""
+    from equilab.planning import planned
+    from equilab.study import open_study
+
+    sections = open_study(Path(given.run) / "params.yaml" if given.run else given.params)
+    os.chdir(sections.folder)
+    print(planned(sections))
+    return 0
+
+
 IMPORT = "import: read published weights into results (import --help)"
-COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "clean": clean}
+COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
 
 
 def stage(given: argparse.Namespace) -> int:
@@ -186,27 +196,21 @@ def _run(job: Job) -> None:
 
 def _print_plan(job: Job) -> None:
     """Print a job's config and what it will cost; the time rests on a matrix product measured now."""
-    import torch
     import yaml
 
     from equilab.core.config import plain
-    from equilab.core.machine import device_of
-    from equilab.metrics.measuring import matmul_peak
+    from equilab.planning import duration, size, speed_of
     from equilab.study import module_of
 
     config = job.read(job.stage, job.run, job.seed)
     print(yaml.safe_dump({job.name: plain(config)}, sort_keys=False), end="")
-    plan = module_of(job.stage).plan(config, job)()
-    peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
-    minutes = plan.flops / (USUAL_SHARE * peak) / 60
-    disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
+    plan, speed = module_of(job.stage).plan(config, job)(), speed_of(job)
     if plan.note:
         print(plan.note)
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
     print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
-    print(f"# results on disk: {disk}")
-    machine = f"{USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s"
-    print(f"# time: about {minutes:,.1f} min and 5 s of start, at {machine}")
+    print(f"# results on disk: {size(plan.disk)}")
+    print(f"# time: {duration(speed.seconds(plan.flops, job))}, at {speed}")
 
 
 def _join_processes(job: Job) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from equilab.core import code, files
-from equilab.core.config import UserError
+from equilab.core.config import UserError, mapping
 from equilab.core.job import folder_of
 from equilab.graph import STAGES
 from equilab.study import CODE, Replicate, Sections, listings, read
@@ -80,7 +80,8 @@ def _source(sections: Sections, stage: str, job: Replicate) -> tuple[str, str | 
 
 
 def _reads_runs(stage: str) -> bool:
-    return any(STAGES[of].jobs != "one" for _, of in STAGES[stage].reads if of)
+    """Return whether a stage reads what runs make, or what a stage makes that does."""
+    return any(STAGES[of].jobs != "one" or _reads_runs(of) for _, of in STAGES[stage].reads if of)
 
 
 def graph(sections: Sections) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
     if about.jobs in ("seeds", "of"):
         command, out = f"{command} --seed ${{item.seed}}", f"{out}/${{item.seed}}"
     reads = [path for path, of in about.reads if not of or sections.has(of)]
-    entry = {"cmd": command, "deps": [_params_file(stage, item), *_code(sections, stage), *reads]}
+    needed = [_params_file(stage, item), *_code(sections, stage), *reads, *_of_studies(sections, stage)]
+    entry = {"cmd": command, "deps": list(dict.fromkeys(needed))}
     if about.cached:
         entry["outs"] = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
     committed = [os.path.normpath(f"{out}/{file}") for file in about.committed]
@@ -138,6 +140,15 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
         if named := [file for file in committed if file.endswith(".json") == is_metric]:
             entry[kind] = [_kept(file, cache=False) for file in named]
     return entry
+
+
+def _of_studies(sections: Sections, stage: str) -> list[str]:
+    """Return the files that a stage reads of the studies that its section lists."""
+    if not STAGES[stage].of_studies:
+        return []
+    entry, path = sections.entry(stage, None)
+    folders = mapping(entry.get("studies"), f"{path}.studies").values()
+    return [os.path.normpath(f"{folder}/{file}") for folder in folders for file in STAGES[stage].of_studies]
 
 
 def _code(sections: Sections, stage: str) -> list[str]:

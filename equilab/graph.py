@@ -37,12 +37,16 @@ class Stage:
     cached: tuple[str, ...] = ()
     committed: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
+    of_studies: tuple[
+        str, ...
+    ] = ()  # what it reads of each study whose folder its section lists as `studies`
     optional: bool = False  # a study may do without
 
 
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
 TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
+CLAIMS = Read("results/claims.csv", "claims"), Read("results/measured.csv", "claims")
 GENERATORS = (
     "teacher",
     "distill",
@@ -122,6 +126,13 @@ STAGES = {
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
         params=("comparisons",),
     ),
+    "scoreboard": Stage(
+        "equilab.stages.scoreboard",
+        reads=CLAIMS,
+        of_studies=("results/claims.csv", "results/measured.csv"),
+        committed=("../scoreboard.csv", "../scoreboard.md"),
+        optional=True,
+    ),
     "notebook": Stage(
         "equilab.stages.notebook",
         jobs="entries",
@@ -129,8 +140,7 @@ STAGES = {
             Read("${study.root}/notebooks/${item.run}.ipynb"),
             TEACHER,
             *TABLES,
-            Read("results/claims.csv", "claims"),
-            Read("results/measured.csv", "claims"),
+            *CLAIMS,
         ),
         committed=("",),
         params=("comparisons",),
@@ -139,10 +149,12 @@ STAGES = {
         "equilab.stages.report",
         reads=(
             result("notebook"),
+            *TABLES,
             Read("results/claims.md", "claims"),
             Read("results/measured.md", "claims"),
+            Read("results/scoreboard.md", "scoreboard"),
         ),
-        committed=("index.html",),
+        committed=("",),
     ),
 }
 OTHERS = ("study", "comparisons")  # sections that are no stage's

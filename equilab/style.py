@@ -134,11 +134,12 @@ def table(data: pd.DataFrame) -> None:
     """Show a table without its index; numbers in four digits, missing ones empty."""
     from IPython.display import Markdown, display
 
-    shown = pd.DataFrame({column: data[column].map(_number) for column in data})
+    shown = pd.DataFrame({column: data[column].map(number) for column in data})
     display(Markdown(shown.to_markdown(index=False, disable_numparse=True)))
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """Return a number as a table shows it, in four digits, a missing one empty; anything else as it is."""
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         return value
     if np.isnan(value):

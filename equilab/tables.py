@@ -121,7 +121,7 @@ class Results:
         rows = []
         for path in self._evaluated():
             about = read_json(path, "of", "seed", "family")
-            summary = self._summary(about["of"], about["seed"])
+            summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
             calls = self._teacher_calls(summary)
@@ -145,7 +145,7 @@ class Results:
         parts = []
         for path in self._evaluated():
             about = read_json(path, "of", "seed", "family")
-            summary = self._summary(about["of"], about["seed"])
+            summary = self.summary(about["of"], about["seed"])
             curve = _table(path.with_name("curve.csv"))
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
                 end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
@@ -377,12 +377,36 @@ class Results:
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
         return _arrays(rows["folder"].iloc[0] / "iterates.npz")
 
+    def samples(self, of: str, seed: int = 0) -> np.ndarray:
+        """Return the images (N, C, H, W) uint8 that a run's replicate makes of fixed noises, the same for all, at its headline setting.
+
+        Raises: UserError if there is no such run, or its file is missing or damaged.
+        """
+        images = self.iterates(of, seed)["images"]  # after every iteration or step
+        settings = self.settings
+        first = settings[(settings["of"] == of) & (settings["seed"] == seed) & (settings["position"] == 0)]
+        iterations = first["most_iterations"].iloc[0]
+        return images[-1] if np.isnan(iterations) else images[int(min(iterations, len(images))) - 1]
+
+    def summary(self, of: str, seed: int = 0) -> dict[str, Any]:
+        """Return what a run's replicate has written of its training: its config, what was counted, versions and machine, inputs.
+
+        Raises: UserError if it is missing or damaged.
+        """
+        return read_json(self._trained(of, seed) / "summary.json", "stage", "config", "parameters", "nimg")
+
+    def log(self, of: str, seed: int = 0) -> pd.DataFrame:
+        """Return the log of a run's replicate, a row for each report: `nimg`, `loss`, `lr`, and the losses of an adversary.
+
+        Raises: UserError if it is missing or damaged.
+        """
+        return _table(self._trained(of, seed) / "log.csv")
+
     def _evaluated(self) -> list[Path]:
         return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
 
-    def _summary(self, of: str, seed: int) -> dict[str, Any]:
-        path = self.folder / of / ("" if of == "teacher" else str(seed)) / "summary.json"
-        return read_json(path, "stage", "config", "parameters", "nimg")
+    def _trained(self, of: str, seed: int) -> Path:
+        return self.folder / of / ("" if of == "teacher" else str(seed))
 
     def _headline(self) -> pd.DataFrame:
         """Return cost and scores of every replicate at its first setting."""

@@ -86,8 +86,15 @@ def write_run(results, of, seed, fd, run):
         "nimg": run["nimg"],
         "train_flops_image": 30,
     }
-    summary |= {"parameters": run.get("parameters", 1000), "flops_image": 10, **run.get("summary", {})}
+    summary |= {"parameters": run.get("parameters", 1000), "flops_image": 10}
+    summary |= {
+        "environment": {"torch": "2", "threads": 1},
+        "inputs": {"data": "0f"},
+        **run.get("summary", {}),
+    }
     keep(results / of / (str(seed) if name else "") / "summary.json", summary)
+    log = [{"nimg": nimg, "loss": 1 / nimg, "lr": 0.1} for nimg in (run["nimg"] // 2, run["nimg"])]
+    table(results / of / (str(seed) if name else "") / "log.csv", log)
     at = results / "evaluate" / (name or of) / str(seed)
     keep(at / "metrics.json", about)
     table(at / "sweep.csv", [scored(setting, fd, run) for setting in run["settings"]])

@@ -162,7 +162,7 @@ COMPARISONS = {"get against vit": {"runs": ["distill/get"], "baseline": ["distil
 
 def claims_of(folder, *claims):
     folder.mkdir(exist_ok=True)
-    (folder / "new.yaml").write_text(yaml.safe_dump({"claims": list(claims)}))
+    (folder / "new.yaml").write_text(yaml.safe_dump({"paper": "New (2025)", "claims": list(claims)}))
     return read_claims(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -92,19 +92,36 @@ class Claim(Params):
         return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)
 
 
-def read_claims(folder: Path = HERE) -> list[Claim]:
-    """Return the claims of all YAML files of a folder.
+class _File(Params):
+    """A YAML file of claims."""
+
+    paper: str  # whose claims they are
+    claims: tuple[dict[str, Any], ...]
+
+
+def read_papers(folder: Path = HERE) -> dict[str, list[Claim]]:
+    """Return the claims of all YAML files of a folder, by the paper that each file names.
 
     Raises: UserError naming the file and the key of a mistake, or two claims of the same id and part.
     """
-    claims = []
+    papers: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
-        entries = read(path)["claims"]
-        claims += [parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(entries)]
-    names = [claim.name for claim in claims]
+        file = parse(_File, read(path), path.name)
+        papers.setdefault(file.paper, []).extend(
+            parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(file.claims)
+        )
+    names = [claim.name for claims in papers.values() for claim in claims]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
-    return claims
+    return papers
+
+
+def read_claims(folder: Path = HERE) -> list[Claim]:
+    """Return the claims of all YAML files of a folder.
+
+    Raises: UserError, as `read_papers` does.
+    """
+    return [claim for claims in read_papers(folder).values() for claim in claims]
 
 
 def refuse_mistyped(claims: Sequence[Claim], declared: Collection[str]) -> None:

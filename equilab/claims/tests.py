@@ -54,6 +54,7 @@ NAMES = {
     "nimg": "images seen",
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
+    "l1_train": "L1 on training pairs",
     "relative": "distance to the images of the first run",
     "images_train": "images until the target, by training images",
     "images_test": "images until the target, by held-out images",
@@ -191,7 +192,7 @@ def short(value: float, digits: int = 3) -> str:
     """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
     if np.isinf(value):
         return "never"
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
     return f"{value:.{digits}g}"

@@ -84,6 +84,9 @@ class Plan(NamedTuple):
     flops: float = 0.0  # of networks, in all
     disk: int | None = 0  # bytes of results
     note: str = ""  # lines to print with it
+    images: int = 0  # seen in training, or made
+    teacher_calls: int = 0  # evaluations of the teacher for them
+    memory: int = 0  # bytes that training holds whatever its batch
 
 
 def folder_of(stage: str, run: str | None = None, seed: int | None = None) -> Path:

@@ -45,6 +45,9 @@ def edm(
     return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
 
 
+CONSISTENCY_CALLS = 2  # evaluations of the teacher for an image: a step of Heun's method
+
+
 def consistency(
     student: Callable[..., Denoised],
     teacher: Callable[..., Denoised],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
@@ -93,9 +94,10 @@ def table(judged: list[tuple[Claim, Outcome]]) -> pd.DataFrame:
     """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, and what was published where."""
     rows = []
     for claim, outcome in judged:
-        found = outcome.verdict, outcome.effect, _seeds(claim, outcome)
+        bounds = ["" if np.isnan(bound) else f"{bound:.4g}" for bound in (outcome.low, outcome.high)]
+        found = outcome.verdict, outcome.effect, *bounds, _seeds(claim, outcome)
         rows.append((claim.id, claim.part, claim.claim, *found, claim.published, claim.where))
-    columns = ["id", "part", "claim", "verdict", "effect", "seeds", "published", "where"]
+    columns = ["id", "part", "claim", "verdict", "effect", "low", "high", "seeds", "published", "where"]
     return pd.DataFrame(rows, columns=columns)
 
 

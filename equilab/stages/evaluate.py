@@ -65,7 +65,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
         flops = [run.cost(setting)["flops"] for setting in config.settings]
         along_training = flops[0] * len(run.config.optimisation.snapshots)
         disk = samples * int(np.prod(job.image))
-        return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk)
+        made = images * (len(flops) + len(run.config.optimisation.snapshots))
+        return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk, images=made)
 
     return count
 

@@ -52,7 +52,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes)
-        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
+        frozen = onestep.table(config, job.image, job.classes)
+        return loop.plan(config.optimisation, counted, frozen, losses.CONSISTENCY_CALLS)
 
     return estimate
 

@@ -137,7 +137,9 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes, features)
-        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
+        frozen = onestep.table(config, job.image, job.classes)
+        calls = losses.CONSISTENCY_CALLS if config.consistency else 0
+        return loop.plan(config.optimisation, counted, frozen, calls)
 
     return estimate
 

@@ -485,9 +485,16 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
     print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")
 
 
-def plan(config: Optimisation, cost: Cost, note: str = "") -> Plan:
-    """Return what training costs."""
+def plan(config: Optimisation, cost: Cost, note: str = "", teacher_calls: int = 0) -> Plan:
+    """Return what training costs; of an image of an update, `teacher_calls` evaluations of the teacher."""
     kept = 1 + len(config.snapshots)
+    weights = 4 * cost.parameters  # bytes
     return Plan(
-        cost.parameters, float(cost.train_flops_image * config.nimg), 4 * cost.parameters * kept, note
+        cost.parameters,
+        float(cost.train_flops_image * config.nimg),
+        kept * weights,
+        note,
+        config.nimg,
+        teacher_calls * config.nimg,
+        2 * weights + 12 * cost.parameters_trained,  # with the average; gradient and two moments
     )

@@ -58,7 +58,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     def count() -> Plan:
         counted = cost(job.read("teacher"), job.image, job.classes)
         work = float(counted.image.flops(calls=config.sampler.nfe)) * config.total
-        return Plan(counted.parameters, work, config.total * _row_bytes(config, job.image))
+        disk, calls = config.total * _row_bytes(config, job.image), config.sampler.nfe * config.total
+        return Plan(counted.parameters, work, disk, images=config.total, teacher_calls=calls)
 
     return count
 
