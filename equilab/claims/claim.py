@@ -91,15 +91,20 @@ class Claim(Params):
         return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)
 
 
+class Claims(Params):
+    """A YAML file of claims."""
+
+    claims: tuple[Claim, ...]
+
+
 def read_claims(folder: Path = HERE) -> list[Claim]:
     """Return the claims of all YAML files of a folder.
 
-    Raises: UserError naming the file and the key of a mistake, or two claims of the same id and part.
+    Raises: UserError naming the file and the key of each mistake, or two claims of the same id and part.
     """
     claims = []
     for path in sorted(folder.glob("*.yaml")):
-        entries = read(path)["claims"]
-        claims += [parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(entries)]
+        claims += parse(Claims, read(path), path.name).claims
     names = [claim.name for claim in claims]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
@@ -129,9 +134,7 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
-    if (
-        claim.measure == "relative" and results.relative.empty
-    ):  # which is not read where its stage has not run
+    if claim.measure == "relative" and results.relative.empty:  # raises where its stage has not run
         return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
