@@ -60,17 +60,17 @@ def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
     without memory."""
     yield partial(dvc.waves, sections)
     yield partial(_refuse_other_graph, sections)
-    yield partial(check_comparisons, sections.values, f"{sections.where}: ")
-    yield partial(_check_claims, sections)
+    yield partial(_check_claimed, sections)
     for stage in filter(sections.has, STAGES):
         for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
             yield partial(_plan, sections, stage, run)
 
 
-def _check_claims(sections: Sections) -> None:
-    from equilab.claims.claim import read_claims, refuse_mistyped  # brings scipy along, which takes a second
+def _check_claimed(sections: Sections) -> None:
+    from equilab.claims.claim import read_claims, refuse_mistyped  # bring scipy along, which takes a second
 
-    refuse_mistyped(read_claims(), sections.values.get("comparisons", {}))
+    declared = check_comparisons(sections.values, f"{sections.where}: ")
+    refuse_mistyped(read_claims(), declared)
 
 
 def _plan(sections: Sections, stage: str, run: str | None) -> None:

@@ -41,7 +41,9 @@ def run(settings, seed=0):
 def settings(**changes):
     """Return a config of the stage: that of the digits with some keys changed."""
     given = {**DIGITS, **changes}
-    return config.parse(data.Config, given if given["classes"] else {**given, "labels": None}, "data")
+    if not given["classes"]:
+        given["labels"] = changes.get("labels")
+    return config.parse(data.Config, given, "data")
 
 
 def folder(path, test=None, test_path=None, image=(3, 4, 5), classes=3, **more):

@@ -128,7 +128,7 @@ def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_pa
     sections = config.read(Path("params.yaml"))
     sections["latents"]["vae"] = "other"
     keep(sections)
-    assert "was made by another VAE than other holds; run the stage latents again" in refused(
+    assert "was made by another VAE than other holds; run `python -m equilab latents` again" in refused(
         capsys, "evaluate", "dit"
     )
     assert not Path("results/evaluate").exists()

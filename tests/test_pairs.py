@@ -174,7 +174,7 @@ def test_pairs_made_otherwise_than_params_say_now_are_refused(
     write_study(tmp_path, {key: value})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
-    assert told in (said := capsys.readouterr().err) and "run the stage `pairs` again" in said
+    assert told in (said := capsys.readouterr().err) and "run `python -m equilab pairs` again" in said
 
 
 def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp_path, capsys, monkeypatch):

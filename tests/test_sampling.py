@@ -156,7 +156,7 @@ def test_weights_of_a_snapshot_a_seed_or_another_config(study, generator):
     other = parsed("distill/get").model_copy(update={"pairs": 7})
     with pytest.raises(
         UserError,
-        match="trained with pairs 200, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
+        match="trained with pairs 40, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
     ):
         load("distill/get", study=study, config=other)
     with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors is not there"):

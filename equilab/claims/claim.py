@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -92,24 +92,22 @@ class Claim(Params):
         return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)
 
 
-class _File(Params):
+class Claims(Params):
     """A YAML file of claims."""
 
     paper: str  # whose claims they are
-    claims: tuple[dict[str, Any], ...]
+    claims: tuple[Claim, ...]
 
 
 def read_papers(folder: Path = HERE) -> dict[str, list[Claim]]:
     """Return the claims of all YAML files of a folder, by the paper that each file names.
 
-    Raises: UserError naming the file and the key of a mistake, or two claims of the same id and part.
+    Raises: UserError naming the file and the key of each mistake, or two claims of the same id and part.
     """
     papers: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
-        file = parse(_File, read(path), path.name)
-        papers.setdefault(file.paper, []).extend(
-            parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(file.claims)
-        )
+        file = parse(Claims, read(path), path.name)
+        papers.setdefault(file.paper, []).extend(file.claims)
     names = [claim.name for claims in papers.values() for claim in claims]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
@@ -147,9 +145,7 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
-    if (
-        claim.measure == "relative" and results.relative.empty
-    ):  # which is not read where its stage has not run
+    if claim.measure == "relative" and results.relative.empty:  # raises where its stage has not run
         return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None

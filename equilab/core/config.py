@@ -187,7 +187,7 @@ def parse(kind: type[Kind], value: Any, path: str) -> Kind:
     try:
         return kind.model_validate(given, context={"path": path})
     except ValidationError as error:
-        raise UserError("\n".join(_sentences(kind, error, path))) from None
+        raise UserError("\n".join(sentences(kind, error, path))) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -205,6 +205,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
+    "list_type": "a list",
     "is_instance_of": "a list",  # a Sequence
     "sequence_str": "a list",
     "dict_type": "keys with values",
@@ -219,7 +220,7 @@ BOUNDS = {
 }
 
 
-def _sentences(kind: type[BaseModel], error: ValidationError, path: str) -> list[str]:
+def sentences(kind: type[BaseModel], error: ValidationError, path: str) -> list[str]:
     """Return what is wrong, a sentence for each mistake: a key that is mistyped is not told as missing as well."""
     details = error.errors(include_url=False)
     missing = {each["loc"] for each in details if each["type"] == "missing"}
@@ -263,8 +264,10 @@ def _sentence(kind: type[BaseModel], detail: ErrorDetails, path: str) -> str:
         case bound if bound in BOUNDS:
             words, key = BOUNDS[bound]
             return f"{where}: must be {words} {context[key]}, got {given}"
-        case other:
-            return f"{where}: expected {EXPECTED.get(other, detail['msg'])}, got {given}"
+        case other if other in EXPECTED:
+            return f"{where}: expected {EXPECTED[other]}, got {given}"
+        case _:
+            return f"{where}: {detail['msg']}, got {given}"
 
 
 def shown(value: Any) -> str:

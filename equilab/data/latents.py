@@ -23,7 +23,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError, read_json, unreadable
+from equilab.core.config import Params, UserError, read_json, sentences, unreadable
 from equilab.core.files import remove_others, scratch, sha256_of, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, identity, rank
@@ -110,7 +110,7 @@ class Encoded:
         meta = read_json(folder / "meta.json", "shape", "count", "data", "shards")
         if meta["data"] != sha256_of(folder_of("data") / "meta.json"):
             raise UserError(
-                f"{folder} holds latents of other images than results/data; run the stage latents again"
+                f"{folder} holds latents of other images than results/data; run `python -m equilab latents` again"
             )
         self.shape, self.shards, left = tuple(meta["shape"]), [], meta["count"]
         for name, sha256 in meta["shards"].items():
@@ -120,7 +120,7 @@ class Encoded:
             left -= len(self.shards[-1])
         if left:
             raise UserError(
-                f"{folder} does not hold as many latents as its meta.json says; run the stage latents again"
+                f"{folder} does not hold as many latents as its meta.json says; run `python -m equilab latents` again"
             )
 
     def read(self, items: np.ndarray) -> Tensor:
@@ -191,7 +191,7 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
     (vae, scaling), path = _vae(config, job.image, device), folder_of("latents") / "meta.json"
     if read_json(path, "vae")["vae"] != checksum({**vae.state_dict(), **scaling._asdict()}):
         raise UserError(
-            f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again"
+            f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
         )
 
     @torch.inference_mode()
@@ -244,11 +244,8 @@ def _read_config(path: Path) -> VAEConfig:
     try:
         about = VAEConfig.model_validate_json((path / "config.json").read_bytes())
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        place = ".".join(["config.json", *map(str, mistake["loc"])])
-        raise UserError(
-            f"latents.vae: {place} in {path}: {mistake['msg']}; correct it, or fetch its files again"
-        ) from None
+        mistake = sentences(VAEConfig, error, f"latents.vae: {path / 'config.json'}")[0]
+        raise UserError(f"{mistake}; correct it, or fetch its files again") from None
     known = inspect.signature(AutoencoderKL.__init__).parameters
     for key in about.model_extra:
         if key not in known and not key.startswith("_"):

@@ -66,7 +66,7 @@ class PairSet:
         for key, value in {"study.seed": job.study.seed, **now}.items():
             if value != (before := self.meta.get(key.partition(".")[2])):
                 raise UserError(
-                    f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
+                    f"{key} is {value}, but {self.folder} was made with {before}; run `python -m equilab pairs` again"
                 )
         wanted = job.read("data").labels
         if (wanted == "frequency") != (self.label_counts is not None):
@@ -80,7 +80,7 @@ class PairSet:
         require_same(weights, teacher)
         if teacher["checksum"] != self.meta["teacher"]:
             raise UserError(
-                f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again"
+                f"{self.folder} was made by another teacher than {weights}; run `python -m equilab pairs` again"
             )
 
     def _open(self, path: Path) -> np.ndarray:
@@ -91,7 +91,7 @@ class PairSet:
         if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
             raise UserError(
                 f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
-                "run the stage `pairs` again"
+                "run `python -m equilab pairs` again"
             )
         return array
 

@@ -286,7 +286,7 @@ class Scorer:
         if config is not None and inception != (config.network is None):
             there = "Inception" if inception else "a classifier"
             raise UserError(
-                f"{weights} is {there}, but params ask for the other; run the stage `evaluator` again"
+                f"{weights} is {there}, but params ask for the other; run `python -m equilab evaluator` again"
             )
         if inception:
             self.extractor = inception_extractor(device)

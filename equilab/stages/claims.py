@@ -42,7 +42,11 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: nothing to speak of."""
+    """Return what counts the stage's cost: nothing to speak of.
+
+    Raises: UserError if the claims are mistaken.
+    """
+    read_claims()
     return Plan
 
 

@@ -157,7 +157,7 @@ def _floor_samples(job: Job) -> int:
     if samples != wanted:
         raise UserError(
             f"evaluator.samples is {wanted}, but the floor in {summary.parent} is of {samples}; "
-            "run the stage `evaluator` again"
+            "run `python -m equilab evaluator` again"
         )
     return samples
 
