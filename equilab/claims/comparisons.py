@@ -10,13 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from equilab.core.config import Params, UserError, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 
-RUNS = (
-    "distill",
-    "diffusion",
-    "gan",
-    "consistency",
-    "progressive",
-)  # sections whose entries are trained runs
+# sections whose entries are trained runs
+RUNS = ("distill", "diffusion", "gan", "consistency", "progressive")
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
 Scalar = bool | int | float | str | None
 
