@@ -52,7 +52,8 @@ def _threads(stage: str) -> str:
 
 def waves(sections: Sections) -> list[list[str]]:
     """Return the names that DVC has for what a study makes, in lists, each of which needs only what those before it make: the
-    stages without runs on which runs depend, in their order; then runs, those that are trained before those that are evaluated.
+    stages without runs on which runs depend, in their order; then runs that are trained, those of which none is the teacher of
+    another in a list; last, runs that are evaluated.
 
     Raises: UserError if runs are each other's teachers.
     """
@@ -62,8 +63,8 @@ def waves(sections: Sections) -> list[list[str]]:
     for jobs in ("seeds", "of"):
         left = [(name, job) for name in present if STAGES[name].jobs == jobs for job in sections.jobs(name)]
         while left:
-            made_yet = {(name, job.run) for name, job in left}
-            ready = [(name, job) for name, job in left if _source(sections, name, job) not in made_yet]
+            runs = {(name, job.run) for name, job in left}
+            ready = [(name, job) for name, job in left if _source(sections, name, job) not in runs]
             if not ready:
                 names = ", ".join(dict.fromkeys(f"{name}.{job.run}" for name, job in left))
                 raise UserError(

@@ -47,14 +47,8 @@ DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
 TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
 CLAIMS = Read("results/claims.csv", "claims"), Read("results/measured.csv", "claims")
-GENERATORS = (
-    "teacher",
-    "distill",
-    "diffusion",
-    "gan",
-    "consistency",
-    "progressive",
-)  # stages whose runs make images
+# stages whose runs make images
+GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency", "progressive")
 RUNS = tuple(result(name) for name in GENERATORS)
 LOGGED = ("log.csv", "summary.json")
 TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": LOGGED, "optional": True}

@@ -111,8 +111,9 @@ class Results:
         """A row for each evaluated replicate.
 
         - `stage`, `run`, `of`, `seed`, `family`, `label`, `folder` (of what evaluate wrote);
-        - `nimg` (training images seen, by the students before it too), `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`,
-          `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher for the training);
+        - `nimg` (training images seen), `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher
+          for the training), of a student at the end of a chain those of the students before it included;
+        - `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`;
         - its config, keys joined by dots: `network.width`, `optimisation.lr`, `equilibrium.iterations`, ...; lists are tuples;
         - cost and scores at its headline setting, named as in `settings`;
         - `rise_train`, `rise_test`: the distance at the end of training over the lowest of all snapshots (1: the end is best);

@@ -11,13 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 
-RUNS = (
-    "distill",
-    "diffusion",
-    "gan",
-    "consistency",
-    "progressive",
-)  # sections whose entries are trained runs
+# sections whose entries are trained runs
+RUNS = ("distill", "diffusion", "gan", "consistency", "progressive")
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
 
 

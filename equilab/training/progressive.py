@@ -49,9 +49,8 @@ class Batch(NamedTuple):
 
     image: Tensor  # (B, C, H, W)
     noise: Tensor  # (B, C, H, W)
-    sigmas: tuple[
-        Tensor, Tensor, Tensor
-    ]  # (B,) each: where the step begins, where its middle is, where it ends
+    # (B,) each: where the student's step begins, where its teacher's second begins, where both end
+    sigmas: tuple[Tensor, Tensor, Tensor]
     label: Tensor | None  # (B,)
 
 
@@ -79,9 +78,10 @@ def students_before(config: Config, job: Job) -> list[Config]:
                 f"{place}.levels are {_words(student.levels)}, those of its teacher {before} {_words(teacher.levels)}; "
                 "give a student half the steps of its teacher, and the same noise levels at the ends"
             )
-        if config.seed not in (known := job.seeds("progressive", before)):
+        known = job.seeds("progressive", before)
+        if lacking := [seed for seed in job.seeds("progressive", run) if seed not in known]:
             raise UserError(
-                f"{place}.seeds: {config.seed} is no seed of its teacher {before}, which has {', '.join(map(str, known))}; "
+                f"{place}.seeds: {lacking[0]} is no seed of its teacher {before}, which has {', '.join(map(str, known))}; "
                 "give both the same"
             )
         found.append(teacher)
