@@ -59,7 +59,7 @@ class Claim(Params):
     published: str
     comparison: str  # of the params section `comparisons`; a study without it does not list the claim
     test: Literal["better", "cheaper", "no worse", "ordered"]
-    # a column; fd, rise and images are taken against training and against held-out images, pairs in both readings of a
+    # a column; fd, kid, rise and images are taken against training and against held-out images, pairs in both readings of a
     # layer's activity; null: cost alone
     measure: Column | None = "fd"
     cost: Column | None = None  # of cheaper
@@ -161,7 +161,7 @@ def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
     if claim.measure is None:
         return [None]
     first = "fid" if claim.measure == "fd" and "fid_train" in rows else claim.measure
-    ends = {"pairs": ("mean", "rms")} | dict.fromkeys(("fd", "rise", "images"), ("train", "test"))
+    ends = {"pairs": ("mean", "rms")} | dict.fromkeys(("fd", "kid", "rise", "images"), ("train", "test"))
     found = [f"{first}_{end}" for end in ends[claim.measure]] if claim.measure in ends else [first]
     for column in found:
         if column not in rows or rows[column].isna().any():
