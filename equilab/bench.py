@@ -164,8 +164,7 @@ def adversarial(subject: Subject) -> dict[str, Call]:
     spec = config.parse(features.Config, subject.sections["features"], "features").network
     seen = classifier_network(spec.build(subject.image, subject.classes))
     discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
-    loss = gan.discriminator_loss_of(settings, subject.net, original)
-    adversary = loop.Adversary("discriminator", discriminator, settings.discriminator_lr, loss)
+    adversary = gan.adversary_of(settings, subject.net, original, discriminator)
     batch = gan.Batch(noise.tanh(), label, noise, label, noise, label)
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {

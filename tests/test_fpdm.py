@@ -60,7 +60,7 @@ def test_fpdm_gives_the_published_predictions_and_reuses_solutions_as_published(
     close(call("x1", "t_mixed", None)[0], t[prefix + "x1_tmixed"], FORWARD)
     predict = guided(implicit(model, solver), 4.0, 10, "first_three")
     x, time, label = (t[f"in.cfg_{name}"][:2] for name in "xty")
-    close(predict(x, time, label, None, None)[0], t[prefix + "cfg"][:2], FORWARD)
+    close(predict(x, time, label, None, {})[0], t[prefix + "cfg"][:2], FORWARD)
 
 
 @pytest.mark.parametrize(("without", "with_gradient"), [(0, 2), (2, 3)])

@@ -230,6 +230,16 @@ def test_a_budget_of_blocks_is_spent_to_the_last_one(generator, budget, blocks):
     assert cost["block_evals"] == blocks and cost["iterations"] == blocks - 8
 
 
+def test_a_list_of_iterations_must_fit_the_steps_and_the_blocks(generator):
+    run = generator("diffusion/fpdm").run
+    run.check(chain({"budget": (5, 1, 2, 4)}))
+    for budget, blocks in (((5, 1, 2), 20), ((5, 1, 2, 4), 21)):
+        with pytest.raises(
+            ValueError, match=f"budget lists {sum(budget)} iterations for {len(budget)} steps"
+        ):
+            run.check(chain({"budget": budget, "blocks": blocks}))
+
+
 def test_samples_that_have_converged_stop_costing_and_end_as_they_would_alone(generator):
     fpdm, setting = generator("diffusion/fpdm"), chain({"blocks": 80, "tolerance": 0.05})
     whole = made(fpdm, setting, np.arange(6))
@@ -305,6 +315,7 @@ def test_guidance_needs_a_class_that_was_hidden_in_training():
         (lambda: solve(iterations=0), "solver.iterations"),
         (lambda: solve(iterations=10**12), "solver.iterations"),
         (lambda: solve(tolerance=-1.0), "solver.tolerance"),
+        (lambda: chain({"budget": "adaptive", "tolerance": 0.1}), "tolerance"),
         (lambda: solve(memory=3), "memory"),
         (lambda: solve(init="zero"), "did you mean 'zeros'"),
         (lambda: sampler(steps=10**12), "sampler.steps"),
@@ -324,6 +335,7 @@ def test_settings_are_told_apart_by_their_columns():
     assert columns["most_iterations"] == 5 and "iterations" not in columns
     columns = setting_columns(configs.plain(chain(guidance={"scale": 1.5, "channels": "all"})))
     assert columns["method"] == "ddim" and columns["solver"] == "iterate" and columns["guidance_scale"] == 1.5
+    assert setting_columns(configs.plain(chain({"budget": (5, 1, 2, 4)})))["budget"] == "5 1 2 4"
     assert list(setting_columns(configs.plain(chain(fixed_point=None)))) == [
         "method",
         "steps",

@@ -22,7 +22,7 @@ from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.study import Sections
 from equilab.training import classify, gan, onestep
-from equilab.training.loop import Adversary, Halt, Logged, Run, fit
+from equilab.training.loop import Halt, Logged, Run, fit
 
 CPU = torch.device("cpu")
 IMAGE = (1, 8, 8)
@@ -77,8 +77,9 @@ def run_of(entry, folder, discriminator_loss=None, **values):
     """Return a run of a student and its discriminator, the student's loss, and the networks."""
     optimisation = changed(entry.optimisation, **values)
     net, teacher, discriminator = networks(entry)
-    loss = discriminator_loss or gan.discriminator_loss_of(entry, net, teacher)
-    adversary = Adversary("discriminator", discriminator, entry.discriminator_lr, loss)
+    adversary = gan.adversary_of(entry, net, teacher, discriminator)
+    if discriminator_loss:
+        adversary = adversary._replace(loss=discriminator_loss)
     run = Run(net, optimisation, 0, folder, CPU, adversary)
     return run, gan.generator_loss_of(entry, discriminator, teacher), (net, teacher, discriminator)
 
@@ -161,6 +162,50 @@ def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(
     assert batch_of(entry)(range(32)).r1_weight > 0  # R1 is due
     list(fit(run, batch_of(entry), loss))
     assert calls == [32] * 3  # generated for the generator; real and generated for the discriminator
+
+
+def test_joint_r1_is_part_of_every_so_many_losses_and_weighs_half_of_gamma_on_average(entry):
+    entry = changed(entry, r1=gan.R1(gamma=0.02, interval=3, form="joint", samples=4))
+    size = entry.optimisation.batch
+    batches = [batch_of(entry)(range(k * size, k * size + 2)) for k in range(12)]
+    assert [batch.r1_weight > 0 for batch in batches] == 4 * [True, False, False]
+    assert sum(batch.r1_weight for batch in batches) / 12 == pytest.approx(0.02 / 2 / 4)
+
+
+class Linear(torch.nn.Module):
+    """A discriminator with one logit, linear in the image: R1 is the square of its weight's norm, wherever it is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+
+    def forward(self, image, label):
+        return (image.flatten(1) @ self.weight[:, None],)
+
+
+def test_published_r1_moves_the_discriminator_by_itself_after_every_so_many_updates(entry, tmp_path):
+    """With beta1 = 0, Adam moves by the gradient over the root of its average square: for a constant gradient by its sign."""
+    r1 = gan.R1(gamma=0.5, interval=3, form="published", samples=4)
+    sizes = {"nimg": 40, "batch": 8, "micro_batch": 8, "report_nimg": 40, "snapshots": ()}
+    optimisation = changed(entry.optimisation, betas=(0.0, 0.9), weight_decay=0.0, **sizes)
+    entry = changed(entry, r1=r1, optimisation=optimisation, discriminator_lr=0.01)
+    net, teacher, _ = networks(entry)
+    discriminator = gan.AugmentedDiscriminator(Linear(), "none", None)
+    weight, slope = discriminator.discriminator.weight, torch.linspace(1, 2, 64)
+    expected = weight.detach().clone()
+    adversary = gan.adversary_of(entry, net, teacher, discriminator)
+    adversary = adversary._replace(loss=lambda network, batch: (network.discriminator.weight * slope).sum())
+    run = Run(net, optimisation, 0, tmp_path, CPU, adversary)
+    for _ in fit(run, batch_of(entry), lambda net, batch: 0 * sum(p.sum() for p in net.parameters())):
+        pass
+    rate, beta = 0.01 * 3 / 4, 0.9 ** (3 / 4)
+    expected -= 4 * rate  # updates 0, 1, 2 and 3, by the sign of their slope, which is 1
+    penalty = 0.5 / 2 * 3 / 4 * 2 * expected  # the gradient of gamma/2 * interval / samples * |w|^2
+    square = beta * (1 - beta**4) * slope**2 + (1 - beta) * penalty**2
+    expected -= rate * penalty / (square / (1 - beta**5)).sqrt()  # after the update 3
+    square = beta * square + (1 - beta) * slope**2
+    expected -= rate * slope / (square / (1 - beta**6)).sqrt()  # update 4
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gdd", "gdd-i-2"])
@@ -260,6 +305,8 @@ def given(tmp_path, monkeypatch, sections):
         ({"augment": "ada"}, "adaptive must be given for augment ada"),
         ({"r1": {"interval": 0}}, "gan.gdd.r1.interval"),
         ({"r1": {"gamma": -1.0}}, "gan.gdd.r1.gamma"),
+        ({"r1": {"form": "lazy"}}, "gan.gdd.r1.form"),
+        ({"r1": {"samples": 0}}, "gan.gdd.r1.samples"),
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "gan.gdd.adaptive.ramp_nimg"),
         ({"consistency": {"weight": 1.0, "levels": {"steps": 0, **LEVELS}}}, "consistency.levels.steps"),
         ({"consistency": {"weight": 1.0, "levels": {"steps": 10**12, **LEVELS}}}, "consistency.levels.steps"),

@@ -277,10 +277,15 @@ class Denoiser(Run):
                 f"blocks is {setting.fixed_point.blocks}, but {setting.steps} steps of {explicit} explicit layers and at "
                 f"least one iteration need {setting.steps * (explicit + 1)}; raise blocks or lower steps"
             )
+        if setting.fixed_point is not None and setting.fixed_point.budget != "adaptive":
+            self._budget(setting).fixed(setting.steps)  # a list must fit
 
     def _iterations(self, setting: ChainSampler) -> int:
         """Return the iterations of a chain without guidance, over all its steps."""
         return setting.fixed_point.blocks - setting.steps * self.network.blocks(0)
+
+    def _budget(self, setting: ChainSampler) -> Budget:
+        return Budget(setting.fixed_point.budget, self._iterations(setting))
 
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
@@ -300,7 +305,7 @@ class Denoiser(Run):
             predict, budget = discrete_samplers.explicit(model), None
         else:
             predict = discrete_samplers.implicit(model, fixed_point.solver())
-            budget = Budget(fixed_point.budget, self._iterations(setting))
+            budget = self._budget(setting)
         if setting.guidance:
             scale, channels = setting.guidance.scale, setting.guidance.channels
             predict = discrete_samplers.guided(predict, scale, self.classes, channels)
@@ -340,9 +345,7 @@ def solver_statistics(samples: Samples) -> Float64[Tensor, "b 3"]:
     batch = samples.image.shape[-4]
     statistics = torch.zeros(batch, 3, dtype=torch.float64)
     for solution in samples.solutions:
-        final = (solution.iterations - 1).clamp_min(0)[:, None]
-        residual = solution.residuals.gather(1, final)[:, 0]  # (B,), with guidance (2B,)
-        residual = residual / len(samples.solutions)
+        residual = solution.last_residual / len(samples.solutions)  # (B,), with guidance (2B,)
         call = torch.stack([solution.iterations, residual, solution.diverged], 1).double().cpu()
         halves = call.unflatten(0, (-1, batch))  # (1 or 2, B, 3)
         iterations, residual, diverged = halves.unbind(2)

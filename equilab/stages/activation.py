@@ -202,7 +202,7 @@ def _along_chain(
     inputs = generator.inputs(job.study.seed, indices, None)
     solver = Solver("iterate", config.iterations, 0.0, "last", record=True)
 
-    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None):
+    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: None, limits: Mapping):
         if run.family.implicit:
             out, solution = generator.net(x, t, label, None, solver)
             activity.update(next(steps), float(t[0]), _changes(solution))

@@ -22,12 +22,11 @@ from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.checkpoint import checksum, load_network
 from equilab.models.classifier import Classifier
 from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
-from equilab.models.family import Family, family
 from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
 from equilab.training.adversarial import Adaptive, AugmentedDiscriminator
-from equilab.training.loop import Adversary, Halt, LearningRate, Logged
+from equilab.training.loop import Adversary, Halt, Lazy, LearningRate, Logged
 from equilab.training.onestep import Levels
 
 STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
@@ -41,11 +40,21 @@ Discriminator = choice(_discriminators)
 
 
 class R1(Params):
-    """The penalty on the gradient at real images."""
+    """The penalty on the gradient at real images.
 
-    # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
+    "joint" adds it to the discriminator's loss at every `interval`-th update, from the first one on. "published" moves the
+    discriminator by it alone, in an update of its own after every `interval`-th but the first, at real images without
+    augmentation; of all its updates, the rate is interval / (interval + 1) times as large, and the betas have that exponent.
+
+    Source: the published code of GDD (Zheng 2024), after StyleGAN2 (Karras 2020), appendix B, "Lazy regularization".
+    """
+
     gamma: float = Field(ge=0, le=1e6)
     interval: int = Field(ge=1, le=10**6)  # updates from one to the next
+    form: Literal["joint", "published"]
+    # images that the loss sums over against which gamma is set: the published code those of a device, in the paper 32;
+    # 1 for a mean, as our losses are
+    samples: int = Field(ge=1, le=10**6)
 
 
 class Consistency(Params):
@@ -62,6 +71,8 @@ class Config(onestep.Config):
     heads over feature networks normalise over the micro-batch of a process, StyleGAN2's takes a deviation over it; and ADA
     follows each micro-batch. So `optimisation.micro_batch` and the number of processes are part of the training.
     """
+
+    stage = "gan"
 
     discriminator: Discriminator
     # feature networks: "study", or those of equilab.models.feature_networks
@@ -98,11 +109,6 @@ class Config(onestep.Config):
                 raise ValueError(f"features: {name!r} is unknown, choose among {', '.join(known)}")
         return self
 
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("gdd")
-
 
 class Batch(NamedTuple):
     """What both losses need: real images, what images are generated from, and what else is random."""
@@ -117,7 +123,7 @@ class Batch(NamedTuple):
     generator_draws: Tensor | None = None
     discriminator_draws: Tensor | None = None
     real_draws: Tensor | None = None
-    r1_weight: float = 0.0  # 0: no R1 in this update
+    r1_weight: float = 0.0  # of R1 in the discriminator's loss
     consistency_noise: Tensor | None = None  # (B, C, H, W); None without consistency loss
     consistency_sigmas: tuple[Tensor, Tensor] | None = None  # (B,) each, a noise level and the one below it
 
@@ -203,9 +209,6 @@ def run(config: Config, job: Job) -> None:
         print(onestep.table(config, shape, data.classes))
     counted = cost(config, shape, data.classes, _study_features(config, job))
     about = onestep.about(teacher, shape, _classes(config, data.classes), counted)
-    adversary = Adversary(
-        "discriminator", discriminator, config.discriminator_lr, discriminator_loss_of(config, net, teacher)
-    )
     loop.train(
         job,
         config,
@@ -214,7 +217,7 @@ def run(config: Config, job: Job) -> None:
         functools.partial(batch_of, config, data),
         generator_loss_of(config, discriminator, teacher),
         about,
-        adversary,
+        adversary_of(config, net, teacher, discriminator),
         functools.partial(collapsed, config),
     )
 
@@ -282,10 +285,10 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
         for field, name in (("generator", "generator"), ("discriminator", "critic"), ("real", "real")):
             draws = adversarial.draws(seed, f"{name} augmentation", positions)
             batch = batch._replace(**{f"{field}_draws": draws})
-    if config.r1:
+    if config.r1 and config.r1.form == "joint":
         update = positions.start // config.optimisation.batch
-        weight = adversarial.r1_weight(update, config.r1.gamma, config.r1.interval)
-        batch = batch._replace(r1_weight=weight)
+        if update % config.r1.interval == 0:
+            batch = batch._replace(r1_weight=_r1_weight(config.r1))
     if config.consistency:
         noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
         sigmas = config.consistency.levels.draw(seed, positions)
@@ -328,10 +331,38 @@ def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, tea
     return loss
 
 
-def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.Loss:
-    """Return loss(discriminator, batch) against the generator that `net` is: the GAN's, which the log shows, and R1.
+def adversary_of(
+    config: Config, net: nn.Module, teacher: EDM, discriminator: AugmentedDiscriminator
+) -> Adversary:
+    """Return the discriminator as the adversary of the generator that `net` is, with its rate, losses and betas."""
+    lr, betas, lazy = config.discriminator_lr, config.optimisation.betas, None
+    if config.r1 and config.r1.form == "published":
+        share = config.r1.interval / (config.r1.interval + 1)
+        lr, betas = share * lr, tuple(beta**share for beta in betas)
+        lazy = Lazy(r1_loss_of(config), config.r1.interval)
+    loss = discriminator_loss_of(config, net, teacher)
+    return Adversary("discriminator", discriminator, lr, loss, betas, lazy)
 
-    The features of real images are computed once in an update: R1 is taken of the logits that the loss is made of.
+
+def r1_loss_of(config: Config) -> loop.Loss:
+    """Return loss(discriminator, batch) of an update by R1 alone, at real images without augmentation."""
+    weight = _r1_weight(config.r1)
+
+    def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Tensor:
+        image = batch.real.detach().requires_grad_()
+        return weight * adversarial.r1(discriminator.discriminator(image, batch.label), image)
+
+    return loss
+
+
+def _r1_weight(settings: R1) -> float:
+    return adversarial.r1_weight(settings.gamma, settings.interval, settings.samples)
+
+
+def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.Loss:
+    """Return loss(discriminator, batch) against the generator that `net` is: the GAN's, which the log shows, and joint R1.
+
+    The features of real images are computed once in an update: joint R1 is taken of the logits that the loss is made of.
     """
 
     def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Logged:

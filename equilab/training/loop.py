@@ -147,6 +147,13 @@ def ema_decay(nimg: int, *, batch: int, half_life_nimg: float, warmup: float) ->
     return 0.5 ** (batch / half_life) if half_life else 0.0
 
 
+class Lazy(NamedTuple):
+    """A loss by which a network is moved in an update of its own, after every `interval`-th but the very first."""
+
+    loss: Loss
+    interval: int
+
+
 class Adversary(NamedTuple):
     """The second network of a run, trained in turn with the first; its weights are not averaged."""
 
@@ -154,19 +161,29 @@ class Adversary(NamedTuple):
     net: nn.Module
     lr: float  # its own peak learning rate
     loss: Loss
+    betas: tuple[float, float]  # of its own AdamW
+    lazy: Lazy | None = None
 
 
 class Trainable:
     """A network that a run trains, with its optimiser; `name` is that of the adversary, empty for the first network."""
 
-    def __init__(self, net: nn.Module, config: Optimisation, device: torch.device, name: str, lr: float):
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Optimisation,
+        device: torch.device,
+        name: str,
+        lr: float,
+        betas: tuple[float, float],
+    ):
         self.net, self.name, self.lr_share = net.to(device), name, lr / config.lr
         self.prefix = f"{name}." if name else ""
         self.named = {key: p for key, p in net.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.named.values(),
             lr=config.lr,
-            betas=config.betas,
+            betas=betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -216,9 +233,10 @@ class Run:
     ):
         self.config, self.seed, self.folder, self.device = config, seed, folder, device
         self.adversary = adversary
-        self.trainables = [Trainable(net, config, device, "", config.lr)]
+        self.trainables = [Trainable(net, config, device, "", config.lr, config.betas)]
         if adversary is not None:
-            self.trainables.append(Trainable(adversary.net, config, device, adversary.name, adversary.lr))
+            own = adversary.name, adversary.lr, adversary.betas
+            self.trainables.append(Trainable(adversary.net, config, device, *own))
         self.net, self.named = self.trainables[0].net, self.trainables[0].named
         self.ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
         self.nimg, self.log = 0, []
@@ -267,6 +285,7 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
             f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})"
         )
     losses = [loss] if run.adversary is None else [loss, run.adversary.loss]
+    lazy = run.adversary and run.adversary.lazy
     nets = [torch.compile(each.net) if config.compile else each.net for each in run.trainables]
     context = precision(config.precision, run.device)
     updates = config.report_nimg // config.batch  # between two reports
@@ -285,6 +304,8 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
             for number, (trainable, net, loss) in enumerate(zip(run.trainables, nets, losses, strict=True)):
                 _require_gradients(run, trainable)
                 values[number, update] = _update(trainable, net, loss, batches, context, config.clip, rate)
+            if lazy and run.nimg and run.nimg // config.batch % lazy.interval == 0:
+                _update(run.trainables[-1], nets[-1], lazy.loss, batches, context, config.clip, rate)
             decay = ema_decay(
                 run.nimg,
                 batch=config.batch,
