@@ -31,8 +31,7 @@ MEMORY = ("memory_mib", "train_memory", "sample_memory")  # measured once, and a
 SECONDS = ("seconds", "train_seconds", "sample_seconds")
 SCORES = (
     "fd",
-    "kid_train",
-    "kid_test",
+    "kid",
     "precision",
     "recall",
     "inception_score",
