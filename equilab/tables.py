@@ -279,12 +279,13 @@ class Results:
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
-        consistency distillation (a step of Heun's method), never for the loss of a GAN."""
+        consistency distillation (a step of Heun's method; two steps in its published form), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
             return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
-        if summary["stage"] == "consistency" or config.get("consistency"):
-            return 2.0 * summary["nimg"]
+        consistency = config if summary["stage"] == "consistency" else config.get("consistency")
+        if consistency:
+            return (4.0 if consistency.get("form") == "published" else 2.0) * summary["nimg"]
         return 0.0 if summary["stage"] == "gan" else float("nan")
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
