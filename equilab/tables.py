@@ -19,6 +19,7 @@ from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
 
@@ -442,14 +443,17 @@ class Results:
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
-        consistency distillation (a step of Heun's method) and in progressive distillation (two steps, of the student before where
-        there is one), never for the loss of a GAN."""
+        consistency distillation (a step of Heun's method; two steps in its published form) and in progressive distillation (two
+        steps, of the student before where there is one), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
             sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
             return float(config["pairs"] * sampler.nfe)
-        if summary["stage"] in ("consistency", "progressive") or config.get("consistency"):
+        if summary["stage"] == "progressive":
             return 2.0 * _seen(summary)
+        consistency = config if summary["stage"] == "consistency" else config.get("consistency")
+        if consistency:
+            return float(CONSISTENCY_CALLS[consistency.get("form", "text")] * summary["nimg"])
         return 0.0 if summary["stage"] == "gan" else float("nan")
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:

@@ -84,19 +84,52 @@ def run_of(entry, folder, discriminator_loss=None, **values):
     return run, gan.generator_loss_of(entry, discriminator, teacher), (net, teacher, discriminator)
 
 
+def to_center(x, sigma, label):
+    """A denoiser whose trajectories are straight lines to 0.3."""
+    return Denoised(torch.full_like(x, 0.3), None, None)
+
+
+def identity(x, sigma, label):
+    return Denoised(x, None, None)
+
+
 def test_a_consistency_loss_on_straight_trajectories_has_a_closed_form():
-    center, (high, low) = 0.3, (torch.tensor([2.0, 5.0]), torch.tensor([1.0, 4.0]))
-    teacher = lambda x, sigma, label: Denoised(torch.full_like(x, center), None, None)  # noqa: E731
-    image, noise = torch.rand(2, *IMAGE), torch.randn(2, *IMAGE)
-    constant = losses.consistency(teacher, teacher, image, noise, (high, low), None)
-    assert constant.item() == 0
-    identity = losses.consistency(
-        lambda x, *_: Denoised(x, None, None), teacher, image, noise, (high, low), None
+    image, noise, levels = (
+        torch.rand(2, *IMAGE),
+        torch.randn(2, *IMAGE),
+        torch.tensor([[2.0, 5.0], [1.0, 4.0]]),
     )
-    x = image + high[:, None, None, None] * noise
-    torch.testing.assert_close(
-        identity, ((x - center) * (1 - low / high)[:, None, None, None]).square().mean()
+    given = to_center, image, noise, (levels[0], levels[1]), None, losses.l2
+    assert losses.consistency(to_center, *given).item() == 0
+    high, low = levels[:, :, None, None, None]
+    x = image + high * noise
+    expected = ((x - 0.3) * (1 - low / high)).square().mean()
+    torch.testing.assert_close(losses.consistency(identity, *given), expected)
+
+
+def test_the_published_consistency_loss_aims_at_the_lowest_level_and_lets_the_teacher_take_the_last_step():
+    image, noise, levels = (
+        torch.rand(2, *IMAGE),
+        torch.randn(2, *IMAGE),
+        torch.tensor([[2.0, 5.0], [1.0, 4.0]]),
     )
+    given = to_center, image, noise, (levels[0], levels[1]), None, losses.l2
+
+    def halfway(x, sigma, label):
+        return Denoised(x / 2, None, None)
+
+    high, low = levels[:, :, None, None, None]
+    x = image + high * noise
+    below = 0.3 + (x - 0.3) * low / high
+    by_student = below / 2 + 0.5 / low * (below - below / 2)  # Euler's step from `low` to 0.5
+    by_teacher = 0.3 + (x - 0.3) * 0.5 / high
+    for lowest, target in (
+        ((0.5, 0.7), by_student),
+        ((0.5, 1.0), torch.stack([by_teacher[0], by_student[1]])),
+        ((0.5, 4.0), by_teacher),
+    ):
+        found = losses.published_consistency(halfway, *given, lowest=lowest)
+        torch.testing.assert_close(found, (x / 2 - target).square().mean())
 
 
 def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_position():
@@ -107,10 +140,12 @@ def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_p
         steps = int(name.rsplit("N", 1)[1])
         levels = onestep.Levels(steps=steps, **LEVELS)
         torch.testing.assert_close(levels.sigmas(), values[name].float().sort().values, rtol=1e-5, atol=0)
-    high, low = levels.draw(1, range(100))
     order = levels.sigmas()
-    assert all((order == h).nonzero() == (order == one).nonzero() + 1 for h, one in zip(high, low))
-    assert torch.equal(high[40:50], levels.draw(1, range(40, 50))[0]) and len(high.unique()) > 1
+    for first in (1, 2):
+        high, low = levels.draw(1, range(400), first)
+        assert all((order == h).nonzero() == (order == one).nonzero() + 1 for h, one in zip(high, low))
+        assert high.min() == order[first] and high.max() == order[-1]
+        assert torch.equal(high[40:50], levels.draw(1, range(40, 50), first)[0])
 
 
 def test_a_student_of_two_steps_goes_where_the_equation_says():
@@ -285,6 +320,12 @@ def given(tmp_path, monkeypatch, sections):
     return given
 
 
+def beside(**levels):
+    """Return a consistency loss as params have it."""
+    levels = {"steps": 4, **LEVELS, **levels}
+    return {"weight": 1.0, "levels": levels, "metric": "squared", "form": "text"}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -308,10 +349,16 @@ def given(tmp_path, monkeypatch, sections):
         ({"r1": {"form": "lazy"}}, "gan.gdd.r1.form"),
         ({"r1": {"samples": 0}}, "gan.gdd.r1.samples"),
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "gan.gdd.adaptive.ramp_nimg"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 0, **LEVELS}}}, "consistency.levels.steps"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 10**12, **LEVELS}}}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=0)}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=10**12)}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=1) | {"form": "published"}}, "levels.steps is 1"),
+        ({"consistency": beside() | {"form": "code"}}, "gan.gdd.consistency.form"),
         (
-            {"consistency": {"weight": 1.0, "levels": {"steps": 4, **LEVELS, "sigma_min": 0.01}}},
+            {"consistency": beside() | {"metric": "lpips"}},
+            "gan.gdd.consistency.metric is lpips, which takes 3 channels, not 1",
+        ),
+        (
+            {"consistency": beside(sigma_min=0.01)},
             "give the same to both",
         ),
         ({"discriminator_lr": 1e300}, "gan.gdd.discriminator_lr"),

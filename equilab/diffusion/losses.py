@@ -45,7 +45,11 @@ def edm(
     return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
 
 
-CONSISTENCY_CALLS = 2  # evaluations of the teacher for an image: a step of Heun's method
+CONSISTENCY_CALLS = {
+    "text": 2,
+    "published": 4,
+}  # evaluations of the teacher for an image: steps of Heun's method
+Distance = Callable[[Tensor, Tensor], Tensor]  # of images (B, C, H, W) to their targets: a mean over samples
 
 
 def consistency(
@@ -55,23 +59,67 @@ def consistency(
     noise: Float[Tensor, "b c h w"],
     sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
     label: Int64[Tensor, b] | None,
+    distance: Distance,
 ) -> Float[Tensor, ""]:
-    """Return the squared error between the student at sigma and at the level below it, mean over pixels and samples.
+    """Return the distance between the student at sigma and at the level below it.
 
     Heun's step along the teacher leads to the state at the level below, where the student gets no gradient.
     `sigmas` are the levels of each sample and those below them, all > 0.
 
     Source: GDD (Zheng 2024), table 5, CD; after "Consistency models" (Song 2023), algorithm 2.
-    Differs: the target is the student itself, as in table 5, not its average; the distance is squared, not LPIPS.
+    Differs: the target is the student itself, as in table 5, not its average.
     """
-    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1) each
-    x = image + sigma * noise
+    x = image + sigmas[0][:, None, None, None] * noise
     with torch.no_grad():
-        slope = (x - teacher(x, sigmas[0], label).image) / sigma
-        below = x + (after - sigma) * slope
-        slope = (slope + (below - teacher(below, sigmas[1], label).image) / after) / 2
-        target = student(x + (after - sigma) * slope, sigmas[1], label).image
-    return l2(student(x, sigmas[0], label).image, target)
+        below = heun_step(teacher, x, *sigmas, label)
+        target = student(below, sigmas[1], label).image
+    return distance(student(x, sigmas[0], label).image, target)
+
+
+def published_consistency(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+    distance: Distance,
+    lowest: tuple[float, float],
+) -> Float[Tensor, ""]:
+    """Return the distance between the student at sigma and the state at the lowest level, reached from the level below.
+
+    As `consistency`, but the target is the state that Euler's step along the student leads to at the lowest level; from the
+    second lowest, it is Heun's step along the teacher. `lowest` are these two, in rising order.
+
+    Source: the published code of GDD (Zheng 2024), which draws sigma from the third lowest level on.
+    """
+    x = image + sigmas[0][:, None, None, None] * noise
+    with torch.no_grad():
+        below = heun_step(teacher, x, *sigmas, label)
+        level, end = sigmas[1][:, None, None, None], torch.full_like(sigmas[1], lowest[0])
+        denoised = student(below, sigmas[1], label).image
+        by_student = denoised + lowest[0] / level * (below - denoised)
+        by_teacher = heun_step(teacher, below, sigmas[1], end, label)
+        target = torch.where(level <= lowest[1], by_teacher, by_student)
+    return distance(student(x, sigmas[0], label).image, target)
+
+
+def heun_step(
+    denoise: Callable[..., Denoised],
+    x: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, b],
+    after: Float[Tensor, b],
+    label: Int64[Tensor, b] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the state at the level `after` of each sample, which is > 0, by Heun's step from `x` at the level `sigma`.
+
+    Source: EDM, algorithm 1, lines 4 to 8.
+    """
+    before, end = (level[:, None, None, None] for level in (sigma, after))  # (B, 1, 1, 1) each
+    slope = (x - denoise(x, sigma, label).image) / before
+    euler = x + (end - before) * slope
+    slope = (slope + (euler - denoise(euler, after, label).image) / end) / 2
+    return x + (end - before) * slope
 
 
 def progressive(

@@ -17,7 +17,6 @@ from equilab.core.files import sha256_of
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
-from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.checkpoint import checksum, load_network
 from equilab.models.classifier import Classifier
@@ -27,7 +26,7 @@ from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
 from equilab.training.adversarial import Adaptive, AugmentedDiscriminator
 from equilab.training.loop import Adversary, Halt, Lazy, LearningRate, Logged
-from equilab.training.onestep import Levels
+from equilab.training.onestep import ConsistencyLoss
 
 STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
 
@@ -57,11 +56,10 @@ class R1(Params):
     samples: int = Field(ge=1, le=10**6)
 
 
-class Consistency(Params):
+class Consistency(ConsistencyLoss):
     """A consistency loss beside the GAN's."""
 
     weight: float = Field(ge=1e-6, le=1e6)
-    levels: Levels
 
 
 class Config(onestep.Config):
@@ -135,6 +133,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     onestep.check(config, job)
     onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    if config.consistency:
+        onestep.check_metric(config.consistency, job.image, f"gan.{job.run}.consistency")
     features = _study_features(config, job)
     try:
         _discriminator_on_meta(config, features, job.image, job.classes)  # refuses what does not fit
@@ -144,7 +144,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes, features)
         frozen = onestep.table(config, job.image, job.classes)
-        calls = losses.CONSISTENCY_CALLS if config.consistency else 0
+        calls = config.consistency.teacher_calls if config.consistency else 0
         return loop.plan(config.optimisation, counted, frozen, calls)
 
     return estimate
@@ -291,7 +291,7 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
             batch = batch._replace(r1_weight=_r1_weight(config.r1))
     if config.consistency:
         noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
-        sigmas = config.consistency.levels.draw(seed, positions)
+        sigmas = config.consistency.draw(seed, positions)
         batch = batch._replace(consistency_noise=noise, consistency_sigmas=sigmas)
     return batch
 
@@ -310,7 +310,12 @@ def fake_inputs(
 
 
 def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, teacher: EDM) -> loop.Loss:
-    """Return loss(net, batch) of the generator that `net` is: the GAN's, and a consistency loss if the run has one."""
+    """Return loss(net, batch) of the generator that `net` is: the GAN's, and a consistency loss if the run has one.
+
+    Raises: UserError if that is by LPIPS, whose weights are missing and cannot be fetched.
+    """
+    if config.consistency:
+        distance = config.consistency.distance(next(discriminator.parameters()).device)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         student = onestep.student(config, net, teacher.sigma_data)
@@ -318,13 +323,14 @@ def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, tea
         value = adversarial.generator_loss(discriminator(fake, batch.generator_label, batch.generator_draws))
         if config.consistency is None:
             return value
-        consistency = losses.consistency(
+        consistency = config.consistency.loss(
             student.denoise,
             teacher.denoise,
             batch.real,
             batch.consistency_noise,
             batch.consistency_sigmas,
             batch.label,
+            distance,
         )
         return value + config.consistency.weight * consistency
 

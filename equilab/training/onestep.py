@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -15,15 +15,18 @@ from equilab.core import machine, rng
 from equilab.core.config import Params, UserError
 from equilab.core.job import Job, Seed, folder_of
 from equilab.data.images import Dataset
+from equilab.diffusion import losses
 from equilab.diffusion.schedules import edm_sigmas
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
 from equilab.models.family import network
+from equilab.models.feature_networks import Lpips
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
+LPIPS_SIDE = 224  # pixels to which images are resized, as published
 Network = network("teacher")
 Sigma = Annotated[float, Field(ge=1e-6, lt=1e6)]
 
@@ -61,11 +64,66 @@ class Levels(Params):
         levels = edm_sigmas(self.steps + 1, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         return levels[:-1].flip(0).float()
 
+    def draw(
+        self, seed: int, positions: Sequence[int], first: int
+    ) -> tuple[Float[Tensor, b], Float[Tensor, b]]:
+        """Return the level of each position, T(first) or above, and the one below it, functions of (seed, position)."""
+        sigmas = self.sigmas()
+        count = self.steps + 1 - first
+        index = torch.from_numpy(rng.integers(seed, "consistency level", positions, count)) + first  # (B,)
+        return sigmas[index], sigmas[index - 1]
+
+
+class ConsistencyLoss(Params):
+    """How a student is made to agree with itself along the teacher's trajectories."""
+
+    levels: Levels
+    metric: Literal["squared", "lpips"]  # of images: squared error, or LPIPS at 224 pixels, as published
+    form: Literal["text", "published"]  # the paper's table 5, or its code: losses.published_consistency
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.form == "published" and self.levels.steps < 2:
+            raise ValueError(f"levels.steps is {self.levels.steps}; the form published needs 2 or more")
+        return self
+
+    @property
+    def teacher_calls(self) -> int:
+        """Evaluations of the teacher for a training image."""
+        return losses.CONSISTENCY_CALLS[self.form]
+
     def draw(self, seed: int, positions: Sequence[int]) -> tuple[Float[Tensor, b], Float[Tensor, b]]:
         """Return the level of each position and the one below it, functions of (seed, position)."""
-        sigmas = self.sigmas()
-        index = torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps))  # (B,)
-        return sigmas[index + 1], sigmas[index]
+        return self.levels.draw(seed, positions, first=2 if self.form == "published" else 1)
+
+    def distance(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the distance between images; on the meta device, LPIPS is without its weights.
+
+        Raises: UserError if weights of LPIPS are missing and cannot be fetched.
+        """
+        if self.metric == "squared":
+            return losses.l2
+        try:
+            with device:
+                return Lpips(LPIPS_SIDE, pretrained=device.type != "meta")
+        except ValueError as error:
+            raise UserError(f"metric is lpips: {error}") from None
+
+    def loss(
+        self,
+        student: Callable,
+        teacher: Callable,
+        image: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
+        label: Int64[Tensor, b] | None,
+        distance: Callable,
+    ) -> Float[Tensor, ""]:
+        """Return the loss of a batch at the levels drawn."""
+        given = student, teacher, image, noise, sigmas, label, distance
+        if self.form == "text":
+            return losses.consistency(*given)
+        return losses.published_consistency(*given, lowest=tuple(self.levels.sigmas()[:2].tolist()))
 
 
 def check_levels(student: Student, levels: Levels) -> None:
@@ -78,6 +136,15 @@ def check_levels(student: Student, levels: Levels) -> None:
             f"levels go from {levels.sigma_max:g} to {levels.sigma_min:g}, but the student is sampled from "
             f"{student.sigmas[0]:g} and is the identity at {student.sigma_min:g}; give the same to both"
         )
+
+
+def check_metric(loss: ConsistencyLoss, image: tuple[int, ...], place: str) -> None:
+    """Refuse a distance that does not take the images.
+
+    Raises: UserError naming the key, which is at `place`.
+    """
+    if loss.metric == "lpips" and image[0] != 3:
+        raise UserError(f"{place}.metric is lpips, which takes 3 channels, not {image[0]}; set it to squared")
 
 
 class OfTeacher(loop.Trained):

@@ -62,7 +62,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     onestep.check(config, job)
     students_before(config, job)
     config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
+    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes), teacher_calls=2)
 
 
 def students_before(config: Config, job: Job) -> list[Config]:
