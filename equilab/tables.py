@@ -34,7 +34,11 @@ SETTINGS = (
     "blocks",
     "budget",
     "reuse",
+    "diverged",
     "l1_held_out",
+    "precision",
+    "recall",
+    "inception_score",
 )
 RUN = ("of", "seed", "family")
 COSTS = (

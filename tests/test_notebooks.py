@@ -103,6 +103,32 @@ def study(tmp_path, monkeypatch):
     return tmp_path
 
 
+def parts(images):
+    """Return runs of a study that has little: a ViT, or an FPDM sampled with reuse and without."""
+    chain = {"method": "ddim", "steps": 5, "blocks": 20, "budget": "constant", "reuse": True}
+    arrays = {"residual": np.full((3, 5, 2), 0.1), "t": np.arange(5), "image": images[0]}
+    along = {f"{name}_{k}": array for name, array in arrays.items() for k in (0, 1)}
+    return {
+        "distill/vit": {"arrays": {"images": images}, "config": {"network": {"width": 64, "depth": 4}}},
+        "diffusion/fpdm": {
+            "settings": [chain, {**chain, "reuse": False}],
+            "arrays": {"images": images, **along},
+            "config": {"network": {"pre": 1}},
+        },
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["distill/vit", "diffusion/fpdm"])
+@pytest.mark.parametrize("path", SOURCES[1:], ids=lambda path: path.stem)
+def test_a_notebook_says_what_a_study_lacks_and_draws_the_rest(path, of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, {of: {"fd": [2.0], **parts(np.zeros((24, 12, 1, 8, 8), np.uint8))[of]}})
+    done = nbformat.reads(executed(path.stem)[path.name].decode(), 4)
+    told = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", ()))
+    assert "Not shown: this study has no" in told
+
+
 def executed(name):
     notebook.run(notebook.Config(parameters={}), job("notebook", name))
     return {path.name: path.read_bytes() for path in sorted(Path(f"results/notebook/{name}").iterdir())}
