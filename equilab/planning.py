@@ -12,6 +12,7 @@ import pandas as pd
 from equilab.claims.tests import short
 from equilab.core.config import UserError, plain, read_json
 from equilab.core.job import Job, Plan, folder_of
+from equilab.core.progress import bar
 from equilab.graph import STAGES
 from equilab.study import Replicate, Sections, job_of, module_of
 
@@ -67,14 +68,16 @@ def planned(sections: Sections) -> str:
     """Return as a page what every stage of a study takes, and all of them; the study's folder is the current one."""
     speed = speed_of(job_of(sections, "data", Replicate()))
     rows, unknown, memory = [], [], (0, "")
-    for stage in filter(sections.has, STAGES):
-        try:
-            plans = _plans(sections, stage)
-        except UserError as error:
-            unknown.append(f"{stage} is not counted: {error}")
-            continue
-        rows.append(_row(stage, plans, speed))
-        memory = max([memory, *((plan.memory, job.name) for job, plan, _ in plans)])
+    stages = [stage for stage in STAGES if sections.has(stage)]
+    with bar("plan", len(stages), unit="stage") as progress:  # minutes for networks of the papers' sizes
+        for stage in stages:
+            try:
+                plans = _plans(sections, stage)
+                rows.append(_row(stage, plans, speed))
+                memory = max([memory, *((plan.memory, job.name) for job, plan, _ in plans)])
+            except UserError as error:
+                unknown.append(f"{stage} is not counted: {error}")
+            progress.update()
     table = pd.DataFrame(rows)
     table.loc[len(table)] = {**table.sum(numeric_only=True), "stage": "all"}
     parts = [

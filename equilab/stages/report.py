@@ -27,8 +27,8 @@ STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 a { color: #0173b2; } h1 { border-bottom: 2px solid #0173b2; } h2 { margin-top: 2.2rem; } .anchor-link { display: none; }
 nav, pre, th { background: #f5f6f8; } nav, pre { padding: .6rem 1rem; overflow-x: auto; } nav a { margin-right: 1rem; }
-pre { font-size: 13px; } img, svg { max-width: 100%; height: auto; } .equation { text-align: center; }
-img.samples { display: block; width: 32rem; margin-bottom: .8rem; image-rendering: pixelated; }
+pre { font-size: 13px; } img { max-width: 100%; height: auto; } .equation { text-align: center; }
+img.curve { width: 27rem; } img.samples { display: block; width: 32rem; margin-bottom: .8rem; image-rendering: pixelated; }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; min-width: 4rem; }
 .holds { color: #00693e; font-weight: 600; } .fails { color: #a5320b; font-weight: 600; }
@@ -43,7 +43,7 @@ details { margin: .4rem 0; } summary { color: #777; font-size: 12px; cursor: poi
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; } nav, details { display: none; } a { color: inherit; }
   table { display: table; font-size: 8pt; } th, td { min-width: 0; } pre { white-space: pre-wrap; font-size: 8pt; }
-  tr, figure, img, svg { break-inside: avoid; } h1, h2, h3 { break-after: avoid; }
+  tr, figure, img { break-inside: avoid; } h1, h2, h3 { break-after: avoid; }
 }
 """
 # TeX that matplotlib does not set, and what it does
@@ -248,36 +248,41 @@ def _measured(study: Results, of: str) -> str:
 
 
 def _curves(study: Results, rows: pd.DataFrame) -> str:
-    """Return the learning curves of all seeds as a drawing: the loss, and the distances where there are snapshots."""
-    from equilab import style
+    """Return the learning curves of all seeds as pictures: the loss, and the distances where there are snapshots."""
+    from matplotlib import pyplot
 
     of, colour = rows["of"].iloc[0], family(rows["family"].iloc[0]).colour
-    kept = study.snapshots[study.snapshots["of"] == of]
-    several = kept["nimg"].nunique() > 1
-    figure, axes = style.panels(1 + several, 2.4, squeeze=False)
+    look = {"figsize": (3.6, 2.4), "layout": "constrained"}
+    figure, ax = pyplot.subplots(**look)
     for seed in rows["seed"]:
-        log, points = study.log(of, seed), kept[kept["seed"] == seed]
-        axes[0, 0].plot(log["nimg"], log["loss"], color=colour)
-        for end, line in (("train", "-"), ("test", ":")) if several else ():
+        log = study.log(of, seed)
+        ax.plot(log["nimg"], log["loss"], color=colour)
+    ax.set(xlabel="training images seen", ylabel="loss")
+    pictures = [_drawing(figure, "the loss")]
+    kept = study.snapshots[study.snapshots["of"] == of]
+    if kept["nimg"].nunique() > 1:
+        figure, ax = pyplot.subplots(**look)
+        for end, line in (("train", "-"), ("test", ":")):
             column = study.distance.replace("train", end)
-            label = named(column) if seed == rows["seed"].iloc[0] else None
-            axes[0, 1].plot(points["nimg"], points[column], line, marker=".", color=colour, label=label)
-    axes[0, 0].set(xlabel="training images seen", ylabel="loss")
-    if several:
-        axes[0, 1].set(xlabel="training images seen", ylabel=study.score, yscale="log")
-        axes[0, 1].legend()
-    return _drawing(figure, of)
+            for _, points in kept.groupby("seed"):
+                ax.plot(points["nimg"], points[column], line, marker=".", color=colour)
+            ax.plot([], [], line, color=colour, label=named(column))
+        ax.set(xlabel="training images seen", ylabel=study.score, yscale="log")
+        ax.legend()
+        pictures.append(_drawing(figure, "the distance to real images"))
+    return "".join(pictures)
 
 
-def _drawing(figure: Any, salt: str) -> str:
-    """Return a figure as SVG for a page: the same figure gives the same bytes."""
-    from matplotlib import pyplot, rc_context
+def _drawing(figure: Any, name: str) -> str:
+    """Return a figure as a picture of few colours: the same figure gives the same bytes."""
+    from matplotlib import pyplot
+    from PIL import Image
 
-    drawn = io.StringIO()
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
     pyplot.close(figure)
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    Image.open(drawn).convert("RGB").quantize(32).save(small, "png", optimize=True)
+    return f'<img class="curve" alt="{name} over training" src="{_embedded(small.getvalue())}">'
 
 
 def _samples(images: np.ndarray, name: str) -> str:
