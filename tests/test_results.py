@@ -292,6 +292,9 @@ def test_what_is_asked_for_and_not_there_is_said(study, tmp_path):
 
 def test_published_numbers_say_where_they_stand():
     found = equilab.published_numbers("get_runs")
+    assert (found["updates"] * found["batch"] == found["nimg"]).all()
+    counted = 3.0 * found["flops"] * found["nimg"]
+    assert counted.tolist() == pytest.approx(found["train_flops"].astype(float).tolist())
     assert found.loc[found["model"] == "GET-Mini", "fid"].item() == 10.72
     assert found[["paper", "where"]].notna().all(axis=None)
     with pytest.raises(UserError, match="get_runs"):
