@@ -6,11 +6,24 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; before torch is imported
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-install_import_hook("equilab", "beartype.beartype")
+jaxtyped = jaxtyping.jaxtyped
+
+
+def jaxtyped_once(typechecker):
+    """Return the decorator of all that is checked: not of functions within functions, which each call would check anew."""
+
+    def decorated(checked):
+        return checked if "<locals>" in checked.__qualname__ else jaxtyped(checked, typechecker=typechecker)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = jaxtyped_once  # by which the hook checks functions and classes
+jaxtyping.install_import_hook("equilab", "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 
