@@ -33,19 +33,16 @@ def pytest_collection_modifyitems(items):
     longest = [
         "test_study",
         "test_killed",
-        "test_students",
         "test_notebooks",
-        "test_repository",
+        "test_memory",
         "test_config",
-        "test_unet",
-        "test_analysis",
-        "test_bench",
+        "test_students",
+        "test_evaluate",
+        "test_repository",
+        "test_checkpoint_files",
+        "test_fidelity",
         "test_latents",
         "test_pairs",
-        "test_chains",
-        "test_fidelity",
-        "test_gdd_claims",
-        "test_fpdm",
     ]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
