@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 import yaml
 from pydantic import Field, PositiveInt, model_validator
-from smoke import ROOT, SMOKE, run, write_study
+from smoke import ROOT, SMOKE, called, refused, run, write_study
 
 from equilab import __main__, dvc, graph, study
 from equilab.core import config, files
@@ -516,32 +516,50 @@ def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(
     assert [p.name for p in folder.iterdir()] == ["params.yaml"]
 
 
-def test_a_study_beside_other_code_is_refused(tmp_path):
+def test_a_study_beside_other_code_is_refused(tmp_path, monkeypatch, capsys):
     """The environment of one clone is active in the folder of another."""
     (tmp_path / "equilab").mkdir()
-    folder = write_study(tmp_path / "studies/smoke", {"study.root": "../.."})
-    status, _, err = run(folder, "data")
-    assert status == 2 and str(ROOT) in err and str(tmp_path) in err
-    assert not (folder / "results").exists()
+    monkeypatch.chdir(write_study(tmp_path / "studies/smoke", {"study.root": "../.."}))
+    sentence = refused(capsys, "data")
+    assert str(ROOT) in sentence and str(tmp_path) in sentence
+    assert not Path("results").exists()
 
 
-def test_a_link_to_params_is_a_study_where_the_link_is(tmp_path):
+def test_a_link_to_params_is_a_study_where_the_link_is(tmp_path, monkeypatch):
     one, other = write_study(tmp_path / "one"), tmp_path / "other"
     other.mkdir()
     (other / "params.yaml").symlink_to(one / "params.yaml")
-    assert run(other, "data")[0] == 0
+    monkeypatch.chdir(other)
+    called("data")
     assert (other / "results/data/meta.json").exists() and not (one / "results").exists()
 
 
 @pytest.mark.parametrize("settings", [{"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"}])
-def test_a_rank_without_torchrun_is_refused(tmp_path, settings):
-    status, _, err = run(write_study(tmp_path), "data", environment=settings)
-    assert status == 2 and "torchrun" in err and "MASTER_ADDR" in err
+def test_a_rank_without_torchrun_is_refused(tmp_path, monkeypatch, capsys, settings):
+    monkeypatch.chdir(write_study(tmp_path))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    sentence = refused(capsys, "data")
+    assert "torchrun" in sentence and "MASTER_ADDR" in sentence
 
 
 def test_an_interruption_is_answered_however_early(tmp_path):
     """Where the package is only being imported it is told in a sentence too."""
-    script = "import equilab.__main__ as m, builtins, signal, os\noriginal = builtins.__import__\ndef slow(name, *rest):\n    if name == 'equilab.core.config': os.kill(os.getpid(), signal.SIGINT)\n    return original(name, *rest)\nbuiltins.__import__ = slow\nsys.exit(m.main())"
+    script = """
+import builtins, os, signal
+import equilab.__main__
+
+imported = builtins.__import__
+
+def interrupted(name, *rest):
+    if name == "equilab.core.config":
+        os.kill(os.getpid(), signal.SIGINT)
+    return imported(name, *rest)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+builtins.__import__ = interrupted
+sys.exit(equilab.__main__.main())
+"""
     status, _, err = run(write_study(tmp_path), "data", script=script)
     assert status == 130 and len(err.splitlines()) == 1
 

@@ -1,6 +1,8 @@
 """Latents: a small VAE of our own making, saved to disk and loaded; encoding, training, sampling, and what can go wrong."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,10 @@ def vae(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def study(tmp_path, monkeypatch, vae):
-    """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae):
+    """The folder of a study in latents, without teacher, pairs and one-step generators; its data and latents are there."""
+    folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
     sections = smoke.sections()
     for name in (
         "teacher",
@@ -62,9 +64,41 @@ def study(tmp_path, monkeypatch, vae):
     sections["cost"]["runs"] = ["diffusion/fpdm", "diffusion/dit"]
     sections["notebook"] = {}
     sections["comparisons"] = {"fpdm against dit": sections["comparisons"]["fpdm against dit"]}
-    keep(sections)
-    called("data")
-    return tmp_path
+    keep(sections, folder)
+    os.chdir(folder)
+    for stage in ("data", "latents"):
+        called(stage)
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """The same, with its evaluator and its denoisers."""
+    trained, before = tmp_path_factory.mktemp("trained") / "study", Path.cwd()
+    shutil.copytree(folder, trained)
+    os.chdir(trained)
+    for command in (["evaluator"], ["diffusion", "fpdm"], ["diffusion", "dit"]):
+        called(*command)
+    os.chdir(before)
+    return trained
+
+
+@pytest.fixture
+def study(folder, tmp_path, monkeypatch):
+    """A copy of the study, which is the current folder."""
+    return entered(folder, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def trained_study(trained, tmp_path, monkeypatch):
+    """A copy of the study in which all is trained, which is the current folder."""
+    return entered(trained, tmp_path, monkeypatch)
+
+
+def entered(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
 
 
 def content():
@@ -72,7 +106,6 @@ def content():
 
 
 def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, vae):
-    called("latents")
     items = np.array([3, 700, 1500])
     found = latents.Encoded(Path("results/latents")).read(items)
     images = data.load(Path("results/data"), "train").images
@@ -88,7 +121,6 @@ def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, v
 
 
 def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_bytes(study, monkeypatch):
-    called("latents")
     whole, encode, calls = content(), AutoencoderKL.encode, []
 
     def counted(vae, image):
@@ -104,7 +136,6 @@ def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_by
 
 
 def test_a_run_killed_while_it_publishes_ends_in_the_same_bytes(study, monkeypatch):
-    called("latents")
     whole, written = content(), latents.write_json
 
     def killed(*given):
@@ -119,9 +150,7 @@ def test_a_run_killed_while_it_publishes_ends_in_the_same_bytes(study, monkeypat
     assert content() == whole
 
 
-def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_path):
-    for command in (["evaluator"], ["latents"], ["diffusion", "dit"]):
-        called(*command)
+def test_the_vae_that_decodes_is_the_one_that_encoded(trained_study, capsys, vae):
     net = AutoencoderKL.from_pretrained(vae)
     net.decoder.conv_out.bias.data += 1
     net.save_pretrained("other")
@@ -134,19 +163,8 @@ def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_pa
     assert not Path("results/evaluate").exists()
 
 
-def test_samples_are_decoded_to_pixels(study):
-    called("check")
-    for command in (
-        ["evaluator"],
-        ["latents"],
-        ["diffusion", "fpdm"],
-        ["diffusion", "dit"],
-        ["evaluate", "fpdm"],
-        ["evaluate", "dit"],
-        ["cost"],
-        ["claims"],
-    ):
-        called(*command)
+def test_samples_are_decoded_to_pixels(trained_study):
+    called("evaluate", "fpdm")
     samples = np.load("results/evaluate/fpdm/0/samples.npy")
     assert samples.shape == (100, 1, 8, 8) and samples.dtype == np.uint8
     with np.load("results/evaluate/fpdm/0/iterates.npz") as kept:
@@ -154,6 +172,12 @@ def test_samples_are_decoded_to_pixels(study):
         assert np.array_equal(kept["images"][-1], samples[:16])  # the last prediction is the image
     summary = json.loads(Path("results/diffusion/fpdm/0/summary.json").read_text())
     assert summary["image"] == [2, 4, 4] and set(summary["inputs"]) == {"data", "latents"}
+
+
+@pytest.mark.slow
+def test_claims_are_of_what_a_study_in_latents_has(trained_study):
+    for command in (["check"], ["evaluate", "fpdm"], ["evaluate", "dit"], ["cost"], ["claims"]):
+        called(*command)
     claims = Path("results/claims.md").read_text()
     assert "FPDM-2" in claims and "GET-" not in claims
 
@@ -197,15 +221,14 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
     ],
 )
 def test_a_vae_that_is_missing_or_does_not_fit_is_named(study, capsys, change, command, sentence):
-    sections = config.read(Path("params.yaml"))
+    sections, before = config.read(Path("params.yaml")), content()
     sections["latents"] |= change
     keep(sections)
     assert sentence in refused(capsys, *command)
-    assert not Path("results/latents").exists()
+    assert content() == before
 
 
-def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study, capsys, vae, tmp_path):
-    called("latents")
+def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study, capsys, vae):
     shard = Path("results/latents/latents-0000000000.npy")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")

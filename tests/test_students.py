@@ -246,15 +246,15 @@ def test_published_r1_moves_the_discriminator_by_itself_after_every_so_many_upda
 @pytest.mark.parametrize("name", ["gdd", "gdd-i-2"])
 def test_a_run_of_two_networks_that_stops_continues_bit_for_bit(sections, tmp_path, name):
     entry = config_of(sections, "gan", name)
-    sizes = {"nimg": 256, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
+    sizes = {"nimg": 128, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
     whole, loss, _ = run_of(entry, tmp_path / "whole", **sizes)
     list(fit(whole, batch_of(entry), loss))
     stopped, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
     for step in fit(stopped, batch_of(entry), loss):
-        if step.nimg == 160:
+        if step.nimg == 96:
             break
     resumed, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
-    assert resumed.nimg == 128
+    assert resumed.nimg == 64
     list(fit(resumed, batch_of(entry), loss))
     assert resumed.log == whole.log
     for ours, theirs in zip(resumed.trainables, whole.trainables):
@@ -312,9 +312,11 @@ def test_a_loss_that_is_no_number_names_both_learning_rates(entry, tmp_path):
 
 @pytest.fixture
 def given(tmp_path, monkeypatch, sections):
-    """The folder of a study with its data, evaluator and teacher, hardly trained."""
+    """The params of a study whose data are in the current folder, and whose classifiers are trained on a few images."""
     monkeypatch.chdir(tmp_path)
     given = copy.deepcopy(sections)
+    for stage in ("evaluator", "features"):
+        given[stage]["optimisation"] |= {"nimg": 64, "report_nimg": 64}
     keep(given)
     called("data")
     return given
@@ -324,6 +326,15 @@ def beside(**levels):
     """Return a consistency loss as params have it."""
     levels = {"steps": 4, **LEVELS, **levels}
     return {"weight": 1.0, "levels": levels, "metric": "squared", "form": "text"}
+
+
+def save_untrained(given, stage, image=IMAGE, classes=10):
+    """Write the results of a stage that has trained nothing; return the path of the weights."""
+    stage_config, path = config_of(given, stage), Path("results", stage, "weights.safetensors")
+    net = stage_config.network.build(image, classes)
+    about = {"image": image, "classes": classes, "stage": stage, "config": stage_config}
+    checkpoint.save_tensors(path, net.state_dict(), about)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -382,14 +393,12 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(
 def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, given):
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "consistency", "cd")
-    few = {"nimg": 64, "report_nimg": 32, "decay_start_nimg": 0, "warmup_nimg": 0, "snapshots": []}
-    for entry in (given["evaluator"], given["teacher"], given["features"], *given["gan"].values()):
-        entry["optimisation"] = {**entry["optimisation"], **few}
+    given["gan"]["gdd-i-2"]["optimisation"] |= {"nimg": 64, "report_nimg": 32, "snapshots": []}
     keep(given)
     for stage in ("evaluator", "teacher"):
-        called(stage)
+        save_untrained(given, stage)
     assert "results/features/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
-    called("features")
+    save_untrained(given, "features")
     capsys.readouterr()
     called("gan", "gdd-i-2")
     shares = capsys.readouterr().out
@@ -403,10 +412,7 @@ def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, g
 
 @pytest.mark.parametrize(("image", "classes"), [((3, 8, 8), 10), ((1, 8, 8), 4)])
 def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
-    teacher = config_of(given, "teacher")
-    net, weights = teacher.network.build(image, classes), Path("results/teacher/weights.safetensors")
-    about = {"image": image, "classes": classes, "stage": "teacher", "config": teacher}
-    checkpoint.save_tensors(weights, net.state_dict(), about)
+    weights = save_untrained(given, "teacher", image, classes)
     sentence = f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10"
     assert sentence in refused(capsys, "gan", "gdd")
     weights.write_bytes(weights.read_bytes()[:-50])

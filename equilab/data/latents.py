@@ -83,14 +83,28 @@ class VAEConfig(BaseModel):
         return self
 
 
-class Scaling(NamedTuple):
-    """What encoded images become latents by: (encoded - center) * scale, per channel (C, 1, 1).
+class VAE(NamedTuple):
+    """An AutoencoderKL in evaluation mode; latents are (encoded - center) * scale, per channel (C, 1, 1).
 
     Source: diffusers, its pipelines of Stable Diffusion 3 (shift_factor) and XL (latents_mean, latents_std).
     """
 
+    net: nn.Module
     center: Tensor
     scale: Tensor
+
+    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Return the latents of images in -1..1: draws from the posterior, by unit noise of their shape."""
+        posterior = self.net.encode(image).latent_dist
+        return (posterior.mean + posterior.std * noise - self.center) * self.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the images of latents."""
+        return self.net.decode(latent.float() / self.scale + self.center).sample
+
+    def checksum(self) -> str:
+        """Return what changes with the weights or the scaling."""
+        return checksum({**self.net.state_dict(), "center": self.center, "scale": self.scale})
 
 
 class Pixels(NamedTuple):
@@ -133,7 +147,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """
-    _vae(config, job.image)
+    open_vae(config, job.image)
     return partial(Plan, disk=None)
 
 
@@ -147,10 +161,10 @@ def run(config: Config, job: Job) -> None:
     """
     images = data.load(folder_of("data"), "train", verify=True).images
     device = device_of(job)
-    vae, scaling = _vae(config, images.shape[1:], device)
+    vae = open_vae(config, images.shape[1:], device)
     about = {
         "data": sha256_of(folder_of("data") / "meta.json"),
-        "vae": checksum({**vae.state_dict(), **scaling._asdict()}),
+        "vae": vae.checksum(),
         "shape": config.shape,
     }
 
@@ -158,9 +172,7 @@ def run(config: Config, job: Job) -> None:
     def encoded(items: np.ndarray) -> np.ndarray:
         noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(device)
         image = to_float(torch.from_numpy(images[items])).to(device)
-        posterior = vae.encode(image).latent_dist
-        latent = (posterior.mean + posterior.std * noise - scaling.center) * scaling.scale
-        return latent.cpu().numpy()
+        return vae.encode(image, noise).cpu().numpy()
 
     sizes = {"count": len(images), "shard": SHARD, "batch": config.batch}
     with scratch(job, identity(job, config, about)) as folder:
@@ -188,25 +200,23 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
     config = job.read("latents") if latent else None
     if config is None:
         return Pixels(shape, to_uint8)
-    (vae, scaling), path = _vae(config, job.image, device), folder_of("latents") / "meta.json"
-    if read_json(path, "vae")["vae"] != checksum({**vae.state_dict(), **scaling._asdict()}):
+    vae, path = open_vae(config, job.image, device), folder_of("latents") / "meta.json"
+    if read_json(path, "vae")["vae"] != vae.checksum():
         raise UserError(
             f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
         )
 
     @torch.inference_mode()
     def decode(image: Tensor) -> Tensor:
-        flat = image.reshape(-1, *shape).float() / scaling.scale + scaling.center
-        parts = [to_uint8(vae.decode(part).sample.clamp(-1, 1)) for part in flat.split(config.batch)]
+        parts = image.reshape(-1, *shape).split(config.batch)
+        parts = [to_uint8(vae.decode(part).clamp(-1, 1)) for part in parts]
         return torch.cat(parts).reshape(*image.shape[:-3], *job.image)
 
     return Pixels(job.image, decode)
 
 
-def _vae(
-    config: Config, image: tuple[int, ...], device: torch.device | str = "cpu"
-) -> tuple[nn.Module, Scaling]:
-    """Return the VAE for images (C, H, W), in evaluation mode, and how its latents are scaled.
+def open_vae(config: Config, image: tuple[int, ...], device: torch.device | str = "cpu") -> VAE:
+    """Return the VAE of a study for images (C, H, W).
 
     Raises: UserError if it is not there, cannot be read, or does not fit.
     """
@@ -226,7 +236,7 @@ def _vae(
     center = about.latents_mean or [about.shift_factor or 0.0] * about.latent_channels
     deviation = about.latents_std or [1.0] * about.latent_channels
     per_channel = torch.tensor([center, deviation]).reshape(2, -1, 1, 1).to(device)
-    return _load(path).to(device), Scaling(per_channel[0], about.scaling_factor / per_channel[1])
+    return VAE(_load(path).to(device), per_channel[0], about.scaling_factor / per_channel[1])
 
 
 def _read_config(path: Path) -> VAEConfig:
