@@ -201,7 +201,7 @@ def images(array: np.ndarray, rows: Sequence[str], columns: Sequence[str] = ()) 
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.grid(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for ax, name in zip(grid[0], columns):
         ax.set_title(name, loc="center", fontsize=7)
     return figure
