@@ -184,7 +184,7 @@ def test_a_notebook_that_was_not_executed_is_named(pages):
     text = book.read_text()
     try:
         book.write_text(text[:50])
-        with pytest.raises(UserError, match="one.ipynb is missing or damaged"):
+        with pytest.raises(UserError, match="one.ipynb is damaged"):
             report.run(report.Config(title="t"), job("report"))
     finally:
         book.write_text(text)
