@@ -99,8 +99,8 @@ def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
     assert (tmp_path / "results/imported/get-m-theirs/weights.safetensors").exists()
     names = {}
     exec(load.replace("heads=6", "heads=2"), names)
-    assert names["image"].shape == (16, *names["model"].image)
-    assert names["solution"].z.shape == names["init"].shape
+    assert names["samples"].images.shape == (16, *names["model"].run.shape)
+    assert names["samples"].iterations.tolist() == [6] * 16
 
 
 def test_the_citation_is_complete():

@@ -92,7 +92,7 @@ def test_samples_are_the_runs_at_its_headline_setting(study):
     setting = configs.parse(
         Solve, configs.read(study / "params.yaml")["evaluate"]["get"]["solver"][0], "solver"
     )
-    images = get.sample(get.inputs(0, np.arange(50), setting), setting).image
+    images = get.generate(get.inputs(0, np.arange(50), setting), setting).image
     kept = np.load(study / "results/evaluate/get/1/samples.npy")
     assert kept.shape == (100, 1, 8, 8) and kept.dtype == np.uint8
     assert np.abs(kept[:50] / 127.5 - 1 - images.clamp(-1, 1).numpy()).max() < 0.01

@@ -20,7 +20,7 @@ SMALL_GET = {**SMALL, "equilibrium_depth": 2, "equilibrium_expansion": 3, "norma
 
 def load(family, name):
     tensors, _ = golden(f"{family}_{name}")
-    return published.load(family, weights_of(tensors), heads=HEADS), tensors, tensors.get("in.y")
+    return published.load(family, weights_of(tensors), heads=HEADS).model, tensors, tensors.get("in.y")
 
 
 @pytest.mark.parametrize("name", ["uncond", "cond"])

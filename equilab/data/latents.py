@@ -42,6 +42,7 @@ from equilab.data.images import to_float, to_uint8
 from equilab.models.checkpoint import checksum
 
 SHARD = 1024  # latents in a file
+DECODED = 8  # latents through a VAE at once, where params do not say
 
 
 class Config(Params):
@@ -221,13 +222,27 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
             f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again"
         )
 
-    @torch.inference_mode()
-    def decode(image: Tensor) -> Tensor:
-        flat = image.reshape(-1, *shape).float() / scaling.scale + scaling.center
-        parts = [to_uint8(vae.decode(part).sample.clamp(-1, 1)) for part in flat.split(config.batch)]
-        return torch.cat(parts).reshape(*image.shape[:-3], *job.image)
+    return Pixels(job.image, partial(_decoded, vae, scaling, config.batch))
 
-    return Pixels(job.image, decode)
+
+def decoder(folder: Path, shape: tuple[int, ...], device: torch.device) -> Pixels:
+    """Return how latents of a shape become pixels by the VAE in a folder.
+
+    Raises: UserError if there is no such VAE, or it makes other latents.
+    """
+    about = _read_config(folder)
+    grows = 2 ** (len(about.block_out_channels) - 1)
+    image = (about.out_channels, *(size * grows for size in shape[1:]))
+    vae, scaling = _vae(Config(vae=str(folder), shape=shape, batch=DECODED), image, device)
+    return Pixels(image, partial(_decoded, vae, scaling, DECODED))
+
+
+@torch.inference_mode()
+def _decoded(vae: nn.Module, scaling: Scaling, batch: int, latent: Tensor) -> Tensor:
+    """Return the pixels of latents (..., C, H, W), uint8."""
+    flat = latent.flatten(0, -4).float() / scaling.scale + scaling.center
+    images = torch.cat([to_uint8(vae.decode(part).sample.clamp(-1, 1)) for part in flat.split(batch)])
+    return images.reshape(*latent.shape[:-3], *images.shape[1:])
 
 
 def _vae(

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from equilab.sampling.generators import KINDS, Generator, batches, describe, first_seed, load, load_first
-from equilab.sampling.runs import Inputs, Run, Samples, solver_statistics
+from equilab.sampling.generators import (
+    KINDS,
+    Generator,
+    batches,
+    describe,
+    first_seed,
+    from_network,
+    load,
+    load_first,
+)
+from equilab.sampling.runs import Inputs, Outputs, Run, solver_statistics
+from equilab.sampling.samples import Samples
 
 __all__ = [
     "KINDS",
     "Generator",
     "Inputs",
+    "Outputs",
     "Run",
     "Samples",
     "batches",
     "describe",
     "first_seed",
+    "from_network",
     "load",
     "load_first",
     "solver_statistics",

@@ -22,8 +22,17 @@ from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import finish
 from equilab.metrics.counting import Cost, network_on_meta
+from equilab.models.family import Family
 from equilab.models.precond import EDM
-from equilab.sampling.settings import ChainSampler, Sampler, Setting, Solve
+from equilab.sampling.settings import (
+    ChainSampler,
+    FixedPointAlongChain,
+    Sampler,
+    Setting,
+    Solve,
+    iterated,
+    options_of,
+)
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
@@ -44,7 +53,7 @@ class Inputs(NamedTuple):
     fresh_noise: Callable[[int], Tensor] | None = None  # of a chain: the unit noise added at each step
 
 
-class Samples(NamedTuple):
+class Outputs(NamedTuple):
     """Images in -1..1, float32, and what was done for them."""
 
     image: Float[Tensor, "*k b c h w"]  # one more dimension where iterates or all steps were asked for
@@ -90,12 +99,21 @@ class Run(ABC):
         Raises: ValueError saying what does not fit.
         """
 
+    @classmethod
+    def options(cls, family: Family) -> list[str]:
+        """Return the names of what can be set, one by one, where runs of a family are sampled."""
+        return options_of(cls.setting) if cls.setting else []
+
+    def usual(self) -> Setting | None:
+        """Return the setting of the paper, for a run of which a study says none; None where there is nothing to set."""
+        return None
+
     def model(self, net: nn.Module, metadata: dict[str, Any]) -> nn.Module:
         """Return what `sample` calls: the trained network, or what the run makes of it by what was kept with its weights."""
         return net
 
     @abstractmethod
-    def sample(self, model: nn.Module, inputs: Inputs, setting: Any, return_iterates: bool) -> Samples:
+    def sample(self, model: nn.Module, inputs: Inputs, setting: Any, return_iterates: bool) -> Outputs:
         """Return the images of `inputs.noise`; with `return_iterates`, those of all iterates or steps (K, B, C, H, W)."""
 
     def inputs(
@@ -152,6 +170,14 @@ class Teacher(Run):
 
     setting, listed = Sampler, "sampler"
 
+    def usual(self):
+        """Return Heun's method in 18 steps, in 40 for images larger than 32 x 32.
+
+        Source: EDM, tables 1 and 2.
+        """
+        steps = 18 if max(self.shape[1:]) <= 32 else 40
+        return Sampler(method="heun", steps=steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+
     def model(self, net, metadata):
         """Return the denoiser that the network is."""
         return EDM(net, sigma_data=self.config.sigma_data)
@@ -161,8 +187,8 @@ class Teacher(Run):
         """Return the images, or the states of all steps."""
         steps = setting.start(model, inputs.noise, inputs.label)
         if return_iterates:
-            return Samples(torch.stack([step.x.float() for step in steps]))
-        return Samples(finish(steps).x.float())
+            return Outputs(torch.stack([step.x.float() for step in steps]))
+        return Outputs(finish(steps).x.float())
 
     def nfe(self, setting: Sampler) -> int:
         """Return the calls of the denoiser for an image."""
@@ -178,7 +204,7 @@ class OneStep(Run):
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, which are the one iterate there is."""
         image = model(inputs.noise, inputs.label).image.float()
-        return Samples(image[None] if return_iterates else image)
+        return Outputs(image[None] if return_iterates else image)
 
 
 class ImplicitOneStep(OneStep):
@@ -187,12 +213,21 @@ class ImplicitOneStep(OneStep):
     setting, listed = Solve, "solver"
     can_diverge = True
 
+    def usual(self):
+        """Return as many plain iterations as in training, from where they start there; of published weights 6, from noise.
+
+        Source: GET (Geng 2023), section 4.
+        """
+        trained = getattr(self.config, "equilibrium", None)
+        count, init = (trained.iterations, trained.init) if trained else (6, "noise")
+        return iterated(count).model_copy(update={"init": init})
+
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or those of all iterates."""
         solver = setting.solver(record=return_iterates)
         image, solution = model(inputs.noise, inputs.label, inputs.init, solver, return_iterates)
-        return Samples(image.float(), (solution,))
+        return Outputs(image.float(), (solution,))
 
     def inputs(self, seed, indices, setting, device, net):
         """Return what images are made from, with the state to start from where the setting draws it."""
@@ -217,7 +252,7 @@ class Student(Run):
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or those that are predicted at all steps."""
-        return Samples(model(inputs.noise, inputs.label, return_iterates).image.float())
+        return Outputs(model(inputs.noise, inputs.label, return_iterates).image.float())
 
     def nfe(self, setting: None) -> int:
         """Return the calls of the network for an image: one for each noise level that it steps through."""
@@ -233,6 +268,41 @@ class Denoiser(Run):
     setting, listed = ChainSampler, "chain"
     latent = True
     can_diverge = True
+
+    @classmethod
+    def options(cls, family):
+        """Return the names of what can be set; without a fixed point, nothing of one."""
+        return options_of(ChainSampler, without=() if family.implicit else ("fixed_point",))
+
+    def usual(self):
+        """Return 250 steps of DDPM; of an implicit network 28 of DDIM, of 8 iterations each.
+
+        Source: DiT (Peebles and Xie 2023), section 4; FPDM (Bai and Melas-Kyriazi 2024), table 1, for 280 blocks.
+        """
+        clamp = not self.in_latents
+        if not self.family.implicit:
+            steps = min(250, self.config.diffusion.timesteps)
+            return ChainSampler(
+                method="ddpm", steps=steps, eta=None, clamp=clamp, guidance=None, fixed_point=None
+            )
+        steps = min(28, self.config.diffusion.timesteps)
+        along = FixedPointAlongChain(
+            blocks=steps * (self.network.blocks(0) + 8),
+            budget="constant",
+            reuse=True,
+            method="iterate",
+            tolerance=0.0,
+            memory=None,
+            mixing=None,
+        )
+        return ChainSampler(
+            method="ddim", steps=steps, eta=0.0, clamp=clamp, guidance=None, fixed_point=along
+        )
+
+    @property
+    def in_latents(self) -> bool:
+        """Whether what it makes cannot be an image: it has neither one channel nor three."""
+        return self.shape[0] not in (1, 3)
 
     def check(self, setting: ChainSampler) -> None:
         """Refuse a setting that does not fit the network, or whose blocks are too few.
@@ -267,7 +337,7 @@ class Denoiser(Run):
                 images.append(step.image.float())
             solutions.extend(step.solutions)
         image = torch.stack(images) if return_iterates else step.x.float()
-        return Samples(image, tuple(solutions), step.diverged)
+        return Outputs(image, tuple(solutions), step.diverged)
 
     def _steps(self, model, inputs: Inputs, setting: ChainSampler):
         """Return the sampler, started: it yields a Step a step."""
@@ -312,7 +382,7 @@ class Denoiser(Run):
         return self._iterations(setting) * setting.nfe // setting.steps
 
 
-def solver_statistics(samples: Samples) -> Float64[Tensor, "b 3"]:
+def solver_statistics(samples: Outputs) -> Float64[Tensor, "b 3"]:
     """Return what the solver did for each image: iterations of all calls, mean relative residual of the calls' last
     applications, and whether any call diverged (1) or none (0)."""
     batch = samples.image.shape[-4]

@@ -130,7 +130,7 @@ def _settings(config: Config, run: Run) -> list[Sampler | Solve | None]:
 
 def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return the call that samples a batch."""
-    return partial(generator.sample, inputs, setting)
+    return partial(generator.generate, inputs, setting)
 
 
 def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:

@@ -206,7 +206,7 @@ class _Evaluation:
         images = np.load(path, mmap_mode="r+")
         statistics = torch.zeros(self.count, 3, dtype=torch.float64)
         for indices in list(batches(self.count, self.config.batch))[rank() :: world()]:
-            made = generator.sample(generator.inputs(self.seed, indices, setting), setting)
+            made = generator.generate(generator.inputs(self.seed, indices, setting), setting)
             images[indices] = self.pixels.decode(made.image).cpu().numpy()
             statistics[indices] = solver_statistics(made)
             self.progress.update(len(indices))
@@ -238,6 +238,6 @@ class _Evaluation:
             noise, image, label = to_device(self.pairs.read(chosen + first), generator.device)
             inputs = generator.inputs(self.seed, chosen, setting)
             inputs = inputs._replace(noise=noise, label=label if generator.run.classes else None)
-            made = generator.sample(inputs, setting)
+            made = generator.generate(inputs, setting)
             error += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
         return error / count

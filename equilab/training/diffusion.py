@@ -73,13 +73,34 @@ class FixedPoint(Params):
         return Iterations(self.no_grad_iterations / 2, (1 + self.grad_iterations) / 2)
 
 
-class Config(Params):
-    """An entry of the params section `diffusion`."""
+class Model(Params):
+    """What sampling needs to know of a denoiser of discrete timesteps."""
 
     network: Network
     conditional: bool
     label_dropout: float = Field(ge=0, lt=1)  # share of images whose class is hidden, for guidance
     diffusion: Diffusion
+
+    @model_validator(mode="after")
+    def _predicts(self):
+        learned = self.network.arguments.get("learned_variance", False)
+        if learned != (self.diffusion.variance == "learned"):
+            raise ValueError(
+                "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
+            )
+        if self.label_dropout and not self.conditional:
+            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
+        return self
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return families("diffusion")[self.network.kind]
+
+
+class Config(Model):
+    """An entry of the params section `diffusion`."""
+
     weight: Literal["uniform", "published"]  # of the squared error at each timestep
     fixed_point: FixedPoint | None  # null for explicit networks
     seed: Seed  # of this run: its weights, the order of its images, what it draws
@@ -92,23 +113,11 @@ class Config(Params):
                 "fixed_point must be given for networks with a fixed point and null for others "
                 f"(network.kind is {self.network.kind})"
             )
-        learned = self.network.arguments.get("learned_variance", False)
-        if learned != (self.diffusion.variance == "learned"):
-            raise ValueError(
-                "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
-            )
         if self.weight == "published" and self.diffusion.prediction == "noise":
             raise ValueError(
                 "weight published is for v; set weight to uniform where diffusion.prediction is noise"
             )
-        if self.label_dropout and not self.conditional:
-            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
         return self
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return families("diffusion")[self.network.kind]
 
 
 class Batch(NamedTuple):
@@ -207,20 +216,25 @@ def solver_of(iterations: Iterations) -> Callable:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    net, loss = network_on_meta(config.network, image, classes if config.conditional else 0), loss_of(config)
+    net = network_on_meta(config.network, image, classes if config.conditional else 0)
     x, label = inputs_on_meta(image, config.conditional)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     count = parameters(net)
 
-    def update(iterations: Iterations | None) -> int:
-        return flops(lambda: loss(net, Batch(x, x, t, label, iterations)).backward())
+    def predict(iterations: int) -> None:
+        net(x, t, label, None, solver_of(Iterations(0, iterations)))
 
+    def update(iterations: Iterations | None) -> int:
+        return flops(lambda: loss_of(config)(net, Batch(x, x, t, label, iterations)).backward())
+
+    call = work(predict) if config.family.implicit else Work(flops(lambda: net(x, t, label)))
+    if not isinstance(config, Config):
+        return Cost(count, count, call, None)
     if config.fixed_point is None:
-        return Cost(count, count, Work(flops(lambda: net(x, t, label))), float(update(None)))
-    call = work(lambda iterations: net(x, t, label, None, solver_of(Iterations(0, iterations))))
+        return Cost(count, count, call, float(update(None)))
     once = update(Iterations(0, 1))
     no_grad, grad = update(Iterations(1, 1)) - once, update(Iterations(0, 2)) - once  # of an iteration more
     mean = config.fixed_point.mean()

@@ -22,7 +22,6 @@ from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.checkpoint import checksum, load_network, load_tensors
 from equilab.models.classifier import Classifier
 from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
-from equilab.models.family import Family, family
 from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
@@ -97,11 +96,6 @@ class Config(onestep.Config):
             if name not in known:
                 raise ValueError(f"features: {name!r} is unknown, choose among {', '.join(known)}")
         return self
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("gdd")
 
 
 class Batch(NamedTuple):
@@ -357,13 +351,13 @@ def collapsed(config: Config, row: loop.Row) -> Halt | None:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
+def cost(config: onestep.Model, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
     """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
     discriminator sees that network and it is not given, updates are not counted.
     """
-    if STUDY_FEATURES in config.features and features is None:
+    if not isinstance(config, Config) or (STUDY_FEATURES in config.features and features is None):
         return onestep.cost(config, image, classes, None)
     return onestep.cost(config, image, classes, _update_flops(config, image, classes, features))
 

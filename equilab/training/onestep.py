@@ -18,7 +18,7 @@ from equilab.diffusion.schedules import edm_sigmas
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
-from equilab.models.family import network
+from equilab.models.family import Family, family, network
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -79,12 +79,22 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-class Config(Params):
-    """What the entries of the params sections `gan` and `consistency` share."""
+class Model(Params):
+    """What sampling needs to know of a student."""
 
     network: Network  # the teacher's
     conditional: bool  # as the teacher
     student: Student
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of, unless its stage trains another."""
+        return family("gdd")
+
+
+class Config(Model):
+    """What the entries of the params sections `gan` and `consistency` share."""
+
     seed: Seed  # of this run: the order of its images, what it draws
     optimisation: Optimisation
 
@@ -128,7 +138,7 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
     return own.to(device), EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
 
 
-def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
+def student(config: Model, net: nn.Module, sigma_data: float) -> gdd.GDD:
     """Return the generator that a U-Net is."""
     return gdd.GDD(
         net, sigma_data=sigma_data, sigma_min=config.student.sigma_min, sigmas=config.student.sigmas
@@ -145,7 +155,7 @@ def about(teacher: EDM, shape: tuple[int, ...], classes: int, cost: Cost) -> dic
     }
 
 
-def table(config: Config, image: tuple[int, ...], classes: int) -> str:
+def table(config: Model, image: tuple[int, ...], classes: int) -> str:
     """Return which groups of layers are trained and which are frozen, as lines of text."""
     lines = [f"# {'group':<16}{'parameters':>12}{'share':>8}"]
     for row in gdd.table(on_meta(config, image, classes)):
@@ -154,7 +164,7 @@ def table(config: Config, image: tuple[int, ...], classes: int) -> str:
     return "\n".join(lines)
 
 
-def cost(config: Config, image: tuple[int, ...], classes: int, train_flops_image: int | None) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int, train_flops_image: int | None) -> Cost:
     """Return the cost of a student, counted on the meta device; its image is a whole one, of all its steps."""
     net = on_meta(config, image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
@@ -163,7 +173,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int, train_flops_image
     return Cost(count, parameters(net), Work(work), train_flops_image)
 
 
-def on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+def on_meta(config: Model, image: tuple[int, ...], classes: int) -> nn.Module:
     """Return the student's network on the meta device, its layers frozen.
 
     Raises: UserError if its sizes do not fit.
