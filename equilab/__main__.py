@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -34,10 +35,9 @@ def _answered(arguments: list[str] | None) -> int:
     prepare_process()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["import"]:
-            from equilab.published import importing
-
-            return importing.command(arguments[1:])
+        if arguments and arguments[0] in OWN:
+            module, _ = OWN[arguments[0]]
+            return importlib.import_module(module).command(arguments[1:])
         given = _arguments(arguments)
         return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
     except UserError as error:
@@ -57,7 +57,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {IMPORT}")
+    own = "; or ".join(f"{name}: {what} ({name} --help)" for name, (_, what) in OWN.items())
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {own}")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
     parser.add_argument(
         "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
@@ -114,7 +115,12 @@ def stages(given: argparse.Namespace) -> int:
     return 0
 
 
-IMPORT = "import: read published weights into results (import --help)"
+# commands with arguments of their own: the module of each, and what it does
+OWN = {
+    "sample": ("equilab.sampling.command", "draw images from a run"),
+    "score": ("equilab.score", "score a folder or file of images"),
+    "import": ("equilab.published.importing", "read published weights into results"),
+}
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
 
 

@@ -15,7 +15,7 @@ from equilab import __main__, graph
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = (*graph.STAGES, *__main__.COMMANDS, "import")
+COMMANDS = (*graph.STAGES, *__main__.COMMANDS, *__main__.OWN)
 
 
 def blocks(page, language):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from equilab.core.config import Params, UserError, nearest, parse
 from equilab.core.job import Job
 from equilab.core.machine import device_of, precision
+from equilab.core.progress import bar
 from equilab.data import latents
 from equilab.data.images import to_uint8
 from equilab.data.latents import Pixels
@@ -94,13 +95,15 @@ class Generator:
         _require_counts(count=count, batch=batch, seed=seed)
         setting, chosen = self._changed_setting(options), self._label(label, count)
         parts = []
-        for indices in batches(count, batch):
-            inputs = self.inputs(seed, indices, setting)
-            if chosen is not None:
-                inputs = inputs._replace(label=chosen[indices].to(self.device))
-            outputs = self.generate(inputs, setting)
-            images = self.pixels.decode(outputs.image).cpu().numpy()
-            parts.append(self._samples(images, inputs.label, outputs, setting))
+        with bar(self.run.of, count, delay=5) as progress:
+            for indices in batches(count, batch):
+                inputs = self.inputs(seed, indices, setting)
+                if chosen is not None:
+                    inputs = inputs._replace(label=chosen[indices].to(self.device))
+                outputs = self.generate(inputs, setting)
+                images = self.pixels.decode(outputs.image).cpu().numpy()
+                parts.append(self._samples(images, inputs.label, outputs, setting))
+                progress.update(len(indices))
         return joined(parts)
 
     @property
@@ -262,7 +265,7 @@ def from_network(
     of = f"{stage}/{metadata['run']}" if metadata.get("run") else stage
     shape, classes, counts = tuple(metadata["image"]), metadata["classes"], metadata.get("label_counts")
     run = _class(stage, config.family)(of, config, shape, classes, kind.training.cost, counts)
-    net = net.to(device)
+    run.network = net = net.to(device)  # in place of one without numbers, which takes seconds to build
     return Generator(run, net, run.model(net, metadata), dict(metadata), torch.device(device), precision)
 
 

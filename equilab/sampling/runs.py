@@ -161,7 +161,7 @@ class Run(ABC):
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network on the meta device, without numbers."""
+        """The network, on the meta device where it has no numbers."""
         return network_on_meta(self.config.network, self.shape, self.classes)
 
 
