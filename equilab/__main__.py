@@ -166,7 +166,8 @@ def _run(job: Job) -> None:
     from equilab.study import module_of
 
     with locked(job.name):
-        module_of(job.stage).run(job.read(job.stage, job.run, job.seed), job)
+        config = job.read(job.stage, job.run, job.seed)
+        module_of(job.stage, config).run(config, job)
 
 
 def _print_plan(job: Job) -> None:
@@ -181,7 +182,7 @@ def _print_plan(job: Job) -> None:
 
     config = job.read(job.stage, job.run, job.seed)
     print(yaml.safe_dump({job.name: plain(config)}, sort_keys=False), end="")
-    plan = module_of(job.stage).plan(config, job)()
+    plan = module_of(job.stage, config).plan(config, job)()
     peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
     minutes = plan.flops / (USUAL_SHARE * peak) / 60
     disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"

@@ -9,14 +9,14 @@ from typing import Any
 from equilab import dvc
 from equilab.claims.comparisons import check_comparisons
 from equilab.core.config import UserError, nearest
-from equilab.graph import OTHERS, STAGES
+from equilab.graph import GENERATORS, OTHERS, STAGES
 from equilab.study import Replicate, Sections, config_of, job_of, module_of, refuse_other_code
 
 
 def mistakes(sections: Sections) -> list[str]:
     """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
     those who build the networks can tell."""
-    found = _failures(_readings(sections))
+    found = _failures([partial(_refuse_nothing, sections)]) or _failures(_readings(sections))
     return found or _failures(_plans(sections))
 
 
@@ -52,6 +52,14 @@ def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], 
         yield partial(sections.families, stage, run)
 
 
+def _refuse_nothing(sections: Sections) -> None:
+    if sections.absent and not any(map(sections.has, GENERATORS)):
+        raise UserError(
+            f"{sections.where}: none of the published files that it evaluates is there; place any of them in its folder, as "
+            f"docs/checkpoints.md says ({', '.join(sections.absent)}), then run `python -m equilab graph`"
+        )
+
+
 def _refuse_unknown(sections: Sections, name: str) -> None:
     known = [*OTHERS, *STAGES]
     if name not in known:
@@ -85,4 +93,5 @@ def _plan(sections: Sections, stage: str, run: str | None) -> None:
     seed = None if run is None else sections.seeds(stage, run)[0]
     job = job_of(sections, stage, Replicate(run, seed))
     device_of(job)
-    module_of(stage).plan(job.read(stage, run, seed), job)
+    config = job.read(stage, run, seed)
+    module_of(stage, config).plan(config, job)

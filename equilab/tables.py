@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
+from equilab.core.absent import absent_runs, without
 from equilab.core.config import UserError, nearest, read, read_json
 from equilab.models.family import family
 
@@ -45,8 +46,10 @@ class Results:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The sections of the study's params.yaml."""
-        return read(self.folder.parent / "params.yaml")
+        """The sections of the study's params.yaml, without runs whose published weights are optional and not there."""
+        study = self.folder.parent
+        sections = read(study / "params.yaml")
+        return without(sections, absent_runs(sections, study))
 
     @property
     def study(self) -> str:
@@ -102,7 +105,7 @@ class Results:
             named = {"stage": summary["stage"], **_named(about), "nimg": summary["nimg"]}
             rows.append({**named, **counted, "teacher_calls": calls, **config, "folder": path.parent})
         table = pd.DataFrame(rows)
-        table["train_flops"] = table["train_flops_image"] * table["nimg"]
+        table["train_flops"] = table["train_flops_image"].astype(float) * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
         table = table.merge(self._headline(), on=["of", "seed"]).merge(
             self._rises(), on=["of", "seed"], how="left"
@@ -281,6 +284,8 @@ class Results:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
         consistency distillation (a step of Heun's method), never for the loss of a GAN."""
         config = summary["config"]
+        if "published" in config:  # trained elsewhere
+            return float("nan")
         if summary["stage"] == "distill":
             return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
         if summary["stage"] == "consistency" or config.get("consistency"):

@@ -172,7 +172,8 @@ def test_what_cannot_be_evaluated_is_refused_before_work(study, tmp_path, stage,
     with pytest.raises(UserError) as error:
         sections = open_study(tmp_path / "params.yaml")
         job = job_of(sections, stage, Replicate(run, sections.seeds(stage, run)[0] if run else None))
-        module_of(stage).plan(job.read(stage, run, job.seed), job)
+        config = job.read(stage, run, job.seed)
+        module_of(stage, config).plan(config, job)
     assert key in str(error.value)
 
 

@@ -12,7 +12,7 @@ import yaml
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import checked_name
-from equilab.models.checkpoint import save_tensors
+from equilab.models.checkpoint import read_metadata, save_tensors
 from equilab.published.loading import load_network
 
 FOLDER = Path("results/imported")
@@ -34,6 +34,10 @@ def command(arguments: list[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     path = run(given.family, given.file, given.out or given.file.stem, _config(given.config))
     print(path)
+    print(
+        f"# what params say of such a run:\n{yaml.safe_dump(read_metadata(path)['config'], sort_keys=False)}",
+        end="",
+    )
     return 0
 
 

@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     described: Described
     entry: str | None
 
-    def about(self, name: str) -> dict[str, Any]:
+    def about(self, name: str | None) -> dict[str, Any]:
         """Return what a stage would keep with such weights, of a run of this name."""
         described = self.described
         sizes = {"kind": self.family.kind, **described.sizes}

@@ -36,6 +36,7 @@ from equilab.sampling.settings import (
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
+from equilab.training.loop import Optimisation
 
 # purposes of random numbers: the same noises for every run
 NOISE, LABEL = "evaluation noise", "evaluation label"
@@ -71,7 +72,6 @@ class Run(ABC):
     setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing
     listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "" where it takes none
     latent: ClassVar[bool] = False  # works in latents where the study has them
-    paired: ClassVar[bool] = False  # trained on the teacher's pairs
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
 
     def __init__(
@@ -87,6 +87,21 @@ class Run(ABC):
         self.label_counts = label_counts  # of training images, where labels are as frequent as there
         self.family = config.family
         self._count = count
+
+    @property
+    def optimisation(self) -> Optimisation | None:
+        """How it was trained; None where its weights are published ones."""
+        return getattr(self.config, "optimisation", None)
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The counts of images at which its weights were kept along its training."""
+        return self.optimisation.snapshots if self.optimisation else ()
+
+    @property
+    def pairs(self) -> int | None:
+        """On how many of the study's pairs it was trained; None of what is not trained on pairs."""
+        return getattr(self.config, "pairs", None)
 
     @cached_property
     def counted(self) -> Cost:
@@ -197,8 +212,6 @@ class Teacher(Run):
 
 class OneStep(Run):
     """One forward pass of an explicit network."""
-
-    paired = True
 
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):

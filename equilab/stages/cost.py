@@ -113,11 +113,12 @@ def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
         for iterations in config.iterations if run.family.implicit else (None,):
             columns = {"what": "call", **run.counts(1, iterations)}
             yield Measurement(columns, partial(_calling, iterations))
-        yield _denoiser_training(run)
+        if run.optimisation:
+            yield _denoiser_training(run)
         return
     for setting in _settings(config, run):
         yield Measurement({"what": "sample", **run.cost(setting)}, partial(_sampling, setting))
-    if isinstance(run, OneStep):
+    if isinstance(run, OneStep) and run.optimisation:
         yield from _generator_training(run)
 
 

@@ -57,11 +57,11 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def count() -> Plan:
         samples = images = job.read("evaluator").samples
-        if run.paired:
+        if run.pairs is not None:
             held_out = job.read("pairs").held_out
-            images += held_out + min(held_out, run.config.pairs)
+            images += held_out + min(held_out, run.pairs)
         flops = [run.cost(setting)["flops"] for setting in config.settings]
-        along_training = flops[0] * len(run.config.optimisation.snapshots)
+        along_training = flops[0] * len(run.snapshots)
         disk = samples * int(np.prod(job.image))
         return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk)
 
@@ -99,8 +99,8 @@ def run(config: Config, job: Job) -> None:
     weights_at = partial(load, config.of, job.seed, config=trained, device=device, precision=config.precision)
     generator = weights_at()
     pixels = latents.pixels(job, generator.run.shape, generator.run.latent, device)
-    pairs = _pairs(job) if generator.run.paired else None
-    snapshots = trained.optimisation.snapshots
+    pairs = None if generator.run.pairs is None else _pairs(job)
+    snapshots = generator.run.snapshots
     # the headline's images, those that are being made, and the rest
     require_disk(job.out, 3 * count * int(np.prod(pixels.shape)))
     work = (len(config.settings) + len(snapshots)) * count
@@ -225,7 +225,7 @@ class _Evaluation:
         if self.pairs is None:
             return {}
         held_out = self.pairs.held_out
-        trained = min(held_out, generator.run.config.pairs)
+        trained = min(held_out, generator.run.pairs)
         return {
             "l1_held_out": self._mean_error(generator, setting, 0, held_out),
             "l1_train": self._mean_error(generator, setting, held_out, trained),
