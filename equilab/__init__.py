@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "published",
     "published_numbers",
+    "push",
     "results",
     "show",
     "style",
@@ -56,8 +57,9 @@ def load(
 ) -> Generator:
     """Return a trained run as a model that draws images, by the path of its folder.
 
-    The folder is that of a run ("results/distill/get-m"; its first seed, or `seed`), of one of its seeds, or of the
-    teacher; a file of weights, such as a snapshot, will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of
+    The folder is that of a run ("results/distill/get-m"; its first seed, or `seed`), of one of its seeds, of the teacher, or
+    one that was given away, here or on the Hugging Face Hub ("hf://owner/name"); a file of weights, such as a snapshot,
+    will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of
     the autoencoder of a model that makes latents, where its study does not say it.
 
     >>> equilab.load("results/distill/get-m").sample(16, label=3, iterations=6)
@@ -67,6 +69,28 @@ def load(
     from equilab.sampling.opening import open_run  # torch, which takes seconds
 
     return open_run(path, seed=seed, device=device, precision=precision, vae=vae)
+
+
+def push(path: Path | str, name: str) -> str:
+    """Put a run on the Hugging Face Hub under "owner/name", with a card that says what it is; return its address.
+
+    `path` is the folder of a run, or one that `python -m equilab card` wrote, whose card may have been edited.
+
+    >>> equilab.push("results/distill/get-m", "owner/get-digits")
+
+    Raises: UserError if there are no weights, there is no network, or the hub does not let you write there.
+    """
+    import tempfile
+
+    from equilab.card import give
+    from equilab.sampling.hub import checked_name, upload
+
+    checked_name(name)
+    if (Path(path) / "config.json").exists():
+        return upload(Path(path), name)
+    with tempfile.TemporaryDirectory() as folder:
+        give(path, Path(folder))
+        return upload(Path(folder), name)
 
 
 def show(samples: Samples | np.ndarray, columns: int | None = None) -> None:

@@ -119,6 +119,7 @@ def stages(given: argparse.Namespace) -> int:
 OWN = {
     "sample": ("equilab.sampling.command", "draw images from a run"),
     "score": ("equilab.score", "score a folder or file of images"),
+    "card": ("equilab.card", "write a run as a folder to give away"),
     "import": ("equilab.published.importing", "read published weights into results"),
 }
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}

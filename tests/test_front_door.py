@@ -24,7 +24,7 @@ SETTINGS |= {
 def results(study):  # noqa: F811
     """The results of a study that evaluates its runs."""
     entries = {of.replace("/", "-"): {"of": of, **SETTINGS.get(of, {})} for of in ENTRIES}
-    (study / "params.yaml").write_text(yaml.safe_dump({"evaluate": entries}))
+    (study / "params.yaml").write_text(yaml.safe_dump({"study": {"name": "toy"}, "evaluate": entries}))
     return study / "results"
 
 

@@ -21,11 +21,12 @@ HEAVY = {
     "timm": ["equilab.models.feature_networks"],
     "diffusers": ["equilab.data.latents"],
     "datasets": ["equilab.data.hub"],
+    "huggingface_hub": ["equilab.sampling.hub"],
 }
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["check", "dvc", "score", "study", "graph"],
+    ["card", "check", "dvc", "score", "study", "graph"],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["published"],

@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
-from equilab.core.config import UserError, parse, read
+from equilab.core.config import UserError, parse, read, read_json
 from equilab.models.checkpoint import load_network
 from equilab.sampling.generators import Generator, from_network
+from equilab.sampling.hub import fetch, is_on_hub
 from equilab.sampling.runs import Run
 from equilab.sampling.settings import Setting
 
@@ -28,17 +29,17 @@ def open_run(
     """Return the run in a folder as a model that draws images, at the setting at which its study scores it first.
 
     `path` is the folder of a run or of one of its seeds, or a file of weights, such as a snapshot; of several seeds the
-    first is taken, or `seed`. `vae` is the folder of the autoencoder of a model that makes latents, if its study does not
+    first is taken, or `seed`. "hf://owner/name" is a folder on the Hugging Face Hub. `vae` is the folder of the autoencoder of a model that makes latents, if its study does not
     say it.
 
     Raises: UserError if there are no weights, or they are damaged.
     """
-    weights = find_weights(Path(path), seed)
+    weights = find_weights(fetch(path) if is_on_hub(path) else Path(path), seed)
     generator = from_network(
         *load_network(weights), str(weights), device=device_named(device), precision=precision
     )
-    if (study := _study(weights)) is None:
-        return replace(generator, vae=vae and Path(vae))
+    if (study := study_of(weights)) is None:
+        return replace(generator, setting=_given_setting(weights, generator.run), vae=vae and Path(vae))
     sections = read(study / "params.yaml")
     if vae is None and generator.run.latent and sections.get("latents"):
         vae = study / sections["latents"]["vae"]
@@ -83,12 +84,21 @@ def device_named(name: str) -> torch.device:
         ) from None
 
 
-def _study(weights: Path) -> Path | None:
+def study_of(weights: Path) -> Path | None:
     """Return the folder of the study in whose results a file of weights lies, None outside of any."""
     for folder in weights.absolute().parents:
         if folder.name == "results" and (folder.parent / "params.yaml").exists():
             return folder.parent
     return None
+
+
+def _given_setting(weights: Path, run: Run) -> Setting | None:
+    """Return the setting that a folder which was given away says, None if it says none."""
+    path = weights.with_name("config.json")
+    if run.setting is None or not path.exists():
+        return None
+    setting = read_json(path, "setting")["setting"]
+    return setting and parse(run.setting, setting, f"{path}: setting")
 
 
 def _headline(study: Path, sections: dict, run: Run) -> Setting | None:
