@@ -98,11 +98,11 @@ def show(samples: Samples | np.ndarray, columns: int | None = None) -> None:
 
     >>> equilab.show(model.sample(16))
     """
-    from IPython.display import display
+    from IPython.display import Image, display
 
-    from equilab.sampling.pictures import grid
+    from equilab.sampling.pictures import grid, png
 
-    display(grid(getattr(samples, "images", samples), columns))
+    display(Image(png(grid(getattr(samples, "images", samples), columns))))
 
 
 def results(folder: Path | str = "results") -> Results:

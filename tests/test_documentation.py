@@ -68,10 +68,10 @@ def test_the_readme_names_every_page():
 
 
 def test_the_python_of_the_readme_runs_on_the_committed_results():
-    (code,) = blocks(ROOT / "README.md", "python")
+    code = "\n".join(blocks(ROOT / "README.md", "python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "distill/get-m" in done.stdout
+    assert "(16, 1, 8, 8) 1 [" in done.stdout and "distill/get-m" in done.stdout
 
 
 def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
@@ -91,7 +91,7 @@ def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
 def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
     page = ROOT / "docs/checkpoints.md"
     (load,) = blocks(page, "python")
-    command = re.search(r"^python -m equilab (.*)$", page.read_text(), re.M)[1]
+    command = re.search(r"^python -m equilab (import .*)$", page.read_text(), re.M)[1]
     checkpoint = {"ema": weights_of(golden("get_uncond")[0]), "args": argparse.Namespace(batch=1)}
     torch.save(checkpoint, tmp_path / "GET-M.pth")
     monkeypatch.chdir(tmp_path)

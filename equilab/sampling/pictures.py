@@ -60,13 +60,14 @@ def save(samples: Samples, out: Path) -> None:
         arrays = {"arr_0": samples.images.transpose(0, 2, 3, 1), "arr_1": samples.labels}
         write_arrays(out, {name: array for name, array in arrays.items() if array is not None})
     elif out.suffix:
-        write(out, _png(grid(samples.images)))
+        write(out, png(grid(samples.images)))
     else:
         for number, image in enumerate(samples.images):
-            write(out / f"{number:06d}.png", _png(picture(image)))
+            write(out / f"{number:06d}.png", png(picture(image)))
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """Return a picture as a file of PNG."""
     content = io.BytesIO()
     image.save(content, "png")
     return content.getvalue()
