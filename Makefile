@@ -23,15 +23,13 @@ study: .venv/installed  ## run the default study; STUDY=studies/NAME for another
 	(cd $(STUDY) && dvc status --quiet dvc.yaml) || $(MAKE) runs
 	cd $(STUDY) && dvc repro
 
-# `dvc repro` runs one stage after another. Runs do not wait for each other: here JOBS of them go at a time, each start of
-# DVC taking EACH of them. `stages` prints three lines: what runs need, in its order; runs to train; runs to evaluate.
-line = python -m equilab stages | sed -n $(1)p
+# `dvc repro` runs one stage after another. Runs that do not wait for each other go JOBS at a time, each start of DVC taking
+# EACH of them. `stages` prints what all runs need, in its order; then lines of runs, each of which waits for those before it.
 at_once = xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
 
 runs:
-	cd $(STUDY) && $(call line,1) | xargs -r dvc repro
-	cd $(STUDY) && $(call line,2) | $(at_once)
-	cd $(STUDY) && $(call line,3) | $(at_once)
+	cd $(STUDY) && python -m equilab stages | sed -n 1p | xargs -r dvc repro
+	cd $(STUDY) && python -m equilab stages | sed 1d | while read -r line; do echo "$$line" | $(at_once) || exit; done
 
 test: .venv/installed  ## run the quick tests; ARGS="-k NAME" for some of them
 	python -m pytest -m "not slow" $(ARGS)

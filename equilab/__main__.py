@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 # The rest of the package is imported within functions: interrupted while it is, a command answers as it does later.
 
-USUAL_SHARE = 0.3  # of the matmul peak that small networks reach; for estimates of time alone
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -115,6 +114,38 @@ def stages(given: argparse.Namespace) -> int:
     return 0
 
 
+def clean(given: argparse.Namespace) -> int:
+    """Remove what is left of unfinished runs that params.yaml no longer has."""
+    from equilab.core.files import abandoned, locked, remove
+    from equilab.graph import STAGES
+    from equilab.study import open_study
+
+    sections = open_study(given.params)
+    os.chdir(given.params.absolute().parent)
+    names = {job.name(stage) for stage in filter(sections.has, STAGES) for job in sections.jobs(stage)}
+    found = abandoned(names)
+    for folder in found:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {size / 2**20:,.1f} MiB{'' if given.dry_run else ', removed'}")
+        if not given.dry_run:
+            with locked(folder.name):
+                remove(folder)
+    if not found:
+        print("nothing is left of runs that params.yaml no longer has")
+    return 0
+
+
+def plan(given: argparse.Namespace) -> int:
+    """Print what a whole study takes, and how much of it is left; RUN may be the study's folder."""
+    from equilab.planning import planned
+    from equilab.study import open_study
+
+    sections = open_study(Path(given.run) / "params.yaml" if given.run else given.params)
+    os.chdir(sections.folder)
+    print(planned(sections))
+    return 0
+
+
 # commands with arguments of their own: the module of each, and what it does
 OWN = {
     "sample": ("equilab.sampling.command", "draw images from a run"),
@@ -122,7 +153,7 @@ OWN = {
     "card": ("equilab.card", "write a run as a folder to give away"),
     "import": ("equilab.published.importing", "read published weights into results"),
 }
-COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages}
+COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
 
 
 def stage(given: argparse.Namespace) -> int:
@@ -173,27 +204,21 @@ def _run(job: Job) -> None:
 
 def _print_plan(job: Job) -> None:
     """Print a job's config and what it will cost; the time rests on a matrix product measured now."""
-    import torch
     import yaml
 
     from equilab.core.config import plain
-    from equilab.core.machine import device_of
-    from equilab.metrics.measuring import matmul_peak
+    from equilab.planning import duration, size, speed_of
     from equilab.study import module_of
 
     config = job.read(job.stage, job.run, job.seed)
     print(yaml.safe_dump({job.name: plain(config)}, sort_keys=False), end="")
-    plan = module_of(job.stage, config).plan(config, job)()
-    peak = matmul_peak(device_of(job), torch.float32, longest=0.1)
-    minutes = plan.flops / (USUAL_SHARE * peak) / 60
-    disk = "not known before the images are read" if plan.disk is None else f"{plan.disk / 2**20:,.1f} MiB"
+    plan, speed = module_of(job.stage, config).plan(config, job)(), speed_of(job)
     if plan.note:
         print(plan.note)
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")
     print(f"# networks: {plan.flops / 1e9:,.1f} GFLOP")
-    print(f"# results on disk: {disk}")
-    machine = f"{USUAL_SHARE:.0%} of this machine's {peak / 1e12:.2f} TFLOP/s"
-    print(f"# time: about {minutes:,.1f} min and 5 s of start, at {machine}")
+    print(f"# results on disk: {size(plan.disk)}")
+    print(f"# time: {duration(speed.seconds(plan.flops, job))}, at {speed}")
 
 
 def _join_processes(job: Job) -> None:

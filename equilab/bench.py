@@ -1,4 +1,4 @@
-"""`make bench`: how fast the models run on this machine, beside its own limit; writes results/bench/DEVICE.csv and .md."""
+"""`make bench`: how fast the models run on this machine, against its own limit; writes results/bench/DEVICE.csv and .md."""
 
 from __future__ import annotations
 
@@ -79,11 +79,8 @@ class Subject:
     """A work on a device in one precision: its config, its network with random weights, noise and labels."""
 
     def __init__(self, work: Work, device: torch.device, name: str):
-        self.sections, self.device, self.precision = (
-            config.read(ROOT / work.study / "params.yaml"),
-            device,
-            name,
-        )
+        self.sections = config.read(ROOT / work.study / "params.yaml")
+        self.device, self.precision = device, name
         section, size = self.sections[work.stage], work.batch[device.type]
         entry = dict(section[work.run] if work.run else section)
         if entry.pop("seeds", None):
@@ -95,7 +92,7 @@ class Subject:
         entry["optimisation"] = entry["optimisation"] | changes
         self.config = config.parse(KINDS[work.stage].training.Config, entry, work.network)
         self.image = tuple(self.sections.get("latents", {}).get("shape", self.sections["data"]["image"]))
-        self.classes = self.sections["data"]["classes"] if self.config.conditional else 0
+        self.classes = self.config.classes_of(self.sections["data"]["classes"])
         self.noise = torch.randn(size, *self.image, device=device)
         self.label = torch.arange(size, device=device) % self.classes if self.classes else None
         self.net = self.build()
@@ -124,13 +121,12 @@ class Subject:
 
 def distilled(subject: Subject) -> dict[str, Call]:
     """Return the calls of a GET or a ViT: noise to images, and an update on pairs."""
-    net, given, init = subject.net, (subject.noise, subject.label), None
-    if subject.config.equilibrium:
-        init = torch.randn(len(subject.noise), *net.state_shape, device=subject.device)
-        given = (*given, init, iterate(subject.config.equilibrium.iterations))
-    batch = distill.Batch(subject.noise, subject.noise.tanh(), subject.label, init)
+    given = [subject.noise, subject.label]
+    if equilibrium := subject.config.equilibrium:
+        given += [None, Solver("iterate", equilibrium.iterations, 0.0, "last", measure=False)]
+    batch = distill.Batch(subject.noise, subject.noise.tanh(), subject.label, None)
     return {
-        "sample": subject.inference(lambda: net(*given)),
+        "sample": subject.inference(lambda: subject.net(*given)),
         "train": subject.update(batch, distill.loss_of(subject.config)),
     }
 
@@ -151,14 +147,11 @@ def chained(subject: Subject) -> dict[str, Call]:
 
     An FPDM iterates as often in a call as in an update, which takes the most iterations that its training draws.
     """
-    t = torch.full((len(subject.noise),), subject.config.diffusion.timesteps // 2, device=subject.device)
-    given, iterations = (subject.noise, t, subject.label), None
-    if fixed := subject.config.fixed_point:
-        iterations = diffusion.Iterations(fixed.no_grad_iterations, fixed.grad_iterations)
-        given = (*given, None, iterate(sum(iterations)))
-    batch = diffusion.Batch(subject.noise.tanh(), subject.noise, t, subject.label, iterations)
+    batch = diffusion.example(subject.config, subject.noise, subject.label)
+    iterations = None if batch.iterations is None else diffusion.Iterations(0, sum(batch.iterations))
+    given = subject.net, batch.noise, batch.t, batch.label, iterations
     return {
-        "call": subject.inference(lambda: subject.net(*given)),
+        "call": subject.inference(lambda: diffusion.output_of(*given)),
         "train": subject.update(batch, diffusion.loss_of(subject.config)),
     }
 
@@ -171,19 +164,13 @@ def adversarial(subject: Subject) -> dict[str, Call]:
     spec = config.parse(features.Config, subject.sections["features"], "features").network
     seen = classifier_network(spec.build(subject.image, subject.classes))
     discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
-    loss = gan.discriminator_loss_of(settings, subject.net, original)
-    adversary = loop.Adversary("discriminator", discriminator, settings.discriminator_lr, loss)
+    adversary = gan.adversary_of(settings, subject.net, original, discriminator)
     batch = gan.Batch(noise.tanh(), label, noise, label, noise, label)
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {
         "sample": subject.inference(lambda: student.generate(noise, label)),
         "train": subject.update(batch, gan.generator_loss_of(settings, discriminator, original), adversary),
     }
-
-
-def iterate(iterations: int) -> Solver:
-    """Return the solver that applies the map so often."""
-    return Solver("iterate", iterations, 0.0, "last", measure=False)
 
 
 CALLS = {"teacher": denoised, "distill": distilled, "diffusion": chained, "gan": adversarial}
@@ -195,7 +182,7 @@ def calls(work: Work, device: torch.device, name: str) -> dict[str, Call]:
 
 
 def measured(call: Call, device: torch.device, name: str, seconds: float) -> dict[str, float]:
-    """Return the columns of a call in a precision: its time, its FLOP/s beside a matrix product's, its memory."""
+    """Return the columns of a call in a precision: its time, its FLOP/s against a matrix product's, its memory."""
     work = flops(call)  # the first call, in which optimisers make their moments
     memory, before = peak_memory(call, device), peak(device, name, seconds / 4)
     time = timed(call, seconds)
@@ -270,7 +257,7 @@ def markdown(name: str, rows: list[dict[str, Any]]) -> str:
         "`seconds` is the median of so many `calls`, after some that are not timed, `seconds_iqr` their interquartile range, "
         "`batch` the images in a call. `flop_s` counts matrix products, convolutions and attention by shape; `peak_share` is "
         "its share of `peak_flop_s`, the best rate of a large matrix product in the same precision, measured right before "
-        "and right after. `memory_mib` is the most that a call holds beside weights and optimiser. A CPU that has no "
+        "and right after. `memory_mib` is the most that a call holds besides weights and optimiser. A CPU that has no "
         "instructions for bf16 has no rows for it.",
         "",
         table.to_markdown(index=False, floatfmt=".3g"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from equilab import dvc
 from equilab.claims.comparisons import check_comparisons
-from equilab.core.config import UserError, nearest
+from equilab.core.config import UserError, failures, nearest
 from equilab.graph import GENERATORS, OTHERS, STAGES
 from equilab.study import Replicate, Sections, config_of, job_of, module_of, refuse_other_code
 
@@ -16,19 +16,8 @@ from equilab.study import Replicate, Sections, config_of, job_of, module_of, ref
 def mistakes(sections: Sections) -> list[str]:
     """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
     those who build the networks can tell."""
-    found = _failures([partial(_refuse_nothing, sections)]) or _failures(_readings(sections))
-    return found or _failures(_plans(sections))
-
-
-def _failures(checks: Iterable[Callable[[], Any]]) -> list[str]:
-    """Return the sentences of all checks that fail, each once."""
-    found: dict[str, None] = {}
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            found |= dict.fromkeys(str(error).splitlines())
-    return list(found)
+    found = failures([partial(_refuse_nothing, sections)]) or failures(_readings(sections))
+    return found or failures(_plans(sections))
 
 
 def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
@@ -39,7 +28,6 @@ def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
     for stage in STAGES:
         if sections.has(stage) or not STAGES[stage].optional:
             yield from _readings_of_stage(sections, stage)
-    yield partial(_refuse_other_graph, sections)
 
 
 def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], Any]]:
@@ -48,8 +36,12 @@ def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], 
     except UserError:
         runs = [""]  # the section is none of runs; reading any says so
     for run in runs:
-        yield partial(config_of, sections, stage, run)
-        yield partial(sections.families, stage, run)
+        yield partial(_read, sections, stage, run)
+
+
+def _read(sections: Sections, stage: str, run: str | None) -> None:
+    config_of(sections, stage, run)
+    sections.families(stage, run)
 
 
 def _refuse_nothing(sections: Sections) -> None:
@@ -73,18 +65,21 @@ def _refuse_other_graph(sections: Sections) -> None:
 
 
 def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of what is compared, and of every run by its stage, which builds its network without memory."""
-    yield partial(_compare, sections)
+    """Yield the checks of the graph, of what is compared and claimed, and of every run by its stage, which builds its network
+    without memory."""
+    yield partial(dvc.waves, sections)
+    yield partial(_refuse_other_graph, sections)
+    yield partial(_check_claimed, sections)
     for stage in filter(sections.has, STAGES):
         for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
             yield partial(_plan, sections, stage, run)
 
 
-def _compare(sections: Sections) -> None:
-    try:
-        check_comparisons(sections.values)
-    except UserError as error:
-        raise UserError("\n".join(f"{sections.where}: {line}" for line in str(error).splitlines())) from None
+def _check_claimed(sections: Sections) -> None:
+    from equilab.claims.claim import read_claims, refuse_mistyped  # bring scipy along, which takes a second
+
+    declared = check_comparisons(sections.values, f"{sections.where}: ")
+    refuse_mistyped(read_claims(), declared)
 
 
 def _plan(sections: Sections, stage: str, run: str | None) -> None:

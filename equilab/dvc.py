@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from equilab.core import code, files
-from equilab.core.config import UserError
+from equilab.core.config import UserError, mapping
 from equilab.core.job import folder_of
 from equilab.graph import GENERATORS, STAGES
 from equilab.study import CODE, Replicate, Sections, listings, read
@@ -32,7 +32,7 @@ def code_files(sections: Sections) -> dict[str, str]:
 
 
 def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
-    """Return what a job depends on beside the results of others, by paths: the code that it runs, and what params say of it."""
+    """Return what a job depends on besides the results of others, by paths: the code that it runs, and what params say of it."""
     study = sections.section("study")
     params = {"study": {key: study.get(key) for key in ("device", "seed", _threads(stage))}}
     params[stage] = sections.frozen(stage, job)[0]
@@ -54,19 +54,39 @@ def _threads(stage: str) -> str:
 
 
 def waves(sections: Sections) -> list[list[str]]:
-    """Return the names that DVC has for what a study makes, in three lists, each of which needs only what those before it
-    make: the stages without runs on which runs depend, in their order; runs that are trained; runs that are evaluated."""
+    """Return the names that DVC has for what a study makes, in lists, each of which needs only what those before it make: the
+    stages without runs on which runs depend, in their order; then runs that are trained, those of which none is the teacher of
+    another in a list; last, runs that are evaluated.
+
+    Raises: UserError if runs are each other's teachers.
+    """
     present = [name for name in STAGES if sections.has(name)]
     first = [name for name in present if STAGES[name].jobs == "one" and not _reads_runs(name)]
     found = [first]
     for jobs in ("seeds", "of"):
-        names = [name for name in present if STAGES[name].jobs == jobs]
-        found.append([f"{name}@{job.item}" for name in names for job in sections.jobs(name)])
+        left = [(name, job) for name in present if STAGES[name].jobs == jobs for job in sections.jobs(name)]
+        while left:
+            runs = {(name, job.run) for name, job in left}
+            ready = [(name, job) for name, job in left if _source(sections, name, job) not in runs]
+            if not ready:
+                names = ", ".join(dict.fromkeys(f"{name}.{job.run}" for name, job in left))
+                raise UserError(
+                    f"{sections.where}: {names}: each waits for another as its teacher; let one have the teacher `teacher`"
+                )
+            found.append([job.name(name) for name, job in ready])
+            left = [each for each in left if each not in ready]
     return found
 
 
+def _source(sections: Sections, stage: str, job: Replicate) -> tuple[str, str | None] | None:
+    """Return the stage and the run whose results a job reads, if its entry names one."""
+    return sections.source(stage, job.run) if STAGES[stage].source else None
+
+
 def _reads_runs(stage: str) -> bool:
-    return any(STAGES[of].jobs != "one" for _, of in STAGES[stage].reads if of)
+    """Return whether a stage reads what runs make, or what a stage makes that does."""
+    others = [of for _, of in STAGES[stage].reads if of not in ("", stage)]
+    return any(STAGES[of].jobs != "one" or _reads_runs(of) for of in others)
 
 
 def graph(sections: Sections) -> dict[str, Any]:
@@ -104,10 +124,9 @@ def _item(sections: Sections, stage: str, job: Replicate) -> dict[str, Any]:
         item["seed"] = job.seed
     if STAGES[stage].family:
         (item["family"],) = sections.families(stage, job.run)
-    if STAGES[stage].jobs == "of":
-        entry, path = sections.entry(stage, job.run)
-        named, run = sections.trained(entry["of"], f"{path}.of")
-        item["of"] = folder_of(named, run, job.seed if run else None).as_posix()
+    if STAGES[stage].source:
+        named, run = sections.source(stage, job.run)
+        item[STAGES[stage].source] = folder_of(named, run, job.seed if run else None).as_posix()
     return item
 
 
@@ -120,7 +139,8 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
     if about.jobs in ("seeds", "of"):
         command, out = f"{command} --seed ${{item.seed}}", f"{out}/${{item.seed}}"
     reads = [path for path, of in about.reads if not of or sections.has(of)]
-    entry = {"cmd": command, "deps": [_params_file(stage, item), *_code(sections, stage), *reads]}
+    needed = [_params_file(stage, item), *_code(sections, stage), *reads, *_of_studies(sections, stage)]
+    entry = {"cmd": command, "deps": list(dict.fromkeys(needed))}
     if about.cached:
         entry["outs"] = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
     committed = [os.path.normpath(f"{out}/{file}") for file in about.committed]
@@ -128,6 +148,15 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
         if named := [file for file in committed if file.endswith(".json") == is_metric]:
             entry[kind] = [_kept(file, cache=False) for file in named]
     return entry
+
+
+def _of_studies(sections: Sections, stage: str) -> list[str]:
+    """Return the files that a stage reads of the studies that its section lists."""
+    if not STAGES[stage].of_studies:
+        return []
+    entry, path = sections.entry(stage, None)
+    folders = mapping(entry.get("studies"), f"{path}.studies").values()
+    return [os.path.normpath(f"{folder}/{file}") for folder in folders for file in STAGES[stage].of_studies]
 
 
 def _code(sections: Sections, stage: str) -> list[str]:

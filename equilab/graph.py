@@ -25,23 +25,30 @@ class Stage:
 
     `jobs`: one; one for each entry; one for each seed of an entry; or one for each seed of the run that an entry is `of`.
     `family`: the family whose code it runs, or where its section names that: `network`, the run it is `of`, its `runs`.
+    `source`: the key of an entry that names a run whose results it reads, `${item.KEY}` in `reads` as a folder.
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     """
 
     module: str
     jobs: Literal["one", "entries", "seeds", "of"] = "one"
     family: str = ""
+    source: str = ""
     reads: tuple[Read, ...] = ()
     cached: tuple[str, ...] = ()
     committed: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
+    of_studies: tuple[
+        str, ...
+    ] = ()  # what it reads of each study whose folder its section lists as `studies`
     optional: bool = False  # a study may do without
 
 
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
 TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
-GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency")  # stages whose runs make images
+CLAIMS = Read("results/claims.csv", "claims"), Read("results/measured.csv", "claims")
+# stages whose runs make images
+GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency", "progressive")
 RUNS = tuple(result(name) for name in GENERATORS)
 LOGGED = ("log.csv", "summary.json")
 TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": LOGGED, "optional": True}
@@ -79,10 +86,19 @@ STAGES = {
     "consistency": Stage(
         "equilab.training.consistency", jobs="seeds", family="cd", reads=(DATA, TEACHER), **TRAINED
     ),
+    "progressive": Stage(
+        "equilab.training.progressive",
+        jobs="seeds",
+        family="pd",
+        source="teacher",
+        reads=(DATA, Read("${item.teacher}/weights.safetensors")),
+        **TRAINED,
+    ),
     "evaluate": Stage(
         "equilab.stages.evaluate",
         jobs="of",
         family="of",
+        source="of",
         reads=(DATA, EVALUATOR, PAIRS, Read("${item.of}"), VAE),
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
@@ -104,6 +120,13 @@ STAGES = {
         committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
         params=("comparisons",),
     ),
+    "scoreboard": Stage(
+        "equilab.stages.scoreboard",
+        reads=CLAIMS,
+        of_studies=("results/claims.csv", "results/measured.csv"),
+        committed=("../scoreboard.csv", "../scoreboard.md"),
+        optional=True,
+    ),
     "notebook": Stage(
         "equilab.stages.notebook",
         jobs="entries",
@@ -111,8 +134,7 @@ STAGES = {
             Read("${study.root}/notebooks/${item.run}.ipynb"),
             TEACHER,
             *TABLES,
-            Read("results/claims.csv", "claims"),
-            Read("results/measured.csv", "claims"),
+            *CLAIMS,
         ),
         committed=("",),
         params=("comparisons",),
@@ -121,10 +143,12 @@ STAGES = {
         "equilab.stages.report",
         reads=(
             result("notebook"),
+            *TABLES,
             Read("results/claims.md", "claims"),
             Read("results/measured.md", "claims"),
+            Read("results/scoreboard.md", "scoreboard"),
         ),
-        committed=("index.html",),
+        committed=("",),
     ),
 }
 OTHERS = ("study", "comparisons")  # sections that are no stage's

@@ -20,7 +20,7 @@ from equilab.core.job import Distinct, Job, Seed, Study, checked_name
 from equilab.graph import GENERATORS, STAGES
 from equilab.models.registry import FAMILIES
 
-CODE = "results/code"  # what the stages depend on beside the results of others
+CODE = "results/code"  # what the stages depend on besides the results of others
 PUBLISHED = "equilab.published.stage"  # runs jobs whose weights are published ones, whatever their stage
 
 
@@ -36,6 +36,10 @@ class Replicate(NamedTuple):
         if self.run is None:
             return ""
         return self.run if self.seed is None else f"{self.run}-{self.seed}"
+
+    def name(self, stage: str) -> str:
+        """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0."""
+        return f"{stage}@{self.item}" if self.item else stage
 
 
 class Seeds(Params):
@@ -108,7 +112,7 @@ class Sections:
                 said = {key: value for key, value in entry.items() if key in ("seed", "seeds")}
                 return config.parse(Seeds, said, path).seeds
             case "of":
-                named, of = self.trained(entry.get("of"), f"{path}.of")
+                named, of = self.source(stage, run)
                 return (self.study.seed,) if of is None else self.seeds(named, of)
             case _:
                 return (None,)
@@ -127,6 +131,14 @@ class Sections:
         stage, _, run = name.partition("/")
         return stage, run or None
 
+    def source(self, stage: str, run: str) -> tuple[str, str | None]:
+        """Return the stage and the run whose results a run of this stage reads, as its entry names them.
+
+        Raises: UserError if the study trains no such run.
+        """
+        (entry, path), key = self.entry(stage, run), STAGES[stage].source
+        return self.trained(entry.get(key), f"{path}.{key}")
+
     def jobs(self, stage: str) -> list[Replicate]:
         """Return the jobs of a stage, in the order of its section."""
         if STAGES[stage].jobs == "one":
@@ -138,9 +150,8 @@ class Sections:
         entry, path = self.entry(stage, job.run)
         if STAGES[stage].jobs != "seeds":
             return entry, path
-        return {("seed" if key == "seeds" else key): value for key, value in entry.items()} | {
-            "seed": job.seed
-        }, path
+        frozen = {("seed" if key == "seeds" else key): value for key, value in entry.items()}
+        return {**frozen, "seed": job.seed}, path
 
     def published(self, stage: str) -> dict[str | None, str]:
         """Return the files of published weights that runs of a stage have in place of their training, by run (None: it has none)."""
@@ -160,15 +171,17 @@ class Sections:
             return [said] if said else []
         entry, path = self.entry(stage, run)
         if said == "network":
-            name = config.mapping(entry.get("network"), f"{path}.network").get("kind")
-            if name not in FAMILIES:
-                raise UserError(f"{path}.network.kind: {name!r} is unknown{nearest(name, FAMILIES)}")
-            return [name]
+            network = entry.get("network")
+            if not isinstance(network, dict) or network.get("kind") not in [*FAMILIES]:
+                config_of(self, stage, run)  # says what is wrong
+            return [network["kind"]]
         named = [entry.get("of")] if said == "of" else entry.get("runs")
         if not isinstance(named, list):
             raise UserError(f"{path}.runs: expected a list, got {named!r}")
-        found = [self.families(*self.trained(name, f"{path}.{said}")) for name in named]
-        return list(dict.fromkeys(name for names in found for name in names))
+        found = []
+        for name in named:
+            found += self.families(*self.trained(name, f"{path}.{said}"))
+        return list(dict.fromkeys(found))
 
 
 def read(params: Path) -> Sections:
@@ -184,7 +197,7 @@ def read(params: Path) -> Sections:
 def open_study(params: Path) -> Sections:
     """Return the sections of a study's params.
 
-    Raises: UserError if the file is missing or no YAML, or the study lies beside other code than runs.
+    Raises: UserError if the file is missing or no YAML, or the study is of other code than runs.
     """
     sections = read(params)
     refuse_other_code(sections)
@@ -196,10 +209,10 @@ def refuse_other_code(sections: Sections) -> None:
 
     Raises: UserError with what to do.
     """
-    here, beside = code.PACKAGE.parent.resolve(), (sections.folder / sections.study.root).resolve()
-    if beside != here:
+    here, root = code.PACKAGE.parent.resolve(), (sections.folder / sections.study.root).resolve()
+    if root != here:
         raise UserError(
-            f"{sections.where}: study.root leads to {beside}, but the equilab that runs is that of {here}; correct the "
+            f"{sections.where}: study.root leads to {root}, but the equilab that runs is that of {here}; correct the "
             "key, or use the environment of the study's own repository (`make study` there makes one)"
         )
 

@@ -15,7 +15,13 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+)
 
 from equilab.models.family import family
 from equilab.models.registry import FAMILIES
@@ -23,11 +29,8 @@ from equilab.models.registry import FAMILIES
 WIDTH = 7.2  # inches: the text of a printed page
 DPI = 150
 DASHES = ("", (3, 1.2), (1, 1), (5, 1, 1, 1))  # of the runs of a family
-SPREAD = {
-    "errorbar": ("pi", 100),
-    "err_style": "bars",
-    "err_kws": {"capsize": 2, "elinewidth": 0.8},
-}  # all seeds
+# arguments of seaborn's `lineplot`: bars that span all seeds
+SPREAD = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 2, "elinewidth": 0.8}}
 
 
 def use() -> None:
@@ -79,45 +82,64 @@ def by_family() -> dict[str, Any]:
 def by_run(runs: pd.DataFrame, name: str = "run") -> dict[str, Any]:
     """Return the arguments of seaborn's `lineplot` that draw each run (or what else the column `name` holds) by itself.
 
-    The runs of a family share its colour and marker; they differ in dashes and are darker the more parameters they have.
+    The runs of a family share its marker and its hue; they differ in dashes and are darker the more parameters they have.
     """
     look = by_family()
     palette, markers, dashes = {}, {}, {}
     for label, colour in look["palette"].items():
         sizes = runs[runs["label"] == label].groupby(name)["parameters"].min().sort_values(kind="stable")
-        palette |= dict(zip(sizes.index, sns.light_palette(colour, len(sizes) + 2)[2:]))
+        palette |= dict(zip(sizes.index, _shades(colour, len(sizes))))
         markers |= dict.fromkeys(sizes.index, look["markers"][label])
         dashes |= dict(zip(sizes.index, itertools.cycle(DASHES)))
     return {
         "hue": name,
         "style": name,
         "hue_order": list(palette),
+        "style_order": list(palette),
         "palette": palette,
         "markers": markers,
         "dashes": dashes,
     }
 
 
-def legend(figure: Figure, columns: int = 4) -> None:
-    """Put one legend below all panels, with every name once."""
+def _shades(colour: str, count: int) -> list[Any]:
+    """Return so many shades of a colour, from light to dark; a single one is the colour itself."""
+    light, dark = sns.light_palette(colour, 3)[1], sns.dark_palette(colour, 4)[2]
+    return [colour] if count == 1 else sns.blend_palette([light, colour, dark], count)
+
+
+def legend(figure: Figure, title: str = "", columns: int = 4) -> None:
+    """Put one legend below all panels, with every name once, to be read line by line."""
     handles = {}
     for ax in figure.axes:
         if ax.get_legend():
             ax.get_legend().remove()
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+    names = [
+        name for first in range(columns) for name in list(handles)[first::columns]
+    ]  # matplotlib fills columns
+    shown = [handles[name] for name in names]
+    figure.legend(shown, names, loc="outside lower center", ncols=columns, title=title)
+
+
+def can_draw(data: pd.DataFrame, what: str) -> bool:
+    """Return whether there are rows to draw; if not, say what the study lacks."""
+    if data.empty:
+        print(f"Not shown: this study has no {what}.")
+    return not data.empty
 
 
 def table(data: pd.DataFrame) -> None:
     """Show a table without its index; numbers in four digits, missing ones empty."""
     from IPython.display import Markdown, display
 
-    shown = pd.DataFrame({column: data[column].map(_number) for column in data})
+    shown = pd.DataFrame({column: data[column].map(number) for column in data})
     display(Markdown(shown.to_markdown(index=False, disable_numparse=True)))
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """Return a number as a table shows it, in four digits, a missing one empty; anything else as it is."""
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
         return value
     if np.isnan(value):
@@ -145,19 +167,25 @@ def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> N
 
 def _plain_numbers(axis: Axis) -> None:
     """Mark a logarithmic axis with a few plain numbers, such as 20k, whatever its range."""
-    low, high = sorted(axis.get_view_interval())
-    decades = np.log10(high / low)
-    if decades < 1:
-        ticks = MaxNLocator(4).tick_values(low, high)
-        axis.set_major_locator(FixedLocator(ticks[ticks > 0]))
-    else:
-        subs = (1, 2, 5) if decades < 1.8 else (1, 3) if decades < 2.5 else (1,)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axis.set_major_locator(FixedLocator(_ticks(*sorted(axis.get_view_interval()))))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_plain_number))
 
 
+def _ticks(low: float, high: float) -> np.ndarray:
+    """Return the roundest numbers of which three or more, and no more than nine, lie between two others."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+    for steps in (1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7):
+        ticks = np.outer(decades, steps).ravel()
+        ticks = ticks[(low <= ticks) & (ticks <= high)]
+        if len(ticks) > 2:
+            return ticks[:: -(-len(ticks) // 9)]
+    return MaxNLocator(4).tick_values(low, high)
+
+
 def _plain_number(value: float, _: int) -> str:
+    if value < 0.001:
+        return f"{value:.0e}".replace("e-0", "e-")
     return EngFormatter(sep="")(value) if value >= 1000 else f"{value:.4g}"
 
 
@@ -166,14 +194,14 @@ def images(array: np.ndarray, rows: Sequence[str], columns: Sequence[str] = ()) 
     count = array.shape[1]
     side = (WIDTH - 1.0) / max(count, 8)  # inches; an inch for the names
     figure, grid = panels(count, side * len(array) + 0.25, len(array), squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.04, hspace=0.04)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.04, hspace=0.04, rect=(0.005, 0, 0.99, 1))
     for line, row, name in zip(grid, array, rows):
         for ax, image in zip(line, row):
             ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             ax.grid(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for ax, name in zip(grid[0], columns):
         ax.set_title(name, loc="center", fontsize=7)
     return figure

@@ -15,27 +15,59 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
+from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
-from equilab.core.config import UserError, nearest, read, read_json
+from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.diffusion.losses import CONSISTENCY_CALLS
+from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
 
-COUNTED = (
-    "parameters",
-    "parameters_trained",
-    "flops_image",
-    "train_flops_image",
-)  # of a summary, if it has them
-SCORES = (
-    "fd",
-    "fid",
-    "kid",
-    "l1",
+# columns that tables have even where a study has no use for them, or the stage that measures them has not run
+SETTINGS = (
+    "method",
+    "steps",
+    "most_iterations",
+    "tolerance",
+    "pick",
+    "init",
+    "blocks",
+    "budget",
+    "reuse",
+    "diverged",
+    "l1_held_out",
     "precision",
     "recall",
     "inception_score",
-)  # first words of the columns of scores
+)
+RUN = ("of", "seed", "family")
+COSTS = (
+    *RUN,
+    "what",
+    "gradient",
+    "as_trained",
+    "iterations",
+    "batch",
+    "seconds",
+    "seconds_min",
+    "seconds_max",
+    "images_s",
+    "memory_mib",
+    "flops",
+    "peak_share",
+)
+ACTIVATION = (*RUN, "layer", "depth", "step", "at", "mean", "rms", "judged_up_to")
+RELATIVE = ("seed", "first", "second", "distance", "images")
+CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "published", "where")
+# counts in the summary of a training, where it has them
+COUNTED = ("parameters", "parameters_trained", "flops_image", "train_flops_image")
+# how the columns of scores begin
+SCORES = ("fd", "fid", "kid", "l1", "precision", "recall", "inception_score")
+
+
+class NotRunError(UserError):
+    """A stage has not run yet whose results are asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +103,15 @@ class Results:
         """
         parts = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
-            sweep = _table(path.with_name("sweep.csv"), "evaluate")
+            about = read_json(path, "of", "seed", "family")
+            sweep = _table(path.with_name("sweep.csv"))
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
                 sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
             parts.append(sweep.assign(**_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table["iterations_per_call"] = table["iterations"] / table["nfe"]
-        if "most_iterations" not in table:  # a study without equilibrium generators
-            table["most_iterations"] = np.nan
+        table = table.reindex(columns=list(dict.fromkeys([*table, *SETTINGS])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "position"])
 
     @cached_property
@@ -88,8 +119,9 @@ class Results:
         """A row for each evaluated replicate.
 
         - `stage`, `run`, `of`, `seed`, `family`, `label`, `folder` (of what evaluate wrote);
-        - `nimg` (training images seen), `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`,
-          `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher for the training);
+        - `nimg` (training images seen), `train_flops` (of all of the training), `teacher_calls` (network evaluations of the teacher
+          for the training), of a student at the end of a chain those of the students before it included;
+        - `parameters`, `parameters_trained`, `flops_image` (of an image), `train_flops_image`;
         - its config, keys joined by dots: `network.width`, `optimisation.lr`, `equilibrium.iterations`, ...; lists are tuples;
         - cost and scores at its headline setting, named as in `settings`;
         - `rise_train`, `rise_test`: the distance at the end of training over the lowest of all snapshots (1: the end is best);
@@ -97,78 +129,141 @@ class Results:
         """
         rows = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
-            summary = self._summary(about["of"], about["seed"])
+            about = read_json(path, "of", "seed", "family")
+            summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
             calls = self._teacher_calls(summary)
-            named = {"stage": summary["stage"], **_named(about), "nimg": summary["nimg"]}
+            named = {"stage": summary["stage"], **_named(about), "nimg": _seen(summary)}
             rows.append({**named, **counted, "teacher_calls": calls, **config, "folder": path.parent})
         table = pd.DataFrame(rows)
         table["train_flops"] = table["train_flops_image"].astype(float) * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
-        table = table.merge(self._headline(), on=["of", "seed"]).merge(
-            self._rises(), on=["of", "seed"], how="left"
-        )
-        if (self.folder / "relative" / "relative.csv").exists():
-            table = table.merge(self._from_first(), on=["run", "seed"], how="left")
-        table = table.drop(columns=[name for name in table if table[name].isna().all()])
+        table = table.drop(
+            columns=[name for name in table if table[name].isna().all()]
+        )  # keys that no run sets
+        table = table.merge(self._headline(), on=["of", "seed"])
+        table = table.merge(self._rises(), on=["of", "seed"], how="left")
+        table = table.merge(self._from_first(), on=["run", "seed"], how="left")
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
     def snapshots(self) -> pd.DataFrame:
         """A row for each replicate and snapshot along its training, its end included: `of`, `run`, `seed`, `family`, `label`,
-        `nimg`, `train_flops` spent until then, and distances (and L1) at the headline setting."""
+        `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
-            about = _json(path, "evaluate", "of", "seed", "family")
-            summary = self._summary(about["of"], about["seed"])
-            curve = _table(path.with_name("curve.csv"), "evaluate")
+            about = read_json(path, "of", "seed", "family")
+            summary = self.summary(about["of"], about["seed"])
+            curve = _table(path.with_name("curve.csv"))
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
-                end = _table(path.with_name("sweep.csv"), "evaluate").head(1).assign(nimg=summary["nimg"])
+                end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
+            curve["nimg"] += _before(summary)
             flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
+        table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "nimg", "train_flops"])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
         """Measured seconds and memory, a row each: `of`, `seed`, `family`, `label`; `what` ("sample", "call" or "train"), `gradient`
         (of a training step), `as_trained` (whether the run was trained with it), `most_iterations`; `batch`, `seconds` of a batch
-        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`.
-
-        Raises: UserError if the stage cost has not run.
+        (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
+        not run.
         """
-        table = _table(self.folder / "cost" / "cost.csv", "cost")
+        table = self._read("cost/cost.csv", COSTS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
     def activation(self) -> pd.DataFrame:
-        """How active layers are, a row for each run, layer and step: `of`, `seed`, `family`, `label`, `layer`, `depth`, `step`, `at`
-        (noise level, timestep or iteration), `mean`, `rms`.
+        """How active layers are, a row for each run, seed, layer and step: `of`, `seed`, `family`, `label`, `layer`, `depth` (in the
+        order of use), `step`, `at` (noise level, timestep or iteration), `mean`, `rms` (two readings of a layer's value); of a U-Net
+        also `part` ("encoder", "decoder"), `deep` (how many layers of that part lie between it and the image) and `judged_up_to`
+        (noise levels by which the order of layers is judged).
 
-        Raises: UserError if the stage activation has not run.
+        Without rows if the stage activation has not run.
         """
-        return self._joined(_table(self.folder / "activation" / "activation.csv", "activation"))
+        table = self._joined(self._read("activation/activation.csv", ACTIVATION))
+        table["part"] = table["layer"].str.split(".").str[0].map({"enc": "encoder", "dec": "decoder"})
+        # the encoder begins at the image, the decoder deep inside
+        inwards = table["depth"].where(table["part"] == "encoder", -table["depth"])
+        table["deep"] = inwards.groupby([table["of"], table["seed"], table["part"]]).rank("dense") - 1
+        return table
+
+    @cached_property
+    def peaks(self) -> pd.DataFrame:
+        """At which noise level the layers of U-Nets are most active, a row for each run, seed, layer and reading: `of`, `seed`,
+        `family`, `label`, `layer`, `part`, `deep`, `reading` ("mean", "rms"), `sigma`, and `sigma_judged`, the same among the noise
+        levels by which the order of layers is judged. The paper's min-max normalisation of each layer moves none of them.
+
+        Without rows if the stage activation has not run.
+        """
+        keys = ["of", "seed", "family", "label", "layer", "part", "deep", "reading"]
+        columns = [*keys[:-1], "at", "judged_up_to"]
+        unets = self.activation.dropna(subset="part").melt(columns, ["mean", "rms"], "reading")
+        judged = unets[unets["at"] <= unets["judged_up_to"]]
+        found = {}
+        for name, rows in (("sigma", unets), ("sigma_judged", judged)):
+            highest = rows.loc[rows.groupby(keys)["value"].idxmax()]
+            found[name] = highest.set_index(keys)["at"]
+        return pd.DataFrame(found).reset_index()
+
+    @cached_property
+    def orders(self) -> pd.DataFrame:
+        """Which of two layers of a U-Net's encoder, or of its decoder, is most active at the higher noise level, a row for each run,
+        seed and `first`: "deep", as GDD claims, or "shallow"; `pairs_mean`, `pairs_rms`: how many pairs of layers are so by each
+        reading, over the judged noise levels. Two that are alike count half; half a pair is added to each, so that none is 0.
+
+        Kendall's rank correlation of depth and noise level is about (deep - shallow) / (deep + shallow).
+
+        Without rows if the stage activation has not run.
+        """
+        keys = ["of", "seed", "family", "label", "reading"]
+        pairs = self.peaks.merge(self.peaks, on=[*keys, "part"])
+        pairs = pairs[pairs["deep_x"] > pairs["deep_y"]]
+        sign = np.sign(pairs["sigma_judged_x"] - pairs["sigma_judged_y"])
+        pairs = pairs.assign(deep=(1 + sign) / 2, shallow=(1 - sign) / 2)
+        counts = pairs.groupby(keys)[["deep", "shallow"]].sum() + 0.5
+        counts = counts.reset_index().melt(keys, var_name="first", value_name="pairs")
+        counts = counts.pivot(index=[*keys[:-1], "first"], columns="reading", values="pairs")
+        return (
+            counts.reindex(columns=["mean", "rms"])
+            .add_prefix("pairs_")
+            .rename_axis(columns=None)
+            .reset_index()
+        )
 
     @cached_property
     def relative(self) -> pd.DataFrame:
-        """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`; `first_of`,
-        `second_of` name them as `of`.
+        """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`, `images` (of
+        either side); `first_of`, `second_of` name them as `of`. Where both are the same run, its images of two disjoint sets of noises
+        are compared: what no difference looks like, between so many images.
 
-        Raises: UserError if the stage relative has not run.
+        Without rows if the stage relative has not run.
         """
-        table = self._relative()
+        table = self._relative
         names = self.runs.drop_duplicates("run").set_index("run")["of"]
         return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
 
     @cached_property
+    def claims(self) -> pd.DataFrame:
+        """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
+        rows if the stage claims has not run."""
+        return self._read("claims.csv", CLAIMS).fillna("")
+
+    @cached_property
+    def measured(self) -> pd.DataFrame:
+        """The same of claims on seconds and memory."""
+        return self._read("measured.csv", CLAIMS).fillna("")
+
+    @cached_property
     def floor(self) -> pd.DataFrame:
-        """What real images score, a row for each `measure`: `bootstrap`, training images drawn at random, as many as are scored of a
-        run; `test`, the held-out images."""
-        about = _json(self.folder / "evaluator" / "summary.json", "evaluator", "floor")
+        """What real images score, a row for each `measure`: `test`, the held-out images against the training images; `halves`,
+        training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
+        about = read_json(self.folder / "evaluator" / "summary.json", "floor")
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
     @cached_property
@@ -180,10 +275,10 @@ class Results:
         """Return the rows of a declared comparison, a row for each side and seed of each pair.
 
         `pair` counts from 0; `side` is "runs" or "baseline" ("runs" alone where they stand in an order); `point` names the row in words.
-        The other columns are those of the table that the comparison is over, and beside settings those of their run, and what was
+        The other columns are those of the table that the comparison is over; for settings also those of their run, and what was
         measured of it: `train_seconds`, `train_seconds_min`, `train_seconds_max`, `train_memory`, and the same of `sample`.
 
-        Raises: UserError if the study declares no such comparison, or a run of it has no results.
+        Raises: UserError if the study declares no such comparison; NotRunError if a run of it has no results.
         """
         if name not in self.comparisons:
             raise UserError(f"the study declares no comparison {name!r}{nearest(name, self.comparisons)}")
@@ -191,20 +286,61 @@ class Results:
         parts = []
         for pair, sides in enumerate(comparison.pairs):
             for side, point in sides.items():
-                rows = self._rows(comparison.table, point)
+                rows = self._rows(comparison, side, point)
                 if rows.empty:
-                    raise UserError(
+                    raise NotRunError(
                         f"comparisons.{name}: {self.folder} has no results of {point}; run its stages first"
                     )
                 parts.append(rows.assign(pair=pair, side=side, point=str(point)))
         return _keys_first(pd.concat(parts, ignore_index=True), ["pair", "side", "point", "of", "seed"])
 
-    def _rows(self, table: str, point: Point) -> pd.DataFrame:
-        """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
-        rows = self._settings_of_runs if table == "settings" else getattr(self, table)
-        rows = rows[rows["of"] == point.run]
+    def pairs(self, stage: str) -> pd.DataFrame:
+        """Return the settings that the study compares with a baseline and that are of a stage's runs: the rows of `compare` of all such
+        comparisons, `pair` in words ("get-m against vit-l"). Those that wait for results are left out."""
+        parts = []
+        for name, comparison in self.comparisons.items():
+            runs = {point.run for _, point in comparison.points}
+            about = comparison.table == "settings" and comparison.baseline
+            if about and comparison.runs[0].run.startswith(f"{stage}/") and runs <= set(self.runs["of"]):
+                rows = self.compare(name)
+                words = rows.groupby("pair")["point"].unique().map(" against ".join)
+                parts.append(rows.assign(pair=rows["pair"].map(words)))
+        none = self._settings_of_runs.head(0).assign(pair="", side="", point="")
+        return pd.concat(parts or [none], ignore_index=True).drop_duplicates(["pair", "side", "seed"])
+
+    def reached(self, target: Target) -> pd.DataFrame:
+        """After how many training images a run comes as near as a target, a row for each evaluated replicate: `of`, `run`, `seed`,
+        `family`, `label`, `nimg` (all of its training), `images_train`, `images_test` (by either reference; inf: never).
+
+        The target is the mean distance of a run at its end, and its margin. Between two snapshots the logarithm of the distance is
+        taken to be linear in that of the images; before the first snapshot nothing is known, so that this is the least.
+        """
+        name = self.score.lower()
+        ends = self._headline().query("of == @target.run")
+        rows = []
+        for keys, curve in self.snapshots.groupby(["of", "run", "seed", "family", "label"], sort=False):
+            row = dict(zip(["of", "run", "seed", "family", "label"], keys), nimg=curve["nimg"].max())
+            for reference in ("train", "test"):
+                column = f"{name}_{reference}"
+                aim = (1 + target.margin) * stats.gmean(ends[column])
+                row[f"images_{reference}"] = _images_to(aim, curve.sort_values("nimg"), column)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _rows(self, comparison: Comparison, side: str, point: Point) -> pd.DataFrame:
+        """Return the rows of one point, a row for each seed; costs are of the first seed alone. A baseline that never reaches the
+        target has seen all images of its training by then, at least."""
+        table = comparison.table
         if table == "settings":
+            rows = self._settings_of_runs[self._settings_of_runs["of"] == point.run]
             return rows[rows["position"] == position(self.params, point, "comparisons")]
+        rows = self.reached(comparison.target) if table == "reached" else getattr(self, table)
+        rows = rows[rows["of"] == point.run]
+        if table == "reached" and side == "baseline":
+            seen = {
+                f"images_{end}": rows[f"images_{end}"].clip(upper=rows["nimg"]) for end in ("train", "test")
+            }
+            return rows.assign(**seen)
         for column, value in point.at.items():
             rows = rows[rows[column].isna() if value is None else rows[column] == value]
         return rows
@@ -212,7 +348,7 @@ class Results:
     @cached_property
     def _settings_of_runs(self) -> pd.DataFrame:
         """Return the settings with the columns of their runs, and with what was measured of these: of a training step as the run was
-        trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and stand beside every seed."""
+        trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and repeated for every seed."""
         more = [column for column in self.runs if column not in self.settings]
         rows = self.settings.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
         if not (self.folder / "cost" / "cost.csv").exists():
@@ -250,12 +386,36 @@ class Results:
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
         return _arrays(rows["folder"].iloc[0] / "iterates.npz")
 
+    def samples(self, of: str, seed: int = 0) -> np.ndarray:
+        """Return the images (N, C, H, W) uint8 that a run's replicate makes of fixed noises, the same for all, at its headline setting.
+
+        Raises: UserError if there is no such run, or its file is missing or damaged.
+        """
+        images = self.iterates(of, seed)["images"]  # after every iteration or step
+        settings = self.settings
+        first = settings[(settings["of"] == of) & (settings["seed"] == seed) & (settings["position"] == 0)]
+        iterations = first["most_iterations"].iloc[0]
+        return images[-1] if np.isnan(iterations) else images[int(min(iterations, len(images))) - 1]
+
+    def summary(self, of: str, seed: int = 0) -> dict[str, Any]:
+        """Return what a run's replicate has written of its training: its config, what was counted, versions and machine, inputs.
+
+        Raises: UserError if it is missing or damaged.
+        """
+        return read_json(self._trained(of, seed) / "summary.json", "stage", "config", "parameters", "nimg")
+
+    def log(self, of: str, seed: int = 0) -> pd.DataFrame:
+        """Return the log of a run's replicate, a row for each report: `nimg`, `loss`, `lr`, and the losses of an adversary.
+
+        Raises: UserError if it is missing or damaged.
+        """
+        return _table(self._trained(of, seed) / "log.csv")
+
     def _evaluated(self) -> list[Path]:
         return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
 
-    def _summary(self, of: str, seed: int) -> dict[str, Any]:
-        path = self.folder / of / ("" if of == "teacher" else str(seed)) / "summary.json"
-        return _json(path, of, "stage", "config", "parameters", "nimg")
+    def _trained(self, of: str, seed: int) -> Path:
+        return self.folder / of / ("" if of == "teacher" else str(seed))
 
     def _headline(self) -> pd.DataFrame:
         """Return cost and scores of every replicate at its first setting."""
@@ -271,25 +431,38 @@ class Results:
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
+    @cached_property
     def _relative(self) -> pd.DataFrame:
-        return _table(self.folder / "relative" / "relative.csv", "relative")
+        return self._read("relative/relative.csv", RELATIVE)
+
+    def _read(self, file: str, columns: tuple[str, ...]) -> pd.DataFrame:
+        """Return a table that a stage wrote, with these columns even where it had nothing to write there; one without rows if
+        the stage has not run."""
+        path = self.folder / file
+        table = _table(path) if path.exists() else pd.DataFrame(columns=list(columns))
+        return table.reindex(columns=list(dict.fromkeys([*table, *columns])))
 
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
-        table = self._relative()
-        table = table[table["first"] == table["first"].iloc[0]]
+        table = self._relative
+        table = table[table["first"].isin(table["first"].head(1)) & (table["second"] != table["first"])]
         return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
-        consistency distillation (a step of Heun's method), never for the loss of a GAN."""
+        consistency distillation (a step of Heun's method; two steps in its published form) and in progressive distillation (two
+        steps, of the student before where there is one), never for the loss of a GAN."""
         config = summary["config"]
         if "published" in config:  # trained elsewhere
             return float("nan")
         if summary["stage"] == "distill":
-            return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
-        if summary["stage"] == "consistency" or config.get("consistency"):
-            return 2.0 * summary["nimg"]
+            sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
+            return float(config["pairs"] * sampler.nfe)
+        if summary["stage"] == "progressive":
+            return 2.0 * _seen(summary)
+        consistency = config if summary["stage"] == "consistency" else config.get("consistency")
+        if consistency:
+            return float(CONSISTENCY_CALLS[consistency.get("form", "text")] * summary["nimg"])
         return 0.0 if summary["stage"] == "gan" else float("nan")
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -337,9 +510,28 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _calls(sampler: Mapping[str, Any]) -> int:
-    """Return the network evaluations of an image: Heun's method evaluates twice a step, but for the last."""
-    return 2 * sampler["steps"] - 1 if sampler["method"] == "heun" else sampler["steps"]
+def _before(summary: Mapping[str, Any]) -> int:
+    """Return the training images that the students before this one saw, in a chain of which each teaches the next."""
+    return summary.get("nimg_before", 0)
+
+
+def _seen(summary: Mapping[str, Any]) -> int:
+    """Return the training images that it took to make a run."""
+    return summary["nimg"] + _before(summary)
+
+
+def _images_to(aim: float, curve: pd.DataFrame, column: str) -> float:
+    """Return after how many images a curve first comes down to a distance; inf if it never does."""
+    distance, nimg = curve[column].to_numpy(), curve["nimg"].to_numpy(float)
+    near = np.flatnonzero(distance <= aim)
+    if not len(near):
+        return np.inf
+    if near[0] == 0:
+        return nimg[0]
+    after, before = near[0], near[0] - 1
+    return float(
+        np.exp(np.interp(np.log(aim), np.log(distance[[after, before]]), np.log(nimg[[after, before]])))
+    )
 
 
 def _residual_ratios(path: Path, settings: int) -> list[float]:
@@ -350,9 +542,8 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
     for k in range(settings):
         ratio = np.nan
         if f"residual_{k}" in arrays and (half := (len(arrays[f"t_{k}"]) - 1) // 2):
-            medians = arrays[f"residual_{k}"][
-                1
-            ]  # (S, K), the noisiest step first; nan after the last iteration
+            # (S, K), the noisiest step first; nan after the last iteration
+            _, medians, _ = arrays[f"residual_{k}"]
             last = np.isfinite(medians).sum(1) - 1
             logs = np.log(medians[np.arange(len(medians)), last])
             ratio = np.exp(logs[-half:].mean() - logs[1 : 1 + half].mean())
@@ -360,31 +551,20 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
     return ratios
 
 
-def _json(path: Path, stage: str, *keys: str) -> dict[str, Any]:
-    try:
-        return read_json(path, *keys)
-    except UserError:
-        raise _unreadable(path, stage) from None
-
-
-def _table(path: Path, stage: str) -> pd.DataFrame:
+def _table(path: Path) -> pd.DataFrame:
     """Return a table that a stage wrote, all of it; an empty one if the stage had nothing to write."""
     try:
         text = path.read_text()
         if text.strip() and not text.endswith("\n"):
             raise ValueError("cut short")
         return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
-    except (OSError, ValueError):
-        raise _unreadable(path, stage) from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             return dict(file)
-    except Exception:  # a damaged archive raises what its damage leads to
-        raise _unreadable(path, "evaluate") from None
-
-
-def _unreadable(path: Path, stage: str) -> UserError:
-    return UserError(f"{path} is missing or damaged; run the stage {stage} again")
+    except Exception as error:  # a damaged archive raises what its damage leads to
+        raise unreadable(path, error) from None

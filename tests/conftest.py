@@ -6,11 +6,24 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; before torch is imported
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-install_import_hook("equilab", "beartype.beartype")
+jaxtyped = jaxtyping.jaxtyped
+
+
+def jaxtyped_once(typechecker):
+    """Return the decorator of all that is checked: not of functions within functions, which each call would check anew."""
+
+    def decorated(checked):
+        return checked if "<locals>" in checked.__qualname__ else jaxtyped(checked, typechecker=typechecker)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = jaxtyped_once  # by which the hook checks functions and classes
+jaxtyping.install_import_hook("equilab", "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -20,19 +33,16 @@ def pytest_collection_modifyitems(items):
     longest = [
         "test_study",
         "test_killed",
-        "test_students",
         "test_notebooks",
-        "test_repository",
+        "test_memory",
         "test_config",
-        "test_unet",
-        "test_analysis",
-        "test_bench",
+        "test_students",
+        "test_evaluate",
+        "test_repository",
+        "test_checkpoint_files",
+        "test_fidelity",
         "test_latents",
         "test_pairs",
-        "test_chains",
-        "test_fidelity",
-        "test_gdd_claims",
-        "test_fpdm",
     ]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 

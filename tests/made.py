@@ -12,6 +12,7 @@ FAMILIES = {
     "diffusion/fpdm": "fpdm",
     "gan/gdd": "gdd",
     "consistency/cd": "cd",
+    "progressive/pd": "pd",
 }
 SOLVER = {"method": "iterate", "tolerance": 0, "init": "zeros"}
 
@@ -24,13 +25,15 @@ def write_study(folder, runs, **sections):
     params = {
         "study": {"name": "made by hand"},
         "teacher": {},
-        "pairs": {"sampler": {"method": "heun", "steps": 18}},
+        "pairs": {
+            "sampler": {"method": "heun", "steps": 18, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+        },
     }
     params |= {"evaluate": {}, **sections}
     results = folder / "results"
     keep(
         results / "evaluator/summary.json",
-        {"floor": {"bootstrap": {"fd_train": 0.3}, "test": {"fd_train": 9.0}}},
+        {"floor": {"test": {"fd_train": 9.0}, "halves": {"fd_train": 4.0}}},
     )
     for of, given in runs.items():
         run = {"settings": [{}], "curve": [], "nimg": 1000, "config": {}, "arrays": {}, "l1": 0.1, **given}
@@ -38,7 +41,11 @@ def write_study(folder, runs, **sections):
         params.setdefault(stage, {})
         if name:
             params[stage][name] = {
-                "optimisation": {"nimg": run["nimg"], "snapshots": [row["nimg"] for row in run["curve"]]}
+                "optimisation": {
+                    "nimg": run["nimg"],
+                    "decay": "none",
+                    "snapshots": [row["nimg"] for row in run["curve"]],
+                }
             }
         params["evaluate"][name or of] = {"of": of, **params_of(run["settings"])}
         for seed, fd in enumerate(run["fd"]):
@@ -80,7 +87,14 @@ def write_run(results, of, seed, fd, run):
         "train_flops_image": 30,
     }
     summary |= {"parameters": run.get("parameters", 1000), "flops_image": 10}
+    summary |= {
+        "environment": {"torch": "2", "threads": 1},
+        "inputs": {"data": "0f"},
+        **run.get("summary", {}),
+    }
     keep(results / of / (str(seed) if name else "") / "summary.json", summary)
+    log = [{"nimg": nimg, "loss": 1 / nimg, "lr": 0.1} for nimg in (run["nimg"] // 2, run["nimg"])]
+    table(results / of / (str(seed) if name else "") / "log.csv", log)
     at = results / "evaluate" / (name or of) / str(seed)
     keep(at / "metrics.json", about)
     table(at / "sweep.csv", [scored(setting, fd, run) for setting in run["settings"]])

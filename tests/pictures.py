@@ -17,6 +17,7 @@ from equilab.core.job import Job, Study
 from equilab.data import images as data
 
 DIGITS = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8], "classes": 10}
+DIGITS |= {"datasets": None, "labels": "uniform"}
 DATASETS = {
     "subset": None,
     "revision": None,
@@ -39,7 +40,10 @@ def run(settings, seed=0):
 
 def settings(**changes):
     """Return a config of the stage: that of the digits with some keys changed."""
-    return config.parse(data.Config, {**DIGITS, **changes}, "data")
+    given = {**DIGITS, **changes}
+    if not given["classes"]:
+        given["labels"] = changes.get("labels")
+    return config.parse(data.Config, given, "data")
 
 
 def folder(path, test=None, test_path=None, image=(3, 4, 5), classes=3, **more):

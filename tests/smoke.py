@@ -7,16 +7,24 @@ from pathlib import Path
 
 import yaml
 
+from equilab import __main__
 from equilab.core import config
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "studies/smoke/params.yaml"
 
 
+def sections():
+    """Return smoke's params, for a study in any folder."""
+    params = config.read(SMOKE)
+    params["study"]["root"] = str(ROOT)
+    return params
+
+
 def write_study(folder, changes=None):
     """Write smoke's params.yaml into a folder, with other values at some paths ("study.seed"; ... takes a key away)."""
-    params = config.read(SMOKE)
-    for path, value in {"study.root": str(ROOT), **(changes or {})}.items():
+    params = sections()
+    for path, value in (changes or {}).items():
         *above, last = path.split(".")
         place = params
         for key in above:
@@ -26,7 +34,7 @@ def write_study(folder, changes=None):
         else:
             place[last] = value
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.yaml").write_text(yaml.dump(params, Dumper=Plain, sort_keys=False), encoding="utf-8")
+    keep(params, folder)
     return folder
 
 
@@ -35,6 +43,24 @@ class Plain(yaml.SafeDumper):
 
     def ignore_aliases(self, data):
         return True
+
+
+def keep(params, folder="."):
+    """Write the params of a study into a folder."""
+    text = yaml.dump(params, Dumper=Plain, sort_keys=False)
+    Path(folder, "params.yaml").write_text(text, encoding="utf-8")
+
+
+def called(*command):
+    """Run a command in this process, in the current folder; it must succeed."""
+    assert __main__.main(list(command)) == 0
+
+
+def refused(capsys, *command):
+    """Return the sentence with which a command is refused."""
+    capsys.readouterr()
+    assert __main__.main(list(command)) == 2
+    return capsys.readouterr().err
 
 
 def start(

@@ -30,9 +30,13 @@ def test_a_unet_tells_what_its_last_convolutions_put_out_and_is_not_changed_by_i
     kept = {}
     for name, layer in net.named_modules():
         if isinstance(layer, Block):
-            layer.conv1.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out.clone()}))
+            last = (
+                layer.proj if layer.heads else layer.conv1
+            )  # what attention ends with is a convolution as well
+            last.register_forward_hook(lambda _, __, out, name=name: kept.update({name: out.clone()}))
     out, told = net(x, level, label, return_activations=True)
     assert list(told) == list(kept) and len(told) == 10
+    assert any(layer.heads for layer in net.modules() if isinstance(layer, Block))
     assert all(torch.equal(told[name], kept[name]) for name in told)
     assert torch.equal(out, net(x, level, label))
 

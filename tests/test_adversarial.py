@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from conftest import golden, weights_of
 
@@ -61,13 +60,6 @@ def test_r1_of_a_quadratic_discriminator_is_four_times_the_squared_norm_of_the_i
     torch.testing.assert_close(penalty, 4 * image.square().sum() / 3)
 
 
-@pytest.mark.parametrize("interval", [1, 3, 16])
-def test_lazy_r1_weighs_half_of_gamma_on_average_at_any_interval(interval):
-    weights = [adversarial.r1_weight(step, 0.02, interval) for step in range(6 * interval)]
-    torch.testing.assert_close(sum(weights) / len(weights), 0.01)
-    assert sum(weight > 0 for weight in weights) == 6 and weights[0] > 0
-
-
 def test_all_losses_and_their_gradients_do_not_depend_on_how_a_batch_is_split():
     torch.manual_seed(0)
     w = torch.randn(4, 48, dtype=torch.float64, requires_grad=True)
@@ -119,7 +111,7 @@ def test_r1_and_its_gradients_are_the_published_ones():
     discriminate, ws = toy(t)
     for image, reference in zip(t["in.real_images"], t["out.ns.R1.penalty_per_image"], strict=True):
         close(r1(discriminate, image[None], None), reference, 1e-5)
-    loss = adversarial.r1_weight(0, 1e-4, 16) * r1(discriminate, t["in.real_images"], None)
+    loss = adversarial.r1_weight(1e-4, 16, samples=1) * r1(discriminate, t["in.real_images"], None)
     close(loss, t["out.ns.R1.loss_times_gain"], 1e-5)
     for gradient, name in zip(torch.autograd.grad(loss, ws), ("w1", "w2")):
         close(gradient, t[f"out.ns.R1.grad.{name}"], 1e-4)
@@ -131,8 +123,8 @@ def test_the_equivalent_gamma_gives_the_published_direction_on_any_number_of_dev
     real, fake = t["in.real_images"], t["in.z_discriminator"]
     main = adversarial.discriminator_loss(discriminate(real, None), discriminate(fake, None))
     penalty = r1(discriminate, real, None)
-    theirs = 3 * main + adversarial.r1_weight(0, 1e-4, 1) * penalty
-    ours = main + adversarial.r1_weight(0, 1e-4 / 3, 1) * penalty
+    theirs = 3 * main + adversarial.r1_weight(1e-4, 1, samples=1) * penalty
+    ours = main + adversarial.r1_weight(1e-4, 1, samples=3) * penalty
     gradients = [torch.cat(torch.autograd.grad(loss, ws, retain_graph=True)) for loss in (theirs, ours)]
     torch.testing.assert_close(gradients[0], 3 * gradients[1])
 

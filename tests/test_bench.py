@@ -48,7 +48,7 @@ def test_training_costs_three_times_what_sampling_does(name):
 def test_the_table_is_written_for_programs_and_people_and_named_after_the_machine(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(bench, "WORKS", (work_of("GDD-I of digits"),))
+    monkeypatch.setattr(bench, "WORKS", (work_of("ViT of digits"),))
     monkeypatch.setattr(bench, "FEATURES", 16)
     monkeypatch.setattr(bench, "COMMANDS", {"nothing": ("-c", "")})
     bench.main(["--seconds", "0.001", "--out", str(tmp_path)])
@@ -58,9 +58,9 @@ def test_the_table_is_written_for_programs_and_people_and_named_after_the_machin
     assert text == capsys.readouterr().out
     assert bench.machine(CPU) in text and torch.__version__ in text
     table = pd.read_csv(tmp_path / f"{name}.csv")
-    assert set(table["work"]) == {"GDD-I of digits", "features", "start"}
+    assert set(table["work"]) == {"ViT of digits", "features", "start"}
     assert (table["seconds"] > 0).all()
-    of_networks = table[table["work"] == "GDD-I of digits"]
+    of_networks = table[table["work"] == "ViT of digits"]
     assert set(of_networks["what"]) == {"sample", "train"}
     assert of_networks[["peak_share", "memory_mib"]].notna().all(axis=None)
 

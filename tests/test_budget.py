@@ -1,22 +1,41 @@
 """Iteration budgets keep their totals, whatever the steps and the residuals."""
 
-import math
-import random
+import itertools
 import re
 
 import pytest
 import torch
 
 from equilab.solvers import Solver
-from equilab.solvers.budget import Budget, adaptive, constant, decreasing, increasing, trace
+from equilab.solvers.budget import Budget, constant, decreasing, increasing
 
 
-def spent(budget, steps, traced):
-    """Return the iterations of all steps, where `traced(step, iterations)` is the trace of a step."""
-    traces = []
+def with_residuals(table):
+    """Return a map whose relative residual at the k-th application is table[:, k], a row a sample."""
+    applications = itertools.count()
+
+    def f(z, rows):
+        residual = table[:, next(applications)]
+        residual = residual if rows is None else residual[rows]
+        return z / (1 - residual)[:, None, None]
+
+    return f
+
+
+def spent(budget, steps, table_of):
+    """Return the iterations (steps, B) of all steps, where `table_of(step)` are the residuals (B, K) that it would have."""
+    solutions = []
     for step in range(steps):
-        traces.append(traced(step, budget(traces, steps)))
-    return [len(each) for each in traces]
+        table = torch.as_tensor(table_of(step), dtype=torch.float64)
+        limits = {"tolerance": 0.0, **budget(solutions, steps)}
+        solve = Solver("iterate", **limits, pick="last")
+        solutions.append(solve(with_residuals(table), torch.ones(len(table), 1, 1, dtype=torch.float64)))
+    return torch.stack([solution.iterations for solution in solutions])
+
+
+def halving(start, count=60):
+    """Return residuals that are halved by every application, a row for each start."""
+    return torch.tensor(start, dtype=torch.float64)[:, None] * 0.5 ** torch.arange(count)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 40])
@@ -28,7 +47,8 @@ def test_budgets_that_do_not_adapt_keep_every_total_and_their_order(steps):
         assert max(level) - min(level) <= 1
         assert rising == sorted(rising) and falling == rising[::-1]
         for kind, counts in (("constant", level), ("increasing", rising), ("decreasing", falling)):
-            assert spent(Budget(kind, total), steps, lambda _, count: (0.5,) * count) == counts
+            assert Budget(kind, total).fixed(steps) == counts
+            assert spent(Budget(kind, total), steps, lambda step: halving([0.1]))[:, 0].tolist() == counts
 
 
 def test_the_lines_rise_from_about_half_the_mean_to_one_and_a_half_times_it():
@@ -57,54 +77,63 @@ def test_budgets_are_within_one_iteration_of_the_published_ones_whose_names_are_
     assert missed == ["steps87_budget522_decreasing"]
 
 
-DRAW = random.Random(0)
-TRACES = {
-    "uniform": lambda step, count: tuple(DRAW.random() for _ in range(count)),
-    "of all magnitudes": lambda step, count: tuple(10.0 ** DRAW.uniform(-12, 6) for _ in range(count)),
-    "zero": lambda step, count: (0.0,) * count,
-    "not finite": lambda step, count: (math.inf if step % 2 else math.nan,) * count,
-    "growing": lambda step, count: tuple(2.0**k for k in range(count)),
+TABLES = {
+    "alike": lambda step: halving([0.3, 0.3]),
+    "of all magnitudes": lambda step: 0.05 * torch.rand(2, 200).double() ** (step % 7 * 3),
+    "zero": lambda step: torch.zeros(2, 200),
+    "rising": lambda step: 1e-3 * 1.01 ** torch.arange(200).expand(2, -1),
 }
 
 
-@pytest.mark.parametrize("residuals", TRACES)
+@pytest.mark.parametrize("residuals", TABLES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 13])
 def test_an_adaptive_budget_keeps_every_total_whatever_the_residuals(residuals, steps):
-    for total in range(steps, 9 * steps):
-        counts = spent(Budget("adaptive", total), steps, TRACES[residuals])
-        assert (len(counts), sum(counts), min(counts) >= 1) == (steps, total, True)
+    for total in (steps, steps + 1, 2 * steps + 3, 9 * steps):
+        counts = spent(Budget("adaptive", total), steps, TABLES[residuals])
+        assert counts.min() >= 1 and counts.sum(0).tolist() == [total, total]
 
 
-def contraction(start, rate):
-    """Return traces of steps whose residuals begin at start(step) and fall by exp(-rate) an iteration."""
-    return lambda step, count: tuple(start(step) * math.exp(-rate * k) for k in range(count))
+def test_a_sample_that_breaks_leaves_its_iterations_to_later_steps():
+    def tables(step):
+        table = halving([0.3, 0.3]) if step else torch.zeros(2, 60).double()
+        if step == 1:
+            table[1] = torch.nan
+        return table
+
+    counts = spent(Budget("adaptive", 12), 4, tables)
+    assert counts[1, 1] == 1 and counts.sum(0).tolist() == [12, 12]
 
 
-def test_an_adaptive_budget_spreads_evenly_where_all_steps_are_alike():
-    counts = spent(Budget("adaptive", 83), 20, contraction(lambda step: 0.3, 0.7))
-    assert set(counts) == {4, 5}
+def test_an_adaptive_budget_spends_where_the_residual_of_the_step_itself_is_large():
+    """Each step goes on until it is as near to its fixed point as those before it, on geometric average."""
+    starts = [0.4, 0.39, 0.09, 0.8, 0.4]  # 4 iterations of the first leave 0.05
+    counts = spent(Budget("adaptive", 20), 5, lambda step: halving([starts[step]]))
+    # 0.049 is below 0.05; 0.045 below their mean; 0.025 below the mean of the three, 0.048, which 0.05 is not; the rest
+    assert counts[:, 0].tolist() == [4, 4, 2, 6, 4]
 
 
-def test_an_adaptive_budget_spends_where_residuals_are_large():
-    traced = contraction(lambda step: 0.5 if 8 <= step < 16 else 0.02, 0.7)
-    counts = spent(Budget("adaptive", 120), 24, traced)
-    assert min(counts[9:16]) > max(counts[1:8] + counts[17:-1])
-    largest = [max(traced(i, n[i])[-1] for i in range(24) if i != 8) for n in (counts, constant(24, 120))]
-    assert largest[0] < 0.7 * largest[1]  # the step where they rise cannot know
+def test_an_adaptive_budget_leaves_an_iteration_for_each_step_to_come():
+    starts = [0.01, 0.8, 0.8, 0.8]
+    counts = spent(Budget("adaptive", 12), 4, lambda step: halving([starts[step]]))
+    assert counts[:, 0].tolist() == [3, 7, 1, 1]
 
 
-def test_the_rule_of_the_adaptive_budget_is_the_one_described():
-    traces = [(0.8, 0.4, 0.2), (1.6, 0.8, 0.4)]  # an iteration halves; the second step needs one more
-    # 50 left for 10 steps, and half of one more than their mean, rounded
-    assert adaptive(traces, 12, 56) == 5 + 1
-    assert adaptive(traces[::-1], 12, 56) == 4
-    assert adaptive(traces, 12, 2 + 6 + 10) == 2
-    assert adaptive(traces, 3, 30) == 24
-    assert adaptive([*traces, (409.6, 204.8, 102.4)], 12, 45) == 8  # at most twice the share, 4
-    assert adaptive([(0.8,), (0.1,)], 4, 12) == 5  # no rate known
-    assert adaptive([(0.1, 0.2), (0.1, 0.4)], 4, 12) == 4  # no rate above 0
-    assert adaptive([(0.4, 0.2), (math.nan, math.nan)], 4, 12) == 4
-    assert adaptive((), 4, 12) == 3
+def test_samples_have_adaptive_budgets_of_their_own():
+    starts = torch.tensor([[0.4, 0.1], [0.4, 0.8], [0.1, 0.8], [0.8, 0.1]])
+    together = spent(Budget("adaptive", 24), 4, lambda step: halving(starts[step].tolist()))
+    for sample in range(2):
+        alone = spent(Budget("adaptive", 24), 4, lambda step: halving([starts[step, sample].item()]))
+        assert together[:, sample].tolist() == alone[:, 0].tolist()
+    assert together[:, 0].tolist() != together[:, 1].tolist()
+
+
+def test_a_listed_budget_is_spent_as_it_stands_and_must_fit():
+    budget = Budget([2, 2, 1, 3], 8)
+    assert spent(budget, 4, lambda step: halving([0.4]))[:, 0].tolist() == [2, 2, 1, 3]
+    with pytest.raises(ValueError, match="8 iterations for 4 steps, but 5 steps share 8"):
+        budget([], 5)
+    with pytest.raises(ValueError, match="4 steps share 9"):
+        Budget([2, 2, 1, 3], 9)([], 4)
 
 
 @pytest.mark.parametrize("kind", ["constant", "increasing", "decreasing", "adaptive"])
@@ -112,12 +141,3 @@ def test_a_budget_with_less_than_one_iteration_a_step_is_refused(kind):
     for total in (0, 9):
         with pytest.raises(ValueError, match=f"total is {total}.* 10 steps"):
             Budget(kind, total)([], 10)
-
-
-def test_a_trace_is_the_mean_over_the_samples_that_were_measured():
-    solution = Solver("iterate", 3, 0.0, "last")(lambda z, rows: 0.5 * z, torch.ones(2, 1, 2))
-    assert trace(solution) == pytest.approx((1.0, 1.0, 1.0))
-    residuals = torch.tensor([[0.5, 0.25, math.nan], [0.1, math.inf, math.nan]])
-    first, second, third = trace(solution._replace(residuals=residuals))
-    assert (first, second, math.isnan(third)) == (pytest.approx(0.3), 0.25, True)
-    assert trace(solution._replace(residuals=torch.empty(2, 0))) == ()

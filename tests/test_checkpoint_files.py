@@ -546,9 +546,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_in_a_sentence_without_effect(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        pickles, "MOST_OPCODES", 20_000
-    )  # 2,000,000 take seconds, with types checked a minute
+    # 2,000,000 take seconds, with types checked a minute
+    monkeypatch.setattr(pickles, "MOST_OPCODES", 20_000)
     content = HOSTILE[name]()
     (tmp_path / "file").write_bytes(content)
     tracemalloc.start()

@@ -1,6 +1,7 @@
 """Claims: four tests against closed forms, declared comparisons, and a claim that YAML alone adds."""
 
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,20 @@ from made import SOLVER, table, write_study
 from scipy import stats
 
 import equilab
-from equilab.claims.claim import DEPENDS, judge, read_claims
+from equilab.claims.claim import DEPENDS, judge, read_claims, refuse_mistyped
 from equilab.claims.comparisons import check_comparisons
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, better, cheaper, no_worse, ordered
+from equilab.claims.tests import (
+    COLUMNS,
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    NONE,
+    better,
+    cheaper,
+    no_worse,
+    ordered,
+    told_apart,
+)
 from equilab.core.config import UserError, read
 from equilab.core.job import Job, Study
 from equilab.stages import claims as stage
@@ -37,6 +49,8 @@ def rows(*pairs, **columns):
     )
 
 
+ROOT = pathlib.Path(__file__).parent.parent
+STUDIES = [ROOT / "params.yaml", *ROOT.glob("studies/*/params.yaml")]
 OURS, THEIRS = [1.0, 1.1, 1.3], [2.0, 2.6, 2.2, 2.5]
 
 
@@ -63,9 +77,8 @@ def test_all_pairs_must_hold_with_intervals_that_are_right_at_once():
     one = better(rows((OURS, THEIRS)), "fd", 0.95)
     assert (outcome.low, outcome.high) == pytest.approx((one.low, one.high)) and outcome.verdict == HOLDS
     outcome = better(rows((OURS, THEIRS), (THEIRS, OURS)), "fd", 0.9)
-    assert (
-        outcome.verdict == FAILS and "runs-1 against distill/baseline-1" in outcome.effect
-    )  # the pair that decides
+    assert outcome.verdict == FAILS
+    assert "runs-1 against distill/baseline-1" in outcome.effect  # the pair that decides
     assert better(rows((OURS, THEIRS), (OURS, OURS)), "fd", 0.9).verdict == INCONCLUSIVE
 
 
@@ -74,9 +87,8 @@ def test_fewer_than_three_seeds_give_numbers_and_no_verdict():
     assert outcome.verdict == NONE and np.isnan(outcome.low) and outcome.seeds == 1
     assert "1 against 2 (ratio 2)" in outcome.effect
     assert better(rows((OURS, THEIRS), (OURS, [2.0, 2.1])), "fd", 0.95).verdict == NONE
-    assert (
-        better(rows((THEIRS, OURS), (OURS, [2.0])), "fd", 0.95).verdict == FAILS
-    )  # one pair that fails is enough
+    one_fails = rows((THEIRS, OURS), (OURS, [2.0]))  # which is enough
+    assert better(one_fails, "fd", 0.95).verdict == FAILS
 
 
 def test_no_worse_allows_a_margin():
@@ -103,9 +115,8 @@ def test_a_counted_cost_needs_no_seeds():
     found = rows(([1.0], [2.0]), parameters=(10, 50))
     outcome = cheaper(found, None, 0.95, "parameters")
     assert (outcome.verdict, outcome.low, outcome.high, outcome.seeds) == (HOLDS, 5.0, 5.0, None)
-    assert (
-        cheaper(found, None, 0.95, "parameters", times=5.0).verdict == INCONCLUSIVE
-    )  # not more than five times
+    exactly = cheaper(found, None, 0.95, "parameters", times=5.0)
+    assert exactly.verdict == INCONCLUSIVE  # not more than five times
     assert cheaper(found, None, 0.95, "parameters", times=6.0).verdict == FAILS
     assert cheaper(found, "fd", 0.95, "parameters").verdict == NONE  # the quality is not counted
     assert cheaper(rows(([1.0], [2.0]), parameters=(50, 10)), "fd", 0.95, "parameters").verdict == FAILS
@@ -151,7 +162,7 @@ COMPARISONS = {"get against vit": {"runs": ["distill/get"], "baseline": ["distil
 
 def claims_of(folder, *claims):
     folder.mkdir(exist_ok=True)
-    (folder / "new.yaml").write_text(yaml.safe_dump({"claims": list(claims)}))
+    (folder / "new.yaml").write_text(yaml.safe_dump({"paper": "New (2025)", "claims": list(claims)}))
     return read_claims(folder)
 
 
@@ -172,9 +183,8 @@ def test_references_that_disagree_are_said_to(tmp_path):
     runs = {"distill/get": {"fd": FD, "held_out": 9.0}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
     found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
     (claim,) = claims_of(tmp_path / "claims", CLAIM)
-    assert (
-        judge(claim, found, 0.95).verdict == DEPENDS
-    )  # better than half of ViT's, and more than twice the other
+    # better than half of ViT's, and more than twice the other
+    assert judge(claim, found, 0.95).verdict == DEPENDS
     runs["distill/get"]["held_out"] = 4.0  # on average as good
     found = equilab.results(write_study(tmp_path / "b", runs, comparisons=COMPARISONS))
     assert judge(claim, found, 0.95).verdict == INCONCLUSIVE
@@ -202,6 +212,11 @@ def test_a_measure_that_the_runs_lack_is_an_error_and_an_unmeasured_cost_is_not_
         ({"margin": 0.1}, "better has no margin"),
         ({"test": "no worse", "times": 2.0}, "no worse has no times"),
         ({"measure": None}, "without a measure"),
+        (
+            {"measure": "fid"},
+            r"claims\[0\].measure: 'fid' is no column that a claim can be about; did you mean 'fd'",
+        ),
+        ({"test": "cheaper", "cost": "flosp"}, r"claims\[0\].cost: 'flosp' .*; did you mean 'flops'"),
     ],
 )
 def test_a_mistake_in_a_claim_is_a_sentence(tmp_path, change, sentence):
@@ -214,8 +229,34 @@ def test_two_claims_of_one_name_are_refused(tmp_path):
         claims_of(tmp_path, CLAIM, CLAIM)
 
 
+def test_readings_of_activity_must_agree():
+    claim = next(claim for claim in read_claims() if claim.name == "GDD-4, students")
+    deep, shallow = [14.0, 15.0, 16.0], [9.0, 9.5, 8.0]
+    found = rows((deep, shallow)).assign(of="gan/gdd").rename(columns={"fd": "pairs_mean"})
+
+    def judged(rms):
+        results = SimpleNamespace(
+            comparisons={claim.comparison: None}, compare=lambda _: found.assign(pairs_rms=rms)
+        )
+        return judge(claim, results, 0.95)
+
+    outcome = judged([*deep, *shallow])
+    assert (outcome.verdict, outcome.seeds) == (HOLDS, 3) and "by the mean" in outcome.effect
+    assert judged([*shallow, *deep]).verdict == INCONCLUSIVE  # one reading holds, the other fails
+    assert judged([12.0] * 6).verdict == INCONCLUSIVE
+
+
+def test_a_run_that_never_reaches_the_target_fails():
+    never = better(rows(([10.0, 20.0, np.inf], THEIRS)), "fd", 0.95)
+    assert never.verdict == FAILS and "never against" in never.effect
+    assert better(rows(([10.0, np.inf], [20.0, 30.0])), "fd", 0.95).verdict == NONE
+
+
 SECTIONS = {
-    "distill": {name: {"optimisation": {"nimg": 100, "snapshots": [50]}} for name in ("get", "vit", "idle")},
+    "distill": {
+        name: {"optimisation": {"nimg": 100, "snapshots": [50], "decay": decay}}
+        for name, decay in (("get", "none"), ("vit", "cosine"), ("idle", "none"))
+    },
     "evaluate": {
         "get": {
             "of": "distill/get",
@@ -227,7 +268,11 @@ SECTIONS = {
         "vit": {"of": "distill/vit"},
     },
     "cost": {"runs": ["distill/get"]},
+    "activation": {"runs": ["distill/get"]},
 }
+
+
+REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
 
 
 @pytest.mark.parametrize(
@@ -272,6 +317,34 @@ SECTIONS = {
             {"table": "costs", "runs": [{"run": "distill/get", "at": {"steps": 1}}, "distill/vit"]},
             r"at.steps: costs are told apart",
         ),
+        (
+            {"table": "reached", "runs": ["distill/get", "distill/get"]},
+            "comparisons.x: target belongs to the table reached",
+        ),
+        (
+            {**REACHED, "runs": ["distill/get"], "baseline": ["distill/vit"]},
+            r"baseline\[0\]: the learning rate of distill/vit decays",
+        ),
+        (
+            {
+                **REACHED,
+                "runs": [{"run": "distill/get", "at": {"most_iterations": 6}}],
+                "baseline": ["distill/get"],
+            },
+            r"runs\[0\]: name a run with snapshots, and no setting",
+        ),
+        (
+            {**REACHED, "target": {"run": "distill/idle", "margin": 0.1}, "runs": ["distill/get"] * 2},
+            "comparisons.x.target: distill/idle is not evaluated",
+        ),
+        (
+            {"table": "orders", "runs": ["distill/get", "distill/vit"]},
+            r"runs\[0\].at: say which of two layers .*, first: deep or shallow",
+        ),
+        (
+            {"table": "orders", "runs": [{"run": "distill/vit", "at": {"first": "deep"}}, "distill/get"]},
+            r"runs\[0\]: activation.runs does not look at distill/vit; add it there",
+        ),
     ],
 )
 def test_a_mistaken_comparison_is_refused_with_its_key(comparison, sentence):
@@ -287,6 +360,73 @@ def test_a_comparison_singles_out_a_setting():
     (pair,) = found["x"].pairs
     assert str(pair["runs"]) == "get (most iterations 2, memory 5)" and str(pair["baseline"]) == "vit"
     assert check_comparisons({}) == {}
+
+
+def test_all_mistaken_comparisons_are_told():
+    comparisons = {
+        "x": {"runs": ["distill/gat"], "baseline": ["distill/vat"]},
+        "y": {"runs": "distill/get"},
+        "z": {"runs": ["distill/get"], "baseline": [{"run": "distill/vit", "at": {"steps": [1]}}]},
+    }
+    with pytest.raises(UserError) as told:
+        check_comparisons({**SECTIONS, "comparisons": comparisons}, "p: ")
+    assert str(told.value).splitlines() == [
+        "p: comparisons.x.runs[0]: the study trains no 'distill/gat'; did you mean 'distill/get'?",
+        "p: comparisons.x.baseline[0]: the study trains no 'distill/vat'; did you mean 'distill/vit'?",
+        "p: comparisons.y.runs: expected a list, got 'distill/get'",
+        "p: comparisons.z.baseline[0].at.steps: expected a single value, got [1]",
+    ]
+
+
+def test_a_comparison_that_is_mistyped_in_a_claim_is_told(tmp_path):
+    claim, other = claims_of(
+        tmp_path, {**CLAIM, "comparison": "get agianst vit"}, {**CLAIM, "id": "NEW-2", "comparison": "other"}
+    )
+    with pytest.raises(UserError, match="NEW-1: .*'get agianst vit'; did you mean 'get against vit'"):
+        refuse_mistyped([claim, other], ["get against vit"])
+    (right,) = claims_of(tmp_path, {**CLAIM, "comparison": "get against vit"})
+    refuse_mistyped([right, claim, other], ["get against vit"])  # there is a claim about it
+
+
+def run_stage(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
+    seeds = {"get": (0, 1, 2), "vit": (0, 1, 2, 3), "get-s": (0,)}
+    job = Job(study, "claims", None, None, (1, 8, 8), 10, "", print, lambda _, run: seeds[run])
+    stage.run(stage.Config(confidence=0.95), job)
+
+
+def test_claims_are_judged_by_the_results_that_there_are(tmp_path, monkeypatch, capsys):
+    runs = {"distill/get": {"fd": FD, "parameters": 10}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    runs["distill/get-s"] = {"fd": []}  # not trained yet
+    one = COMPARISONS["get against vit"]
+    comparisons = {
+        "get against vit, parameters": one,
+        "sizes of get": {"runs": ["distill/get-s", "distill/get"]},
+        "o1 memory against unrolled": {**one, "table": "costs"},
+        "of my own": one,
+    }
+    cost = {"runs": ["distill/get", "distill/vit"]}
+    results = write_study(tmp_path, runs, comparisons=comparisons, cost=cost)
+    run_stage(tmp_path, monkeypatch)
+    assert pd.read_csv(results / "claims.csv")["id"].tolist() == ["GET-1"]
+    told = "evaluate@vit-3, evaluate@get-s-0, cost"
+    assert (results / "claims.md").read_text().endswith(f"\n\nNot run yet: {told}.\n")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "results/claims.md: 1 claims judged: 1 hold",
+        "results/measured.md: 0 claims judged",
+        "claims: comparisons without a claim: of my own",
+        f"claims: not run yet: {told}",
+    ]
+
+
+def test_numbers_have_as_many_digits_as_tell_them_apart():
+    assert told_apart([5110.0, 6000.0]) == ["5.11k", "6k"]
+    assert told_apart([5110.0, 5113.0]) == ["5.11k", "5.113k"]
+    assert told_apart([5112.1, 5112.2]) == ["5.1121k", "5.1122k"]
+    assert told_apart([5110.0, 5110.0, 1.0]) == ["5.11k", "5.11k", "1"]
+    assert "1.001 against 1.002 " in better(rows(([1.001], [1.002])), "fd", 0.95).effect
 
 
 def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
@@ -309,10 +449,7 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
         for name in ("get", "vit")
     ]
     table(results / "cost/cost.csv", cost)
-    monkeypatch.chdir(tmp_path)
-    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
-    config = stage.Config(confidence=0.95)
-    stage.run(config, Job(study, "claims", None, None, (1, 8, 8), 10, "", print, print))
+    run_stage(tmp_path, monkeypatch)
     claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
     assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
     measured = pd.read_csv(results / "measured.csv", keep_default_na=False)
@@ -323,10 +460,29 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
 
 def test_every_declared_comparison_serves_a_claim():
     """A name that no claim knows would leave its claim out of the study without a word."""
-    root = pathlib.Path(__file__).parent.parent
     known = {claim.comparison for claim in read_claims()}
-    for path in [root / "params.yaml", *root.glob("studies/*/params.yaml")]:
+    for path in STUDIES:
         assert set(read(path)["comparisons"]) <= known, path
+
+
+def test_every_claim_is_about_a_comparison_of_some_study():
+    """A name that no study knows would leave the claim out of all without a word."""
+    declared = {name for path in STUDIES for name in read(path)["comparisons"]}
+    nowhere = {
+        "additive conditioning against none"
+    }  # no study trains a ViT without classes on a teacher with them
+    assert {claim.comparison for claim in read_claims()} - declared == nowhere
+
+
+@pytest.mark.slow
+def test_every_column_that_a_claim_can_be_about_is_one_of_the_tables():
+    columns = set()
+    for folder in (".", "studies/digits-fpdm", "studies/digits-long"):
+        found = equilab.results(ROOT / folder / "results")
+        columns |= {*found.settings, *found.runs, *found.costs}
+        columns |= {column for name in found.comparisons for column in found.compare(name)}
+    made = {f"{name}_{split}" for name in ("fd", "rise") for split in ("train", "test")}
+    assert made <= columns and set(COLUMNS) - {"fd", "rise"} <= columns
 
 
 @pytest.mark.slow
@@ -334,8 +490,8 @@ def test_every_declared_comparison_serves_a_claim():
     "folder", [".", *(f"studies/digits-{name}" for name in ("long", "fpdm", "budget", "uncond"))]
 )
 def test_the_committed_claims_are_what_the_committed_results_say(folder):
-    results = pathlib.Path(__file__).parent.parent / folder / "results"
-    judged = stage.judged_claims(equilab.results(results), 0.95)
+    results = ROOT / folder / "results"
+    judged = stage.judged_claims(equilab.results(results), 0.95, read_claims())
     for name, measured in (("claims", False), ("measured", True)):
         kept = pd.read_csv(results / f"{name}.csv", keep_default_na=False, dtype=str)
         said = stage.table([(claim, outcome) for claim, outcome in judged if claim.measured == measured])

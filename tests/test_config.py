@@ -2,16 +2,17 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import PositiveInt, model_validator
-from smoke import ROOT, SMOKE, run, write_study
+from pydantic import Field, PositiveInt, model_validator
+from smoke import ROOT, SMOKE, called, refused, run, write_study
 
 from equilab import __main__, dvc, graph, study
-from equilab.core import config
+from equilab.core import config, files
 from equilab.core.config import Params, UserError
 
 STUDIES = [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))]
@@ -52,7 +53,7 @@ def test_a_mapping_becomes_a_frozen_model():
     [
         ({"cuont": 1}, "outer.cuont", "'count'"),
         ({"count": 1.5}, "outer.count", "1.5"),
-        ({"count": True}, "outer.count", "True"),
+        ({"count": True}, "outer.count", "true"),
         ({"count": 0}, "outer.count", "0"),
         ({"count": 100}, "outer", "100"),
         ({"inner": {"rate": "x", "mode": "fast"}}, "outer.inner.rate", "'x'"),
@@ -69,6 +70,156 @@ def test_a_mistake_is_named_with_its_path(change, key, word):
         config.parse(Outer, {**GOOD, **change}, "params: outer")
     (sentence,) = str(told.value).splitlines()
     assert sentence.startswith(f"params: {key}: ") and word in sentence
+
+
+class Types(Params):
+    number: float
+    open: Annotated[float, Field(gt=0, lt=1)]
+    closed: Annotated[int, Field(ge=1, le=9)]
+    switch: bool
+    text: str
+    pair: tuple[float, float]
+    few: Annotated[tuple[int, ...], Field(min_length=1, max_length=2)]
+    sizes: Sequence[int]
+    words: dict[str, str]
+    inner: Inner
+    single: config.Scalar
+
+
+TYPES = {
+    "number": 1,
+    "open": 0.5,
+    "closed": 5,
+    "switch": True,
+    "text": "a",
+    "pair": [1, 2],
+    "few": [1],
+    "sizes": [1],
+}
+TYPES |= {"words": {"a": "b"}, "inner": GOOD["inner"], "single": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("number", "1", "expected a number, got '1'"),
+        ("number", None, "expected a number, got null"),
+        ("number", float("nan"), "expected a finite number, got nan"),
+        ("open", 0, "must be more than 0.0, got 0"),
+        ("open", 1, "must be less than 1.0, got 1"),
+        ("closed", 0, "must be at least 1, got 0"),
+        ("closed", 10, "must be at most 9, got 10"),
+        ("closed", 1.5, "expected a whole number, got 1.5"),
+        ("closed", "5", "expected a whole number, got '5'"),
+        ("closed", [5], "expected a whole number, got [5]"),
+        ("switch", 1, "expected true or false, got 1"),
+        ("text", 1, "expected text, got 1"),
+        ("pair", [1], "too few values, got [1]"),
+        ("pair", [], "too few values, got []"),
+        ("pair", [1, 2, 3], "too many values, give at most 2, got [1, 2, 3]"),
+        ("few", [], "too few values, give at least 1, got []"),
+        ("few", [1, 2, 3], "too many values, give at most 2, got [1, 2, 3]"),
+        ("few", 3, "expected a list, got 3"),
+        ("sizes", 3, "expected a list, got 3"),
+        ("sizes", "3", "expected a list, got '3'"),
+        ("words", [1], "expected keys with values, got [1]"),
+        ("inner", None, "expected keys with values, got null"),
+        ("single", [1], "expected a single value, got [1]"),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_its_range_is_told_in_plain_words(key, value, told):
+    with pytest.raises(UserError) as error:
+        config.parse(Types, {**TYPES, key: value}, "p")
+    assert str(error.value) == f"p.{key}: {told}"
+    assert config.parse(Types, TYPES, "p")
+
+
+@pytest.mark.parametrize("value", [1, "a", True, 0.5])
+def test_a_single_value_of_any_type_is_read(value):
+    assert config.parse(Types, {**TYPES, "single": value}, "p").single == value
+
+
+def test_a_mistaken_value_in_a_list_is_not_told_as_a_list_too_short():
+    with pytest.raises(UserError) as error:
+        config.parse(Types, {**TYPES, "few": ["x"]}, "p")
+    assert str(error.value) == "p.few[0]: expected a whole number, got 'x'"
+
+
+def test_a_mistyped_key_is_told_once():
+    mistyped = {("inenr" if key == "inner" else key): value for key, value in GOOD.items()}
+    with pytest.raises(UserError) as error:
+        config.parse(Outer, mistyped, "p")
+    assert str(error.value) == "p.inenr: unknown key; did you mean 'inner'?"
+
+
+class Network:
+    """A network as someone adds it."""
+
+    def __init__(self, image, *, width: int, heads: config.Depth):
+        if heads > 9:
+            raise RuntimeError("Trying to create tensor with negative dimension\nin a file of C++")
+        self.groups = width // heads
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"width": -8}, "p.width: must be at least 1, got -8"),
+        ({"width": 0}, "p.width: must be at least 1, got 0"),
+        ({"width": 10**6}, "p.width: must be at most 16384, got 1000000"),
+        (
+            {"heads": 10},
+            "p: net: its sizes cannot be built (Trying to create tensor with negative dimension); change them",
+        ),
+        ({"heads": 0}, "p: net: its sizes cannot be built (integer division or modulo by zero); change them"),
+        ({"kind": "nte"}, "p.kind: 'nte' is not one of net; did you mean 'net'? (enter it there)"),
+        ({"kind": ["net"]}, "p.kind: ['net'] is not one of net (enter it there)"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_told_by_its_key(sizes, told):
+    given = {"kind": "net", "width": 8, "heads": 2, **sizes}
+    with pytest.raises(UserError) as error:
+        config.spec({"net": Network}, given, "p", "enter it there").build((1, 8, 8))
+    assert str(error.value) == told
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("results/pairs/meta.json", "pairs"),
+        ("results/teacher/snapshots/0000000320.safetensors", "teacher"),
+        ("results/distill/get-m/1/weights.safetensors", "distill get-m --seed 1"),
+        ("results/distill/get-m/1/snapshots/0000000320.safetensors", "distill get-m --seed 1"),
+        ("/home/results/study/results/notebook/scaling/scaling.ipynb", "notebook scaling"),
+        ("results/claims.md", "claims"),
+        ("results/measured.csv", "claims"),
+    ],
+)
+def test_a_result_that_is_not_there_is_told_with_the_command_that_writes_it(
+    path, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        config.read_json(Path(path))
+    assert str(error.value) == f"{path} is not there; run `python -m equilab {command}` first"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "3"])
+def test_a_damaged_result_is_told_from_one_that_is_not_there(tmp_path, content):
+    path = tmp_path / "results/pairs/meta.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"meta.json is damaged \(.*; run `python -m equilab pairs` again"):
+        config.read_json(path, "count")
+
+
+def test_the_first_key_in_which_two_configs_differ_is_found():
+    before = {"network": {"kind": "get", "width": 8}, "seed": 0, "levels": [1, 2]}
+    assert config.difference(before, before) is None
+    assert config.difference(before, {**before, "levels": [1, 3]}) == ("levels", [1, 2], [1, 3])
+    other = {**before, "network": {"kind": "get", "width": 9, "depth": 1}, "seed": 1}
+    assert config.difference(before, other) == ("network.width", 8, 9)
+    assert config.difference({}, {"seed": 1}) == ("seed", None, 1)
 
 
 def test_all_mistakes_are_told_at_once():
@@ -122,6 +273,27 @@ def test_what_is_no_yaml_of_sections_is_refused_in_a_sentence(tmp_path, text):
     assert str(told.value).startswith(f"{path} ") and "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "a: {x: &near 1}\nb: {x: *naer}\n",
+            "there is no anchor &naer before the alias *naer, line 2; did you mean 'near'?",
+        ),
+        ("a: *b\nb: &b 1\n", "there is no anchor &b before the alias *b, line 1"),
+        ("a: [1,\nb: 2\n", "line 1, column 4"),
+        ("a: {x: 1, x: 2}\n", "key 'x' is given twice, line 1"),
+    ],
+)
+def test_a_mistake_in_yaml_is_told_with_its_file_and_line(tmp_path, text, told):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        config.read(path)
+    assert str(error.value).startswith(f"{path} is not valid YAML: ") and told in str(error.value)
+    assert "unicode string" not in str(error.value)
+
+
 def test_params_are_utf_8_whatever_the_locale(tmp_path):
     folder = write_study(tmp_path, {"report.title": "Ziffern – größer"})
     settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -158,6 +330,7 @@ def test_every_study_passes_its_check(params, capsys, monkeypatch):
         "gdd-paper": ["teacher.published.path"],
         "published": ["none of the published files"],
         "published-imagenet": ["none of the published files"],
+        "template": ["data.path"],
     }
     keys = absent.get(params.parent.name, [])
     assert len(told) == len(keys) and all(key in sentence for key, sentence in zip(keys, told))
@@ -198,6 +371,32 @@ def test_check_tells_all_mistakes_that_the_networks_show(tmp_path, capsys, monke
         assert any(key in sentence for sentence in told), (key, told)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"distill.vit.network.kind": "vti"},
+            ["distill.vit.network.kind: 'vti' is not one of get, vit; did you mean 'vit'? (a new family"],
+        ),
+        ({"distill.vit.network": 3}, ["distill.vit.network: expected keys with values, got 3"]),
+        (
+            {"distill.vit.network": ..., "distill.vit.networ": {"kind": "vit"}},
+            ["distill.vit.networ: unknown key; did you mean 'network'?"],
+        ),
+        ({"distill.vit.seeds": []}, ["distill.vit.seeds: too few values, give at least 1, got []"]),
+        ({"distill.vit.seeds": [-1]}, ["distill.vit.seeds[0]: must be at least 0, got -1"]),
+        ({"distill.vit.seeds": 3}, ["distill.vit.seeds: expected a list, got 3"]),
+        ({"data.labels": None}, ["data: labels"]),
+        ({"data.labels": ...}, ["data.labels: missing key"]),
+    ],
+)
+def test_check_tells_each_mistake_in_one_line(changes, told, tmp_path, capsys, monkeypatch):
+    sentences = check(write_study(tmp_path, changes), capsys, monkeypatch)
+    assert len(sentences) == len(told)
+    for sentence, words in zip(sentences, told):
+        assert sentence.startswith(f"equilab: params.yaml: {words}"), sentence
+
+
 def test_check_tells_when_dvc_yaml_is_of_other_params(tmp_path, capsys, monkeypatch):
     folder = write_study(tmp_path)
     (folder / "dvc.yaml").write_text(dvc.text(study.read(folder / "params.yaml")))
@@ -234,6 +433,8 @@ def test_check_tells_when_dvc_yaml_is_of_other_params(tmp_path, capsys, monkeypa
         ("pairs", "pairs.sampler.sigma_min", 90.0, ["pairs.sampler", "90"]),
         ("pairs", "pairs.shard", 70, ["pairs", "70"]),
         ("evaluator", "evaluator.samples", 10**20, ["evaluator.samples"]),
+        ("evaluator", "evaluator.images", None, ["evaluator", "images"]),
+        ("features", "features.images", "third_half", ["features.images", "'first_half'"]),
         ("cost", "cost.runs", [], ["cost.runs"]),
         ("evaluate get", "evaluate.get.batch", 0, ["evaluate.get.batch"]),
         ("evaluate get", "evaluate.get.of", "distill/gett", ["evaluate.get.of", "'distill/get'"]),
@@ -319,32 +520,50 @@ def test_a_dry_run_tells_the_configuration_and_the_cost_and_writes_nothing(
     assert [p.name for p in folder.iterdir()] == ["params.yaml"]
 
 
-def test_a_study_beside_other_code_is_refused(tmp_path):
+def test_a_study_beside_other_code_is_refused(tmp_path, monkeypatch, capsys):
     """The environment of one clone is active in the folder of another."""
     (tmp_path / "equilab").mkdir()
-    folder = write_study(tmp_path / "studies/smoke", {"study.root": "../.."})
-    status, _, err = run(folder, "data")
-    assert status == 2 and str(ROOT) in err and str(tmp_path) in err
-    assert not (folder / "results").exists()
+    monkeypatch.chdir(write_study(tmp_path / "studies/smoke", {"study.root": "../.."}))
+    sentence = refused(capsys, "data")
+    assert str(ROOT) in sentence and str(tmp_path) in sentence
+    assert not Path("results").exists()
 
 
-def test_a_link_to_params_is_a_study_where_the_link_is(tmp_path):
+def test_a_link_to_params_is_a_study_where_the_link_is(tmp_path, monkeypatch):
     one, other = write_study(tmp_path / "one"), tmp_path / "other"
     other.mkdir()
     (other / "params.yaml").symlink_to(one / "params.yaml")
-    assert run(other, "data")[0] == 0
+    monkeypatch.chdir(other)
+    called("data")
     assert (other / "results/data/meta.json").exists() and not (one / "results").exists()
 
 
 @pytest.mark.parametrize("settings", [{"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2"}])
-def test_a_rank_without_torchrun_is_refused(tmp_path, settings):
-    status, _, err = run(write_study(tmp_path), "data", environment=settings)
-    assert status == 2 and "torchrun" in err and "MASTER_ADDR" in err
+def test_a_rank_without_torchrun_is_refused(tmp_path, monkeypatch, capsys, settings):
+    monkeypatch.chdir(write_study(tmp_path))
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    sentence = refused(capsys, "data")
+    assert "torchrun" in sentence and "MASTER_ADDR" in sentence
 
 
 def test_an_interruption_is_answered_however_early(tmp_path):
     """Where the package is only being imported it is told in a sentence too."""
-    script = "import equilab.__main__ as m, builtins, signal, os\noriginal = builtins.__import__\ndef slow(name, *rest):\n    if name == 'equilab.core.config': os.kill(os.getpid(), signal.SIGINT)\n    return original(name, *rest)\nbuiltins.__import__ = slow\nsys.exit(m.main())"
+    script = """
+import builtins, os, signal
+import equilab.__main__
+
+imported = builtins.__import__
+
+def interrupted(name, *rest):
+    if name == "equilab.core.config":
+        os.kill(os.getpid(), signal.SIGINT)
+    return imported(name, *rest)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+builtins.__import__ = interrupted
+sys.exit(equilab.__main__.main())
+"""
     status, _, err = run(write_study(tmp_path), "data", script=script)
     assert status == 130 and len(err.splitlines()) == 1
 
@@ -364,3 +583,32 @@ def test_a_command_starts_from_any_folder(tmp_path):
 def test_params_that_are_not_there_are_told(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml"):
         config.read(Path(tmp_path / "nowhere.yaml"))
+
+
+def test_clean_removes_unfinished_work_of_runs_that_are_gone_and_no_other(tmp_path, monkeypatch, capsys):
+    folder = write_study(tmp_path, {"distill.get.seeds": [0]})
+    kept = ["distill@get-0", "evaluate@get-0", "teacher", "pairs"]
+    gone = ["distill@get-1", "distill@old-0", ".distill@get-0.removed"]
+    for name in kept + gone:
+        (folder / ".equilab/scratch" / name).mkdir(parents=True)
+        (folder / ".equilab/scratch" / name / "state.safetensors").write_bytes(bytes(2**20))
+    monkeypatch.chdir(folder)
+    assert __main__.main(["clean", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}: 1.0 MiB" in listed for name in gone) and not any(
+        f"/{name}:" in listed for name in kept
+    )
+    assert sorted(path.name for path in Path(".equilab/scratch").iterdir()) == sorted(kept + gone)
+    assert __main__.main(["clean"]) == 0
+    assert sorted(path.name for path in Path(".equilab/scratch").iterdir()) == sorted(kept)
+    capsys.readouterr()
+    assert __main__.main(["clean"]) == 0 and "nothing is left" in capsys.readouterr().out
+
+
+def test_clean_leaves_work_that_is_going_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(write_study(tmp_path))
+    Path(".equilab/scratch/distill@old-0").mkdir(parents=True)
+    with files.locked("distill@old-0"):
+        assert __main__.main(["clean"]) == 2
+    assert "another process is working on distill@old-0" in capsys.readouterr().err
+    assert Path(".equilab/scratch/distill@old-0").exists()

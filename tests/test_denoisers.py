@@ -3,64 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from entries import DIT, FPDM, drawn
 
 from equilab.core import config as configs
 from equilab.core.config import UserError
 from equilab.diffusion import discrete_losses
 from equilab.diffusion.discrete import noised
-from equilab.training import diffusion, loop
-
-OPTIMISATION = dict(
-    nimg=64,
-    batch=8,
-    micro_batch=8,
-    lr=1e-3,
-    betas=[0.9, 0.999],
-    weight_decay=0.0,
-    clip=1.0,
-    warmup_nimg=0,
-    decay="none",
-    decay_start_nimg=0,
-    ema_half_life_nimg=64.0,
-    ema_warmup=0,
-    precision="fp32",
-    compile=False,
-    report_nimg=8,
-    snapshots=[],
-)
-SIZES = dict(width=16, heads=2, patch=2, expansion=2, learned_variance=True)
-ENTRY = dict(
-    network={"kind": "fpdm", "pre": 1, "post": 1, "pre_post_timestep": False, **SIZES},
-    conditional=True,
-    label_dropout=0.1,
-    diffusion=dict(
-        timesteps=100,
-        beta_start=1e-3,
-        beta_end=0.1,
-        zero_terminal_snr=True,
-        prediction="v",
-        variance="learned",
-    ),
-    weight="uniform",
-    fixed_point=dict(gradient="s_jfb", no_grad_iterations=3, grad_iterations=2),
-    seed=0,
-    optimisation=OPTIMISATION,
-)
-DIT = {**ENTRY, "network": {"kind": "dit", "depth": 3, **SIZES}, "fixed_point": None}
+from equilab.training import diffusion
 
 
-def parsed(entry=ENTRY, **changes):
-    return configs.parse(diffusion.Config, {**entry, **changes}, "diffusion.run")
-
-
-def denoiser(config):
-    """Return a network whose output depends on all of its inputs: weights that start at zero are drawn."""
-    net = loop.build(config.network, 0, "weights", (1, 8, 8), 10)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=draw)
-    return net.eval()
+def parsed(**changes):
+    """Return the config of an FPDM with other values."""
+    return configs.parse(diffusion.Config, {**FPDM, **changes}, "diffusion.run")
 
 
 def test_labels_are_hidden_at_their_rate_by_position_alone():
@@ -88,7 +42,7 @@ def test_the_iterations_of_an_update_are_drawn_from_their_ranges_and_from_nothin
 
 def test_the_loss_is_the_error_and_the_bound_of_the_networks_output():
     config = parsed()
-    net = denoiser(config)
+    net = drawn(config)
     image, noise = (
         torch.from_numpy(np.random.default_rng(k).normal(size=(5, 1, 8, 8)).astype("f")) for k in (0, 1)
     )
@@ -117,9 +71,9 @@ JFB = {"gradient": "jfb", "no_grad_iterations": 3, "grad_iterations": 2}
         ({"network": DIT["network"]}, "network.kind is dit"),
         ({"label_dropout": 1.0}, "label_dropout"),
         ({"conditional": False}, "label_dropout is 0.1"),
-        ({"diffusion": {**ENTRY["diffusion"], "variance": "small"}}, "network.learned_variance"),
-        ({"diffusion": {**ENTRY["diffusion"], "beta_end": 2.0}}, "beta_end 2.0"),
-        ({"diffusion": {**ENTRY["diffusion"], "prediction": "noise"}}, "predict 'v'"),
+        ({"diffusion": {**FPDM["diffusion"], "variance": "small"}}, "network.learned_variance"),
+        ({"diffusion": {**FPDM["diffusion"], "beta_end": 2.0}}, "beta_end 2.0"),
+        ({"diffusion": {**FPDM["diffusion"], "prediction": "noise"}}, "predict 'v'"),
         ({"weight": "publisched"}, "did you mean 'published'"),
     ],
 )

@@ -126,9 +126,8 @@ def denoiser(chain, mean, std):
 def moments(sampler, chain, predict, **options):
     """Return mean and standard deviation of what a sampler, affine in its noises, makes of unit noise."""
     count = len(chain.t)
-    units = torch.eye(
-        count + 1, count, dtype=torch.float64
-    )  # row i: one of the noises is 1; the last row: none
+    # row i: one of the noises is 1; the last row: none
+    units = torch.eye(count + 1, count, dtype=torch.float64)
     units = units.T[:, :, None, None, None]  # the first is the start
 
     def noises(step):
@@ -308,6 +307,16 @@ def test_a_budget_gives_each_step_its_iterations_and_is_spent_exactly(kind, tota
         assert counts == sorted(counts)
 
 
+def test_an_adaptive_budget_makes_of_a_sample_what_it_makes_of_it_alone():
+    chain, noise = of("small").chain(evenly(1000, 5)), torch.randn(3, 1, 2, 3)
+    together = steps_of(implicit(Toy(), ITERATE), noise, chain, budget=Budget("adaptive", 30))
+    for k in range(3):
+        alone = steps_of(implicit(Toy(), ITERATE), noise[k : k + 1], chain, budget=Budget("adaptive", 30))
+        for one, other in zip(together, alone, strict=True):
+            assert one.solutions[0].iterations[k] == other.solutions[0].iterations[0]
+            torch.testing.assert_close(one.x[k : k + 1], other.x)
+
+
 def test_a_budget_that_is_too_small_for_the_chain_is_refused():
     chain = of("small").chain(evenly(1000, 8))
     with pytest.raises(ValueError, match=r"total is 7.* 8 steps"):
@@ -373,12 +382,13 @@ def test_guidance_pulls_away_from_the_null_class():
     x, t, label = start(), torch.full((2,), 5), torch.tensor([1, 2])
     carry = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0))
     predict = implicit(LabelledToy(), ITERATE)
-    with_label, first = predict(x, t, label, carry[:2], 2)
-    without, second = predict(x, t, torch.tensor([7, 7]), carry[2:], 2)
-    output, solution = guided(predict, 3.0, 7, "all")(x, t, label, carry, 2)
+    twice = {"iterations": 2}
+    with_label, first = predict(x, t, label, carry[:2], twice)
+    without, second = predict(x, t, torch.tensor([7, 7]), carry[2:], twice)
+    output, solution = guided(predict, 3.0, 7, "all")(x, t, label, carry, twice)
     torch.testing.assert_close(output, without + 3 * (with_label - without))
     torch.testing.assert_close(solution.z, torch.cat([first.z, second.z]))
-    plain, _ = guided(predict, 1.0, 7, "all")(x, t, label, carry, 2)
+    plain, _ = guided(predict, 1.0, 7, "all")(x, t, label, carry, twice)
     torch.testing.assert_close(plain, with_label)
 
 
@@ -398,7 +408,7 @@ def test_both_halves_of_guidance_keep_their_solutions_along_a_chain():
 def test_guidance_leaves_the_variance_and_as_published_all_but_three_channels_alone(channels, count):
     net = explicit(lambda x, t, label: torch.cat([x, 2 * x], 1) * label[:, None, None, None])
     x, t = torch.ones(2, 5, 1, 1), torch.zeros(2, dtype=torch.int64)
-    output, solution = guided(net, 4.0, 0, channels)(x, t, torch.tensor([1, 1]), None, None)
+    output, solution = guided(net, 4.0, 0, channels)(x, t, torch.tensor([1, 1]), None, {})
     assert solution is None
     assert output[0].flatten().tolist() == [4.0] * count + [1.0] * (5 - count) + [2.0] * 5
 
@@ -415,12 +425,12 @@ def test_one_half_that_diverges_is_a_sample_that_diverges():
     assert step.diverged.tolist() == [True, False]
 
 
-TWO = {"x": start(), "t": torch.tensor([5, 5]), "label": None, "carry": None, "iterations": None}
+TWO = {"x": start(), "t": torch.tensor([5, 5]), "label": None, "carry": None, "limits": {}}
 
 
 def test_a_call_without_an_iteration_is_refused():
     with pytest.raises(ValueError, match="iterations is 0"):
-        implicit(Toy(), ITERATE)(**TWO | {"iterations": 0})
+        implicit(Toy(), ITERATE)(**TWO | {"limits": {"iterations": 0}})
 
 
 def test_without_a_carry_samples_may_be_at_different_timesteps():

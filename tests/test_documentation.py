@@ -4,14 +4,20 @@ import argparse
 import re
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import golden, weights_of
+from test_sampling import study  # noqa: F401, a fixture
 
 from equilab import __main__, graph
+from equilab.claims.claim import Claim
+from equilab.claims.comparisons import Comparison
+from equilab.core.config import parse
+from equilab.tables import Results
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,8 +57,8 @@ def test_commands_exist(page):
         assert target in targets, f"{page.name} names `make {target}`, the Makefile does not"
     for command in re.findall(r"-m equilab ([a-z]+)", commands):
         assert command in COMMANDS, f"{page.name} names the command {command}, which is none"
-    for study in re.findall(r"studies/([a-z0-9-]+)", commands):
-        assert (ROOT / "studies" / study / "params.yaml").exists(), f"{page.name} names the study {study}"
+    for name in re.findall(r"studies/([a-z0-9-]+)", commands):
+        assert (ROOT / "studies" / name / "params.yaml").exists(), f"{page.name} names the study {name}"
 
 
 @each_page
@@ -68,10 +74,16 @@ def test_the_readme_names_every_page():
 
 
 def test_the_python_of_the_readme_runs_on_the_committed_results():
-    code = "\n".join(blocks(ROOT / "README.md", "python"))
+    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "equilab.results" in block)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "(16, 1, 8, 8) 1 [" in done.stdout and "distill/get-m" in done.stdout
+    assert "distill/get-m" in done.stdout
+
+
+def test_the_three_lines_of_the_readme_draw_images(study, capsys):  # noqa: F811
+    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "equilab.load" in block)
+    exec(code.replace("results/distill/get-m", str(study / "results/distill/get")), {})
+    assert "(16, 1, 8, 8) 1 [" in capsys.readouterr().out
 
 
 def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
@@ -86,6 +98,25 @@ def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
     assert (
         family.network((1, 8, 8), 0, width=16, depth=2)(torch.randn(1, 1, 8, 8), None).image.isfinite().all()
     )
+
+
+def test_the_template_reads_the_images_that_the_docs_make(tmp_path, monkeypatch, capsys):
+    code = next(block for block in blocks(ROOT / "docs/extending.md", "python") if "load_digits" in block)
+    text = (ROOT / "studies/template/params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("root: ../..", f"root: {ROOT}"))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    for command in ("check", "data"):
+        assert __main__.main([command]) == 0, capsys.readouterr().err
+    assert (tmp_path / "results/data/train_labels.npy").exists()
+
+
+def test_the_docs_name_every_key_of_a_claim_and_every_table_of_results():
+    page = (ROOT / "docs/extending.md").read_text()
+    named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
+    members = {name: each for name, each in vars(Results).items() if isinstance(each, cached_property)}
+    tables = {name for name, each in members.items() if each.func.__annotations__["return"] == "pd.DataFrame"}
+    assert named >= {*Claim.model_fields, *(name for name in tables if not name.startswith("_"))}
 
 
 def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
@@ -114,10 +145,6 @@ def test_the_citation_is_complete():
 
 @each_page
 def test_claims_and_comparisons_are_what_the_package_reads(page):
-    from equilab.claims.claim import Claim
-    from equilab.claims.comparisons import Comparison
-    from equilab.core.config import parse
-
     for block in blocks(page, "yaml"):
         if block.startswith("claims:"):
             for entry in yaml.safe_load(block)["claims"]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from smoke import write_study
 from equilab import __main__
 from equilab.core import config as configs
 from equilab.core.config import UserError
-from equilab.core.files import write_arrays, write_table
+from equilab.core.files import sha256_of, write_arrays, write_table
 from equilab.metrics.fidelity import Scorer
 from equilab.sampling import load
 from equilab.sampling.settings import Solve
@@ -37,7 +38,9 @@ def called(folder, *command):
 def study(tmp_path_factory):
     """The folder of a study with a teacher, a GET and a ViT of two seeds; all is trained and evaluated, the teacher in bf16."""
     absent = ["features", "diffusion", "gan", "distill.get-noise"]
-    absent += [f"evaluate.{name}" for name in ("get-noise", "fpdm", "dit", "gdd", "gdd-i-2", "cd")]
+    absent += [
+        f"evaluate.{name}" for name in ("get-noise", "fpdm", "dit", "gdd", "gdd-i-2", "cd", "pd-2", "pd-1")
+    ]
     changes = {
         "distill.vit.seeds": [1, 3],
         "evaluate.teacher.precision": "bf16",
@@ -118,18 +121,24 @@ def test_a_sweep_has_a_row_a_setting_with_its_cost_and_a_curve_a_row_a_snapshot(
 def test_runs_are_compared_within_the_seeds_that_all_have(study):
     assert called(study, "relative") == 0
     rows = table(study / "results/relative/relative.csv")
-    assert [(row["seed"], row["first"], row["second"]) for row in rows] == [
-        ("1", "get", "vit"),
-        ("1", "vit", "get"),
+    assert [tuple(row[key] for key in ("seed", "first", "second", "images")) for row in rows] == [
+        ("1", "get", "vit", "100"),
+        ("1", "vit", "get", "100"),
+        ("1", "get", "get", "50"),
     ]
+    assert float(rows[2]["distance"]) > 0  # two sets of noises
     assert float(rows[0]["distance"]) == pytest.approx(float(rows[1]["distance"]), rel=1e-6)
 
 
-def test_activity_and_cost_are_of_the_first_seed_and_say_of_which_run(study):
+def test_activity_is_of_all_seeds_and_cost_of_the_first_and_both_say_of_which_run(study):
     assert called(study, "activation") == called(study, "cost") == 0
     activity = table(study / "results/activation/activation.csv")
-    first = {(row["of"], row["seed"], row["family"]) for row in activity}
-    assert first == {("teacher", "0", "edm"), ("distill/get", "0", "get")}
+    seen = {(row["of"], row["seed"], row["family"]) for row in activity}
+    assert seen == {("teacher", "0", "edm"), ("distill/get", "0", "get"), ("distill/get", "1", "get")}
+    get = [
+        [row["rms"] for row in activity if (row["of"], row["seed"]) == ("distill/get", seed)] for seed in "01"
+    ]
+    assert len(get[0]) == len(get[1]) and get[0] != get[1]
     layers = {row["layer"] for row in activity if row["of"] == "teacher"}
     assert len(layers) > 5 and all(layer.startswith(("enc.", "dec.")) for layer in layers)
     cost = table(study / "results/cost/cost.csv")
@@ -183,8 +192,57 @@ def test_scores_are_compared_with_a_floor_of_as_many_samples(study, tmp_path, ca
     sections["evaluator"]["samples"] = 101
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(sections))
     assert called(tmp_path, "evaluate", "vit", "--seed", "1") == 2
-    assert "run the stage `evaluator` again" in capsys.readouterr().err.replace(
-        "its stage", "the stage `evaluator`"
+    told = capsys.readouterr().err
+    assert "samples 100, params.yaml gives 101; run `python -m equilab evaluator` again" in told
+
+
+@pytest.fixture
+def copied(study, tmp_path):
+    """A copy of the study's folder."""
+    shutil.copytree(study, tmp_path / "study")
+    return tmp_path / "study"
+
+
+def rewrite(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("again", "run", "told"),
+    [
+        (
+            (),
+            "vit",
+            "results/evaluator/summary.json was made of other images than results/data holds now; run `python -m equilab evaluator` again",
+        ),
+        (("evaluator",), "vit", "results/teacher/weights.safetensors was made of other images"),
+        (("evaluator",), "teacher", "run `python -m equilab teacher` again"),
+    ],
+)
+def test_what_was_made_of_other_images_is_refused(copied, capsys, again, run, told):
+    rewrite(copied / "results/data/meta.json", source="elsewhere")
+    inputs = {"data": sha256_of(copied / "results/data/meta.json")}
+    for stage in again:
+        rewrite(copied / f"results/{stage}/summary.json", inputs=inputs)
+    assert called(copied, "evaluate", run, "--seed", "1" if run == "vit" else "0") == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_generator_of_other_pairs_is_refused(copied, capsys):
+    rewrite(copied / "results/pairs/meta.json", environment="another")
+    assert called(copied, "evaluate", "vit", "--seed", "1") == 2
+    told = capsys.readouterr().err
+    assert "results/distill/vit/1/weights.safetensors was trained on other pairs than results/pairs" in told
+    assert "run `python -m equilab distill vit --seed 1` again" in told
+
+
+def test_a_stage_ends_with_a_line_of_what_came_of_it(study, capsys):
+    assert called(study, "evaluate", "vit", "--seed", "1") == 0
+    found = metrics(study, "vit", 1)
+    train, test = (f"{found[f'fd_{split}']:.4g}" for split in ("train", "test"))
+    assert (
+        capsys.readouterr().out
+        == f"evaluate@vit-1: FD {train} to training images, {test} to held-out images\n"
     )
 
 

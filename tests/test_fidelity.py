@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,8 @@ from equilab.core.job import Job, Study
 from equilab.data import images as data
 from equilab.metrics import fidelity
 from equilab.models import checkpoint as state
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS, Classifier
+from equilab.models.feature_networks import classifier_network
 
 CPU = torch.device("cpu")
 
@@ -33,7 +35,8 @@ def study(tmp_path_factory):
         study = Study(name="digits", root=".", seed=0, threads=1, run_threads=1, device="cpu")
         job = Job(study, "data", None, None, (1, 8, 8), 10, "", print, print)
         params = {"source": "digits", "path": None, "test_path": None, "test": 360, "image": [1, 8, 8]}
-        data.run(parse(data.Config, {**params, "classes": 10}, "data"), job)
+        params |= {"classes": 10, "datasets": None, "labels": "uniform"}
+        data.run(parse(data.Config, params, "data"), job)
         folder = job.out.resolve()
     images, labels = data.load(folder, "train")[:2]
     images, labels = data.to_float(torch.from_numpy(np.array(images))), torch.from_numpy(labels)
@@ -89,11 +92,19 @@ def test_a_short_training_classifies_digits_better_than_98_percent(study):
     assert (found.numpy() == labels).mean() > 0.98
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (3, 12, 20)])
-def test_the_classifier_fits_images_of_any_size(image):
-    net = Classifier(image, 7, width=8, features=5)
+def test_a_classifier_of_either_kind_fits_images_of_any_size_and_has_maps_of_several(kind, image):
+    net = CLASSIFIERS[kind](image, 7, width=8, features=5)
     found = net(torch.zeros(2, *image))
     assert [part.shape for part in found] == [(2, 5), (2, 7)]
+    maps = classifier_network(net).features(torch.zeros(2, *image))
+    sides = [tuple(each.shape[2:]) for each in maps]
+    assert sides[0] == image[1:] and max(sides[-1]) <= 4
+    assert all(
+        2 * after >= before > after for one, next_ in pairwise(sides) for before, after in zip(one, next_)
+    )
+    assert [each.shape[1] for each in maps] == [8 * 2**k for k in range(len(maps))]
 
 
 @pytest.mark.parametrize(
@@ -140,10 +151,8 @@ def test_inception_score_agrees_with_the_published_values():
 def test_the_inception_score_of_what_is_not_kept_is_that_of_the_same_parts():
     values, _ = golden("metrics")
     logits = values["in.logits"]
-    parts, order = (
-        fidelity.Parts(10),
-        torch.arange(len(logits)).reshape(10, -1).T.flatten(),
-    )  # image k of part k modulo 10
+    parts = fidelity.Parts(10)
+    order = torch.arange(len(logits)).reshape(10, -1).T.flatten()  # image k of part k modulo 10
     for block in logits[order].split(37):
         parts.update(block)
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -171,10 +180,8 @@ def test_precision_and_recall_agree_with_the_published_values(neighbours):
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     generator = torch.Generator().manual_seed(0)
     mix = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator))[0]
-    a, b = (
-        torch.linspace(0.1, 3, 12).double(),
-        torch.linspace(2, 0.5, 12).double(),
-    )  # variances along common axes
+    # variances along common axes
+    a, b = torch.linspace(0.1, 3, 12).double(), torch.linspace(2, 0.5, 12).double()
     gap = torch.linspace(-1, 1, 12).double()
     one = fidelity.Statistics(torch.zeros(12).double(), mix @ a.diag() @ mix.T)
     two = fidelity.Statistics(gap, mix @ b.diag() @ mix.T)
@@ -282,17 +289,23 @@ def test_the_distances_alone_are_the_same_numbers_from_an_array_or_from_batches(
 
 def test_noise_scores_worse_than_real_images_by_every_score(scorer, images):
     noise, floor = scorer.scores(images), scorer.floor(1437, seed=0)
-    assert set(floor["test"]) == {
-        "fd_train",
-        "kid_train",
-        "precision",
-        "recall",
-        "inception_score",
-        "n_samples",
-    }
-    assert floor["test"]["n_samples"] == 360 and floor["bootstrap"]["n_samples"] == 1437
-    assert floor["bootstrap"]["fd_train"] < floor["test"]["fd_train"] < noise["fd_train"] / 10
-    assert abs(floor["test"]["kid_train"]) < noise["kid_train"] / 10
+    assert (
+        set(floor["test"])
+        == set(floor["halves"])
+        == {
+            "fd_train",
+            "kid_train",
+            "precision",
+            "recall",
+            "inception_score",
+            "n_samples",
+            "n_reference",
+        }
+    )
+    for name, sizes in (("test", (360, 1437)), ("halves", (718, 718))):
+        assert (floor[name]["n_samples"], floor[name]["n_reference"]) == sizes
+        assert 0 < floor[name]["fd_train"] < noise["fd_train"] / 10
+        assert abs(floor[name]["kid_train"]) < noise["kid_train"] / 10
     for key in ("precision", "recall", "inception_score"):
         assert floor["test"][key] > noise[key], key
 
@@ -309,19 +322,25 @@ def test_what_costs_quadratically_compares_a_bounded_number_of_images(scorer, im
     assert found["inception_score"] == parts.score() != first["inception_score"]
 
 
-def test_the_floor_draws_the_same_images_in_pieces_as_at_once():
-    whole = rng.generator(0, "floor").integers(1437, size=1001)
-    draw = rng.generator(0, "floor")
-    assert np.array_equal(
-        np.concatenate([draw.integers(1437, size=n) for n in (250, 250, 250, 250, 1)]), whole
-    )
+def test_the_floor_compares_images_that_are_not_in_both_sets(study, tmp_path):
+    seen = []
+
+    def network(image):
+        seen.append(image.numpy())
+        return image.flatten(1).float(), image.flatten(1).float()
+
+    scorer = fidelity.Scorer(study, study, tmp_path, CPU)
+    scorer.extractor = scorer.extractor._replace(network=network)
+    scorer.floor(300, seed=0)
+    images = np.concatenate(seen).reshape(600, -1)
+    assert len(np.unique(images, axis=0)) == 600
 
 
 def test_an_evaluator_of_another_configuration_is_refused(study):
     network = Spec("classifier", {"width": 24, "features": 32}, Classifier)
     for config, told in (
         (SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
-        (SimpleNamespace(network=network), "under another configuration than params.yaml gives now"),
+        (SimpleNamespace(network=network), "was trained with .*'features': 64"),
     ):
         with pytest.raises(UserError, match=told):
             fidelity.Scorer(study, study, study / "cache", CPU, config)

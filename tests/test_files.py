@@ -165,13 +165,20 @@ def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path):
     assert (tmp_path / "a.txt").read_bytes() == "größer".encode()
 
 
-@pytest.fixture(params=["simulated", "real"])
+def file_systems():
+    """Return where another file system is: simulated, and in the memory where the machine has one there."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        return ["simulated"]
+    same = memory.stat().st_dev == os.stat(tempfile.gettempdir()).st_dev
+    return ["simulated"] if same else ["simulated", memory]
+
+
+@pytest.fixture(params=file_systems(), ids=str)
 def elsewhere(request, tmp_path, monkeypatch):
-    """A folder that renames and links do not lead into, as on another file system; on one, where the machine has it."""
-    if request.param == "real":
-        if not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
-            pytest.skip("no second file system")
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    """A folder that renames and links do not lead into, as on another file system."""
+    if request.param != "simulated":
+        with tempfile.TemporaryDirectory(dir=request.param) as folder:
             yield Path(folder)
         return
     folder = tmp_path / "elsewhere"

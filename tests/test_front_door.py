@@ -41,7 +41,9 @@ def test_three_lines_make_images_of_every_family_whatever_the_batch(results, of)
     assert samples.images.shape == (6, *IMAGE) and samples.images.dtype == np.uint8
     assert abs(samples.images.astype(int) - parts.images).max() <= 1
     assert np.array_equal(samples.labels, parts.labels) and len(samples) == 6
-    assert samples.nfe == {"teacher": 5, "consistency/cd": 2}.get(of, 4 if "diffusion" in of else 1)
+    assert samples.nfe == {"teacher": 5, "consistency/cd": 2, "progressive/pd": 3}.get(
+        of, 4 if "diffusion" in of else 1
+    )
     assert not np.array_equal(samples.images, found.sample(6, seed=4).images)
     if of in ("distill/get", "diffusion/fpdm"):
         assert samples.residuals.shape == (6, samples.iterations[0]) and (samples.residuals > 0).all()

@@ -16,6 +16,7 @@ STAGES = {
     "diffusion": ["diffusion", "fpdm"],
     "features": ["features"],
     "gan": ["gan", "gdd"],
+    "progressive": ["progressive", "pd-2"],
 }
 # The command after three words, where to die: "noise" is drawn, a file takes its place ("replace") or is linked ("link");
 # after how large a share of these calls; before or after the call. Without a share it counts them.
@@ -97,6 +98,7 @@ def calls_of(study, stage, what):
         ("diffusion", "noise", 0.7, "after"),
         ("gan", "replace", 0.4, "after"),
         ("gan", "noise", 0.7, "before"),
+        ("progressive", "replace", 0.4, "before"),
     ],
 )
 def test_a_killed_stage_run_again_ends_in_the_same_bytes(finished, study, stage, what, share, after):

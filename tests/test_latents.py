@@ -1,22 +1,22 @@
 """Latents: a small VAE of our own making, saved to disk and loaded; encoding, training, sampling, and what can go wrong."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
-import yaml
 from diffusers import AutoencoderKL
+from smoke import called, keep, refused
 
 from equilab import __main__, dvc
 from equilab.core import config, rng
 from equilab.data import images as data
 from equilab.data import latents
 from equilab.study import open_study
-
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,22 @@ def vae(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def study(tmp_path, monkeypatch, vae):
-    """The folder of a study in latents, without teacher, pairs and one-step generators; its data and evaluator are there."""
-    monkeypatch.chdir(tmp_path)
-    sections = config.read(SMOKE)
-    sections["study"]["root"] = str(ROOT)
-    for name in ("teacher", "pairs", "distill", "features", "gan", "consistency", "relative", "activation"):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, vae):
+    """The folder of a study in latents, without teacher, pairs and one-step generators; its data and latents are there."""
+    folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
+    sections = smoke.sections()
+    for name in (
+        "teacher",
+        "pairs",
+        "distill",
+        "features",
+        "gan",
+        "consistency",
+        "progressive",
+        "relative",
+        "activation",
+    ):
         del sections[name]
     sections["latents"] = {"vae": str(vae), "shape": [2, 4, 4], "batch": 64}
     sections["evaluate"] = {name: sections["evaluate"][name] for name in ("fpdm", "dit")}
@@ -55,24 +64,41 @@ def study(tmp_path, monkeypatch, vae):
     sections["cost"]["runs"] = ["diffusion/fpdm", "diffusion/dit"]
     sections["notebook"] = {}
     sections["comparisons"] = {"fpdm against dit": sections["comparisons"]["fpdm against dit"]}
-    keep(sections)
-    called("data")
-    return tmp_path
+    keep(sections, folder)
+    os.chdir(folder)
+    for stage in ("data", "latents"):
+        called(stage)
+    os.chdir(before)
+    return folder
 
 
-def keep(sections):
-    Path("params.yaml").write_text(yaml.safe_dump(sections))
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """The same, with its evaluator and its denoisers."""
+    trained, before = tmp_path_factory.mktemp("trained") / "study", Path.cwd()
+    shutil.copytree(folder, trained)
+    os.chdir(trained)
+    for command in (["evaluator"], ["diffusion", "fpdm"], ["diffusion", "dit"]):
+        called(*command)
+    os.chdir(before)
+    return trained
 
 
-def called(*command):
-    assert __main__.main(list(command)) == 0
+@pytest.fixture
+def study(folder, tmp_path, monkeypatch):
+    """A copy of the study, which is the current folder."""
+    return entered(folder, tmp_path, monkeypatch)
 
 
-def refused(capsys, *command):
-    """Return the sentence with which a command is refused."""
-    capsys.readouterr()
-    assert __main__.main(list(command)) == 2
-    return capsys.readouterr().err
+@pytest.fixture
+def trained_study(trained, tmp_path, monkeypatch):
+    """A copy of the study in which all is trained, which is the current folder."""
+    return entered(trained, tmp_path, monkeypatch)
+
+
+def entered(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
 
 
 def content():
@@ -80,15 +106,13 @@ def content():
 
 
 def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, vae):
-    called("latents")
     items = np.array([3, 700, 1500])
     found = latents.Encoded(Path("results/latents")).read(items)
     images = data.load(Path("results/data"), "train").images
     net = AutoencoderKL.from_pretrained(vae).eval()
     with torch.inference_mode():
-        moments = net.quant_conv(
-            net.encoder(data.to_float(torch.from_numpy(images[items])))
-        )  # mean and log variance
+        encoded = net.encoder(data.to_float(torch.from_numpy(images[items])))
+        moments = net.quant_conv(encoded)  # mean and log variance
     mean, log_variance = moments.chunk(2, 1)
     noise = torch.from_numpy(rng.noise(0, "latents", items, (2, 4, 4)))
     torch.testing.assert_close(found, 0.5 * (mean + (log_variance / 2).exp() * noise))
@@ -97,23 +121,21 @@ def test_a_latent_is_a_draw_from_the_posterior_times_the_scaling_factor(study, v
 
 
 def test_a_killed_run_continues_with_the_shard_it_was_at_and_ends_in_the_same_bytes(study, monkeypatch):
-    called("latents")
-    whole, encoded, calls = content(), latents._encoded, []
+    whole, encode, calls = content(), AutoencoderKL.encode, []
 
-    def counted(*given):
-        calls.append(len(given[1]))
+    def counted(vae, image):
+        calls.append(len(image))
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return encoded(*given)
+        return encode(vae, image)
 
-    monkeypatch.setattr(latents, "_encoded", counted)
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
     assert __main__.main(["latents"]) == 130 and content() == whole  # what was there is still there
     called("latents")
     assert content() == whole and sum(calls[20:]) == 1597 - 1024
 
 
 def test_a_run_killed_while_it_publishes_ends_in_the_same_bytes(study, monkeypatch):
-    called("latents")
     whole, written = content(), latents.write_json
 
     def killed(*given):
@@ -128,34 +150,21 @@ def test_a_run_killed_while_it_publishes_ends_in_the_same_bytes(study, monkeypat
     assert content() == whole
 
 
-def test_the_vae_that_decodes_is_the_one_that_encoded(study, capsys, vae, tmp_path):
-    for command in (["evaluator"], ["latents"], ["diffusion", "dit"]):
-        called(*command)
+def test_the_vae_that_decodes_is_the_one_that_encoded(trained_study, capsys, vae):
     net = AutoencoderKL.from_pretrained(vae)
     net.decoder.conv_out.bias.data += 1
     net.save_pretrained("other")
     sections = config.read(Path("params.yaml"))
     sections["latents"]["vae"] = "other"
     keep(sections)
-    assert "was made by another VAE than other holds; run the stage latents again" in refused(
+    assert "was made by another VAE than other holds; run `python -m equilab latents` again" in refused(
         capsys, "evaluate", "dit"
     )
     assert not Path("results/evaluate").exists()
 
 
-def test_samples_are_decoded_to_pixels(study):
-    called("check")
-    for command in (
-        ["evaluator"],
-        ["latents"],
-        ["diffusion", "fpdm"],
-        ["diffusion", "dit"],
-        ["evaluate", "fpdm"],
-        ["evaluate", "dit"],
-        ["cost"],
-        ["claims"],
-    ):
-        called(*command)
+def test_samples_are_decoded_to_pixels(trained_study):
+    called("evaluate", "fpdm")
     samples = np.load("results/evaluate/fpdm/0/samples.npy")
     assert samples.shape == (100, 1, 8, 8) and samples.dtype == np.uint8
     with np.load("results/evaluate/fpdm/0/iterates.npz") as kept:
@@ -163,6 +172,12 @@ def test_samples_are_decoded_to_pixels(study):
         assert np.array_equal(kept["images"][-1], samples[:16])  # the last prediction is the image
     summary = json.loads(Path("results/diffusion/fpdm/0/summary.json").read_text())
     assert summary["image"] == [2, 4, 4] and set(summary["inputs"]) == {"data", "latents"}
+
+
+@pytest.mark.slow
+def test_claims_are_of_what_a_study_in_latents_has(trained_study):
+    for command in (["check"], ["evaluate", "fpdm"], ["evaluate", "dit"], ["cost"], ["claims"]):
+        called(*command)
     claims = Path("results/claims.md").read_text()
     assert "FPDM-2" in claims and "GET-" not in claims
 
@@ -190,7 +205,7 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
         for path in stage.get("do", stage)["deps"]
         if "pairs/" in path or ("distill" in path and "results" in path)
     ]
-    assert "latents" not in dvc.graph(open_study(SMOKE))["stages"]
+    assert "latents" not in dvc.graph(open_study(smoke.SMOKE))["stages"]
 
 
 @pytest.mark.parametrize(
@@ -206,21 +221,19 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
     ],
 )
 def test_a_vae_that_is_missing_or_does_not_fit_is_named(study, capsys, change, command, sentence):
-    sections = config.read(Path("params.yaml"))
+    sections, before = config.read(Path("params.yaml")), content()
     sections["latents"] |= change
     keep(sections)
     assert sentence in refused(capsys, *command)
-    assert not Path("results/latents").exists()
+    assert content() == before
 
 
-def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study, capsys, vae, tmp_path):
-    called("latents")
+def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study, capsys, vae):
     shard = Path("results/latents/latents-0000000000.npy")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")
-    assert f"{shard} is missing or damaged; run the stage latents again" in refused(
-        capsys, "diffusion", "dit"
-    )
+    told = refused(capsys, "diffusion", "dit")
+    assert f"{shard} is damaged" in told and "run `python -m equilab latents` again" in told
     shard.write_bytes(whole)
     sections = config.read(Path("params.yaml"))
     sections["evaluate"]["dit"]["chain"][0]["clamp"] = True

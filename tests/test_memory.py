@@ -7,19 +7,17 @@ from pathlib import Path
 
 import published_sizes
 import pytest
+import smoke
 import torch
-import yaml
 
 from equilab import __main__
-from equilab.core import config, rng
+from equilab.core import rng
 from equilab.data.pairset import PairSet
 from equilab.metrics import fidelity
 from equilab.metrics.measuring import peak_memory
 from equilab.models import dit, fpdm
 from equilab.solvers import Gradient, Solver, equilibrium
 
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 CPU = torch.device("cpu")
 
 
@@ -42,10 +40,7 @@ def stage(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
 
     def run(name, *which, pairs=200):
-        sections = config.read(SMOKE)
-        sections["study"]["root"] = str(ROOT)
-        sections["pairs"]["count"] = sections["distill"]["get"]["pairs"] = pairs
-        (folder / "params.yaml").write_text(yaml.safe_dump(sections))
+        smoke.write_study(folder, {"pairs.count": pairs, "distill.get.pairs": pairs})
         assert __main__.main([name, *which, "--params", str(folder / "params.yaml")]) == 0
 
     for name, *which in (["data"], ["evaluator"], ["teacher"], ["pairs"], ["distill", "get", "--seed", "0"]):

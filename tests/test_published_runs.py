@@ -59,8 +59,9 @@ def get_file(folder):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A study whose teacher and whose GET are published ones, with its data."""
-    absent = dict.fromkeys(["gan", "consistency", "relative", "activation", "diffusion"], ...)
-    absent |= {f"evaluate.{run}": ... for run in ("fpdm", "dit", "gdd", "gdd-i-2", "cd", "get")}
+    absent = dict.fromkeys(["gan", "consistency", "progressive", "relative", "activation", "diffusion"], ...)
+    others = ("fpdm", "dit", "gdd", "gdd-i-2", "cd", "pd-2", "pd-1", "get")
+    absent |= {f"evaluate.{run}": ... for run in others}
     absent |= {
         f"notebook.{name}": ... for name in ("reuse_smoothing", "one_step", "layer_activation", "00_tour")
     }

@@ -26,7 +26,7 @@ HEAVY = {
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["card", "check", "dvc", "score", "study", "graph"],
+    ["card", "check", "dvc", "planning", "score", "study", "graph"],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["published"],
@@ -159,7 +159,7 @@ def before(copy):
         ("equilab/models/registry.py", "NUMBER = 1\n", set()),
         ("equilab/__init__.py", "def more():\n    from equilab import bench\n", set()),
         ("equilab/stages/relative.py", "NUMBER = 1\n", {"relative.txt"}),
-        ("equilab/claims/get.yaml", "# 1\n", {"claims.txt"}),
+        ("equilab/claims/get.yaml", "# 1\n", {"claims.txt", "report.txt"}),
     ],
 )
 def test_a_change_of_code_changes_the_jobs_that_run_it(copy, before, file, line, changed):
@@ -222,8 +222,9 @@ def test_a_setting_that_changes_concerns_all_seeds_of_its_run(tmp_path):
 
 
 def test_a_study_without_a_stage_depends_on_none_of_its_results(tmp_path):
-    absent = ["features", "gan", "consistency", "relative", "activation"]
-    changes = dict.fromkeys([*absent, "evaluate.gdd", "evaluate.gdd-i-2", "evaluate.cd"], ...)
+    absent = ["features", "gan", "consistency", "progressive", "relative", "activation"]
+    runs = ("gdd", "gdd-i-2", "cd", "pd-2", "pd-1")
+    changes = dict.fromkeys([*absent, *(f"evaluate.{run}" for run in runs)], ...)
     changes["cost.runs"] = ["teacher", "distill/get"]
     found = jobs(study.read(write_study(tmp_path, changes) / "params.yaml"))
     for name in absent:
@@ -253,6 +254,11 @@ def test_what_is_listed_to_run_at_once_needs_only_what_is_listed_before():
                 )
             made += outputs
         before += made
+
+
+@pytest.mark.parametrize("params", STUDIES, ids=lambda params: params.parent.name)
+def test_every_study_has_an_order_in_which_its_runs_are_made(params):
+    assert dvc.waves(study.read(params))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Results as tidy tables: a row each, a column a thing, and a sentence where a file is missing or damaged."""
+"""Results as tidy tables: a row each, a column a thing, and a sentence where a file is not there or damaged."""
 
+import shutil
 import subprocess
 import sys
 
@@ -39,6 +40,11 @@ def study(tmp_path):
             },
         },
         "consistency/cd": {"fd": [4.0]},
+        "progressive/pd-1": {
+            "fd": [3.5],
+            "curve": [{"nimg": 500, "times": 2.0}],
+            "summary": {"nimg_before": 3000},
+        },
     }
     points = {"runs": ["distill/get"], "baseline": [{"run": "distill/get", "at": {"most_iterations": 1}}]}
     comparisons = {
@@ -71,9 +77,10 @@ def test_what_figures_and_claims_need_is_a_column(study):
     assert runs.loc[("distill/get", 0), "train_flops"] == 30 * 1000
     assert runs.loc[("distill/get", 0), "teacher_calls"] == 100 * 35  # pairs, of 18 steps of Heun's method
     assert runs.loc[("consistency/cd", 0), "teacher_calls"] == 2 * 1000
-    assert runs.loc[("distill/get", 0), "rise_train"] == pytest.approx(
-        2.0
-    )  # it ends at twice its best snapshot
+    chain = runs.loc[("progressive/pd-1", 0)]  # with the images of the students before it
+    assert (chain["nimg"], chain["teacher_calls"], chain["train_flops"]) == (4000, 2 * 4000, 30 * 4000)
+    rise = runs.loc[("distill/get", 0), "rise_train"]
+    assert rise == pytest.approx(2.0)  # it ends at twice its best snapshot
     assert runs.loc[("distill/vit", 0), "rise_train"] == 1.0
 
 
@@ -84,9 +91,8 @@ def test_a_setting_is_a_row_and_the_first_is_the_headline(study):
     assert list(get["fd_train"]) == pytest.approx([2.2, 6.6, 3.3])
     chains = settings[settings["of"] == "diffusion/fpdm"]
     assert list(chains["iterations_per_call"]) == [4 / 5] * 2 and list(chains["reuse"]) == [True, False]
-    assert list(chains["residual_ratio"]) == pytest.approx(
-        [0.25] * 2
-    )  # 0.1 over 0.4; the first step is left out
+    # 0.1 over 0.4; the first step is left out
+    assert list(chains["residual_ratio"]) == pytest.approx([0.25] * 2)
 
 
 def test_snapshots_end_with_the_end_of_training(study):
@@ -94,6 +100,8 @@ def test_snapshots_end_with_the_end_of_training(study):
     get = snapshots[(snapshots["of"] == "distill/get") & (snapshots["seed"] == 0)]
     assert list(get["nimg"]) == [250, 500, 1000] and list(get["fd_train"]) == pytest.approx([8.0, 1.0, 2.0])
     assert list(get["train_flops"]) == [30 * 250, 30 * 500, 30 * 1000]
+    chain = snapshots[snapshots["of"] == "progressive/pd-1"]
+    assert list(chain["nimg"]) == [3500, 4000] and list(chain["train_flops"]) == [30 * 3500, 30 * 4000]
 
 
 def test_a_comparison_is_rows_of_both_sides_seed_by_seed(study):
@@ -127,21 +135,89 @@ def test_what_was_measured_stands_beside_every_seed(study):
     assert set(compared["train_memory"]) == {20.0}
 
 
+def layer(of, seed, name, depth, mean, rms):
+    """Return the rows of a layer: its activity at three noise levels, of which the order is judged by the lower two."""
+    about = {"of": of, "seed": seed, "family": "edm", "layer": name, "depth": depth, "judged_up_to": 30.0}
+    levels = zip((80.0, 10.0, 0.1), mean, rms)
+    return [
+        {**about, "step": step, "at": at, "mean": one, "rms": other}
+        for step, (at, one, other) in enumerate(levels, 1)
+    ]
+
+
+def test_of_two_layers_the_deeper_or_the_shallower_is_active_at_the_higher_noise_level(study):
+    early, late, first = (0.0, 2.0, 1.0), (0.0, 1.0, 2.0), (3.0, 2.0, 1.0)  # `first` beyond what is judged
+    rows = [
+        *layer("teacher", 0, "enc.a", 0, late, early),
+        *layer("teacher", 0, "enc.b", 1, early, late),
+        *layer("teacher", 0, "dec.c", 2, first, early),
+        *layer("teacher", 0, "dec.d", 3, late, early),
+    ]
+    fpdm = {"of": "diffusion/fpdm", "seed": 0, "family": "fpdm", "layer": "iteration.2", "depth": 0}
+    table(
+        study / "activation/activation.csv", [*rows, {**fpdm, "step": 1, "at": 9.0, "mean": 1.0, "rms": 1.0}]
+    )
+    found = equilab.results(study)
+    assert len(found.activation) == 13 and found.activation["deep"].notna().sum() == 12
+    peaks = found.peaks.set_index(["layer", "reading"])
+    assert (peaks["deep"].unstack()["mean"]).to_dict() == {"enc.a": 0, "enc.b": 1, "dec.c": 1, "dec.d": 0}
+    assert peaks.loc[("dec.c", "mean"), ["sigma", "sigma_judged"]].tolist() == [80.0, 10.0]
+    orders = found.orders.set_index("first")
+    assert orders["pairs_mean"].to_dict() == {"deep": 2.5, "shallow": 0.5}
+    assert orders["pairs_rms"].to_dict() == {"deep": 1.0, "shallow": 2.0}  # those of the decoder are alike
+
+
+def test_costs_of_a_study_that_measures_no_training_are_those_of_sampling(study):
+    row = {
+        "of": "distill/get",
+        "seed": 0,
+        "family": "get",
+        "what": "sample",
+        "iterations": 6,
+        "memory_mib": 7.0,
+    }
+    table(study / "cost/cost.csv", [{**row, "seconds": 0.2, "seconds_min": 0.1, "seconds_max": 0.3}])
+    rows = equilab.results(study).compare("get against vit")
+    get = rows[rows["of"] == "distill/get"]
+    assert set(get["sample_seconds"]) == {0.2} and get["train_seconds"].isna().all()
+
+
+def test_images_until_a_target_are_read_off_the_curve_and_a_baseline_has_seen_all_of_its_own(tmp_path):
+    curve = [{"nimg": 250, "times": 8.0}, {"nimg": 500, "times": 2.0}]
+    runs = {
+        "gan/gdd": {"fd": [2.0, 8.0], "curve": curve},
+        "consistency/cd": {"fd": [9.0, 9.0], "curve": curve},
+        "distill/get": {"fd": [2.0, 8.0]},
+    }
+    target = {"run": "distill/get", "margin": 0.5}  # a geometric mean of 4, so that 6 will do
+    named = {"runs": ["gan/gdd"], "baseline": ["consistency/cd"]}
+    comparisons = {"to the target": {"table": "reached", "target": target, **named}}
+    found = equilab.results(write_study(tmp_path, runs, comparisons=comparisons))
+    half_way = 250 * 2 ** (np.log(16 / 6) / np.log(16 / 4))  # 16 at 250, 4 at 500
+    rows = found.compare("to the target").set_index(["side", "seed"])["images_train"]
+    assert rows["runs"].tolist() == pytest.approx([half_way, np.inf])
+    assert rows["baseline"].tolist() == [1000, 1000]  # never, so more than all
+    assert set(
+        found.reached(found.comparisons["to the target"].target).query("run == 'cd'")["images_train"]
+    ) == {np.inf}
+
+
 def test_relative_distances_name_their_runs(study):
     rows = [
         {"seed": 0, "first": "cd", "second": "get", "distance": 1.5},
         {"seed": 0, "first": "get", "second": "cd", "distance": 1.5},
+        {"seed": 0, "first": "cd", "second": "cd", "distance": 0.5},  # two halves of one run's images
     ]
     table(study / "relative/relative.csv", rows)
     found = equilab.results(study)
-    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd"]
+    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd", "consistency/cd"]
     runs = found.runs.set_index(["of", "seed"])["relative"].dropna()
     assert runs.to_dict() == {("distill/get", 0): 1.5}
 
 
 def test_the_floor_and_the_iterates(study):
     found = equilab.results(study)
-    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"bootstrap": 0.3, "test": 9.0}
+    assert found.floor.set_index("measure").loc["fd_train"].to_dict() == {"test": 9.0, "halves": 4.0}
     assert found.iterates("distill/get", 2)["images"].shape == (1, 2, 1, 8, 8)
     with pytest.raises(UserError, match="seed 3"):
         found.iterates("distill/get", 3)
@@ -149,28 +225,65 @@ def test_the_floor_and_the_iterates(study):
 
 
 @pytest.mark.parametrize(
-    ("path", "stage", "content"),
+    ("path", "content", "told"),
     [
-        ("evaluate/get/1/sweep.csv", "evaluate", None),
-        ("evaluate/get/1/sweep.csv", "evaluate", "fd_train,fd_test\n1,"),
-        ("evaluate/get/0/metrics.json", "evaluate", "{"),
-        ("evaluate/fpdm/0/iterates.npz", "evaluate", "PK"),
-        ("distill/vit/2/summary.json", "distill/vit", '{"stage": "distill"}'),
+        (
+            "evaluate/get/1/sweep.csv",
+            None,
+            "is not there; run `python -m equilab evaluate get --seed 1` first",
+        ),
+        ("evaluate/get/1/sweep.csv", "fd_train,fd_test\n1,", "is damaged .* evaluate get --seed 1` again"),
+        ("evaluate/get/0/metrics.json", "{", "is damaged .* evaluate get --seed 0` again"),
+        ("evaluate/fpdm/0/iterates.npz", "PK", "is damaged .* evaluate fpdm --seed 0` again"),
+        (
+            "distill/vit/2/summary.json",
+            '{"stage": "distill"}',
+            "is damaged .*has no config.* distill vit --seed 2` again",
+        ),
     ],
 )
-def test_a_missing_or_damaged_file_is_named_with_its_stage(study, path, stage, content):
+def test_a_missing_or_damaged_file_is_named_with_the_command_that_writes_it(study, path, content, told):
     if content is None:
         (study / path).unlink()
     else:
         (study / path).write_text(content)
-    with pytest.raises(UserError, match=f"{path}.*{stage}"):
+    with pytest.raises(UserError, match=f"{path} {told}"):
         equilab.results(study).compare("get against vit")
 
 
-def test_what_a_stage_has_not_written_is_said(study, tmp_path):
-    for name in ("costs", "activation", "relative"):
-        with pytest.raises(UserError, match="missing or damaged; run the stage"):
-            getattr(equilab.results(study), name)
+def test_a_table_of_a_stage_that_has_not_run_has_no_rows(study):
+    found = equilab.results(study)
+    for name, column in {
+        "costs": "seconds",
+        "activation": "rms",
+        "peaks": "sigma",
+        "orders": "pairs_rms",
+        "relative": "distance",
+        "claims": "id",
+    }.items():
+        table = getattr(found, name)
+        assert table.empty and column in table
+    assert found.runs["relative"].isna().all()
+
+
+def test_a_damaged_table_is_refused(study):
+    (study / "cost").mkdir()
+    (study / "cost/cost.csv").write_text("of,seed\n1,")
+    with pytest.raises(UserError, match="cost.csv is damaged"):
+        print(equilab.results(study).costs)
+
+
+def test_the_pairs_of_a_stage_are_in_words_and_those_without_results_left_out(study):
+    pairs = equilab.results(study).pairs("distill")
+    assert set(pairs["pair"]) == {"get against vit", "get against get (most iterations 1)"}
+    assert not pairs.duplicated(["pair", "side", "seed"]).any()
+    assert equilab.results(study).pairs("gan").empty
+    for seed in range(3):
+        shutil.rmtree(study / f"evaluate/vit/{seed}")
+    assert set(equilab.results(study).pairs("distill")["pair"]) == {"get against get (most iterations 1)"}
+
+
+def test_what_is_asked_for_and_not_there_is_said(study, tmp_path):
     with pytest.raises(UserError, match="no evaluated run"):
         equilab.results(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="did you mean 'get against vit'"):
@@ -179,6 +292,9 @@ def test_what_a_stage_has_not_written_is_said(study, tmp_path):
 
 def test_published_numbers_say_where_they_stand():
     found = equilab.published_numbers("get_runs")
+    assert (found["updates"] * found["batch"] == found["nimg"]).all()
+    counted = 3.0 * found["flops"] * found["nimg"]
+    assert counted.tolist() == pytest.approx(found["train_flops"].astype(float).tolist())
     assert found.loc[found["model"] == "GET-Mini", "fid"].item() == 10.72
     assert found[["paper", "where"]].notna().all(axis=None)
     with pytest.raises(UserError, match="get_runs"):

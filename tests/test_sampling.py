@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from entries import CLASSES, ENTRIES, FPDM, IMAGE, drawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from equilab.core import config as configs
@@ -13,98 +14,9 @@ from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
 from equilab.core.settings import setting_columns
 from equilab.models.checkpoint import save_tensors
-from equilab.sampling import KINDS, describe, first_seed, load, solver_statistics
+from equilab.sampling import KINDS, describe, load, seeds_of, solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
-from equilab.training import loop
 
-IMAGE, CLASSES = (1, 8, 8), 10
-OPTIMISATION = dict(
-    nimg=64,
-    batch=8,
-    micro_batch=8,
-    lr=1e-3,
-    betas=[0.9, 0.999],
-    weight_decay=0.0,
-    clip=1.0,
-    warmup_nimg=0,
-    decay="none",
-    decay_start_nimg=0,
-    ema_half_life_nimg=64.0,
-    ema_warmup=0.0,
-    precision="fp32",
-    compile=False,
-    report_nimg=8,
-    snapshots=[8],
-)
-UNET = dict(
-    kind="unet",
-    architecture="ddpmpp",
-    width=8,
-    multipliers=[1, 2],
-    blocks=1,
-    attention=[4],
-    head_channels=0,
-    dropout=0.0,
-    augment=0,
-)
-TRANSFORMER = dict(width=16, heads=2, patch=2, expansion=2)
-TEACHER = dict(
-    network=UNET, conditional=True, sigma_data=0.75, sigma_mean=-1.2, sigma_std=1.2, optimisation=OPTIMISATION
-)
-GET = dict(
-    network=dict(
-        kind="get", depth=1, equilibrium_depth=2, equilibrium_expansion=2, normalise=True, **TRANSFORMER
-    ),
-    conditional=True,
-    equilibrium=dict(init="zeros", iterations=3, gradient="unrolled", correction=None),
-    pairs=40,
-    loss="l1",
-    seed=0,
-    optimisation=OPTIMISATION,
-)
-VIT = {
-    **GET,
-    "network": dict(kind="vit", depth=2, conditioning="additive", **TRANSFORMER),
-    "equilibrium": None,
-}
-FPDM = dict(
-    network=dict(kind="fpdm", pre=1, post=1, learned_variance=True, pre_post_timestep=False, **TRANSFORMER),
-    conditional=True,
-    label_dropout=0.1,
-    diffusion=dict(
-        timesteps=100,
-        beta_start=1e-3,
-        beta_end=0.1,
-        zero_terminal_snr=True,
-        prediction="v",
-        variance="learned",
-    ),
-    weight="uniform",
-    fixed_point=dict(gradient="s_jfb", no_grad_iterations=3, grad_iterations=2),
-    seed=0,
-    optimisation=OPTIMISATION,
-)
-DIT = {
-    **FPDM,
-    "network": dict(kind="dit", depth=3, learned_variance=True, **TRANSFORMER),
-    "fixed_point": None,
-}
-CD = dict(
-    network=UNET,
-    conditional=True,
-    student=dict(start="teacher", freeze="gdd", sigma_min=0.002, sigmas=[80.0, 10.0]),
-    levels=dict(steps=4, sigma_min=0.002, sigma_max=80.0, rho=7.0),
-    seed=0,
-    optimisation=OPTIMISATION,
-)
-ENTRIES = {
-    "teacher": TEACHER,
-    "distill/get": GET,
-    "distill/vit": VIT,
-    "diffusion/fpdm": FPDM,
-    "diffusion/dit": DIT,
-    "consistency/cd": CD,
-}
 HEUN = dict(method="heun", steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 ITERATE = dict(
     method="iterate", iterations=5, tolerance=0.0, pick="last", memory=None, mixing=None, init="zeros"
@@ -135,6 +47,7 @@ SETTINGS = {
     "diffusion/fpdm": chain(),
     "diffusion/dit": chain(fixed_point=None),
     "consistency/cd": None,
+    "progressive/pd": None,
 }
 
 
@@ -145,16 +58,12 @@ def parsed(of):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """The results of a study whose runs were not trained: weights that start at zero are drawn, so that all inputs matter."""
+    """The results of a study whose runs were not trained."""
     folder = tmp_path_factory.mktemp("study")
     for of in ENTRIES:
         stage, _, name = of.partition("/")
         config = parsed(of)
-        net = loop.build(config.network, 0, "weights", IMAGE, CLASSES)
-        draw = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in net.parameters():
-                weight += 0.1 * torch.randn(weight.shape, generator=draw)
+        net = drawn(config)
         about = {"image": IMAGE, "classes": CLASSES, "sigma_data": 0.75, "nimg": 64, "parameters": 1}
         about |= {"stage": stage, "run": name, "family": config.family.name, "config": plain(config)}
         place = folder / "results" / stage
@@ -185,7 +94,7 @@ def test_every_kind_of_run_makes_images_at_the_cost_that_it_says(generator, of):
     assert counter.get_total_flops() == cost["flops"]
     iterations = sum(int(solution.iterations.sum()) for solution in samples.solutions)
     assert iterations == (cost["iterations"] or 0)
-    assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd"))
+    assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd", "progressive/pd"))
 
 
 @pytest.mark.parametrize("of", ENTRIES)
@@ -202,7 +111,7 @@ def test_the_last_iterate_or_step_is_the_image(generator, of):
     image = made(found, setting, np.arange(3)).image
     iterates = made(found, setting, np.arange(3), return_iterates=True).image
     torch.testing.assert_close(iterates[-1], image, rtol=0, atol=1e-5)
-    counts = {"teacher": 3, "distill/get": 5, "distill/vit": 1, "consistency/cd": 2}
+    counts = {"teacher": 3, "distill/get": 5, "distill/vit": 1, "consistency/cd": 2, "progressive/pd": 3}
     assert len(iterates) == counts.get(of, 4)
 
 
@@ -230,7 +139,10 @@ def test_weights_of_a_snapshot_a_seed_or_another_config(study, generator):
     assert generator("distill/get").metadata["nimg"] == 64
     assert load("distill/get", study=study, config=parsed("distill/get")).run.config == parsed("distill/get")
     other = parsed("distill/get").model_copy(update={"pairs": 7})
-    with pytest.raises(UserError, match="another configuration than params"):
+    with pytest.raises(
+        UserError,
+        match="trained with pairs 40, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
+    ):
         load("distill/get", study=study, config=other)
     with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors is not there"):
         load("distill/get", 3, study=study)
@@ -262,9 +174,9 @@ def test_denoisers_of_timesteps_alone_work_in_latents():
     assert {of for of, shape in shapes.items() if shape == (2, 4, 4)} == {"diffusion/fpdm", "diffusion/dit"}
 
 
-def test_the_first_seed_is_the_runs_or_the_studys():
-    assert first_seed("distill/get", job()) == 4
-    assert first_seed("teacher", job()) == 9
+def test_the_seeds_are_the_runs_or_the_studys():
+    assert seeds_of("distill/get", job()) == (4, 5)
+    assert seeds_of("teacher", job()) == (9,)
 
 
 def test_an_implicit_generator_starts_where_its_setting_says(generator):
@@ -301,6 +213,16 @@ def test_a_budget_of_blocks_is_spent_to_the_last_one(generator, budget, blocks):
     assert (applied + 2 * setting.steps == blocks).all()
     cost = fpdm.cost(setting)
     assert cost["block_evals"] == blocks and cost["iterations"] == blocks - 8
+
+
+def test_a_list_of_iterations_must_fit_the_steps_and_the_blocks(generator):
+    run = generator("diffusion/fpdm").run
+    run.check(chain({"budget": (5, 1, 2, 4)}))
+    for budget, blocks in (((5, 1, 2), 20), ((5, 1, 2, 4), 21)):
+        with pytest.raises(
+            ValueError, match=f"budget lists {sum(budget)} iterations for {len(budget)} steps"
+        ):
+            run.check(chain({"budget": budget, "blocks": blocks}))
 
 
 def test_samples_that_have_converged_stop_costing_and_end_as_they_would_alone(generator):
@@ -378,6 +300,7 @@ def test_guidance_needs_a_class_that_was_hidden_in_training():
         (lambda: solve(iterations=0), "solver.iterations"),
         (lambda: solve(iterations=10**12), "solver.iterations"),
         (lambda: solve(tolerance=-1.0), "solver.tolerance"),
+        (lambda: chain({"budget": "adaptive", "tolerance": 0.1}), "tolerance"),
         (lambda: solve(memory=3), "memory"),
         (lambda: solve(init="zero"), "did you mean 'zeros'"),
         (lambda: sampler(steps=10**12), "sampler.steps"),
@@ -397,6 +320,7 @@ def test_settings_are_told_apart_by_their_columns():
     assert columns["most_iterations"] == 5 and "iterations" not in columns
     columns = setting_columns(configs.plain(chain(guidance={"scale": 1.5, "channels": "all"})))
     assert columns["method"] == "ddim" and columns["solver"] == "iterate" and columns["guidance_scale"] == 1.5
+    assert setting_columns(configs.plain(chain({"budget": (5, 1, 2, 4)})))["budget"] == "5 1 2 4"
     assert list(setting_columns(configs.plain(chain(fixed_point=None)))) == [
         "method",
         "steps",

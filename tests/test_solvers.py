@@ -105,6 +105,22 @@ def test_without_tolerance_all_iterations_run(method, iterations):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_each_sample_may_have_its_own_iterations_and_tolerance(method):
+    f = Rotation(0.5, 0.5, 0.5)
+    solution = solver(method, torch.tensor([2, 50, 5]), torch.tensor([0.0, 1e-3, 0.5]))(f, f.init)
+    assert solution.residuals.shape == (3, 50)
+    assert torch.equal(solution.iterations, f.seen)
+    assert solution.iterations[0] == 2 and 2 < solution.iterations[1] < 50 and solution.iterations[2] < 5
+    assert solution.converged.tolist() == [False, True, True]
+    assert solution.last_residual[1] <= 1e-3 and solution.last_residual[2] <= 0.5
+    for i, (iterations, tolerance) in enumerate([(2, 0.0), (50, 1e-3), (5, 0.5)]):
+        g = f.alone(i)
+        alone = solver(method, iterations, tolerance)(g, g.init)
+        torch.testing.assert_close(solution.z[i], alone.z[0], rtol=1e-6, atol=1e-9)
+        assert solution.last_residual[i] == pytest.approx(alone.last_residual[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sample_that_breaks_is_reported_keeps_its_last_finite_state_and_leaves_the_others_alone(method):
     f = Rotation(0.4, 0.4, 0.4)
 
@@ -245,6 +261,9 @@ def test_torchdeqs_own_methods_agree_with_ours(method):
         ({"tolerance": float("nan")}, "tolerance"),
         ({"pick": "best"}, "pick"),
         ({"measure": False, "tolerance": 0.1}, "measure"),
+        ({"iterations": torch.tensor([3, 0])}, "iterations"),
+        ({"tolerance": torch.tensor([0.1, -1.0])}, "tolerance"),
+        ({"iterations": torch.tensor([3, 2]), "measure": False}, "measure"),
         ({"memory": 5}, "memory"),
         ({"method": "anderson", "mixing": 1.0}, "memory"),
         ({"method": "anderson", "memory": 1, "mixing": 1.0}, "memory"),

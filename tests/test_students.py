@@ -1,17 +1,17 @@
 """Students of the teacher: consistency, steps, two networks in turn, what is frozen, resumption, refusals."""
 
 import copy
-import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import smoke
 import torch
-import yaml
 from conftest import golden
+from smoke import called, keep, refused
 
-from equilab import __main__, study
+from equilab import study
 from equilab.core import config
 from equilab.data.images import Dataset, load
 from equilab.diffusion import losses
@@ -21,26 +21,23 @@ from equilab.models.classifier import Classifier
 from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.study import Sections
-from equilab.training import gan, onestep
-from equilab.training.loop import Adversary, Halt, Logged, Run, fit
+from equilab.training import classify, gan, onestep
+from equilab.training.loop import Halt, Logged, Run, fit
 
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "studies/smoke/params.yaml"
 CPU = torch.device("cpu")
 IMAGE = (1, 8, 8)
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+STYLEGAN2 = {"kind": "stylegan2", "width": 8, "embedding": 8, "condition": 8}
 
 
 @pytest.fixture(scope="module")
 def sections():
     """The params of the smoke study, for a study anywhere."""
-    sections = config.read(SMOKE)
-    sections["study"]["root"] = str(ROOT)
-    return sections
+    return smoke.sections()
 
 
 def config_of(sections, stage, run=None):
-    return study.config_of(Sections(sections, "params.yaml", SMOKE.parent), stage, run)
+    return study.config_of(Sections(sections, "params.yaml", smoke.SMOKE.parent), stage, run)
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +77,59 @@ def run_of(entry, folder, discriminator_loss=None, **values):
     """Return a run of a student and its discriminator, the student's loss, and the networks."""
     optimisation = changed(entry.optimisation, **values)
     net, teacher, discriminator = networks(entry)
-    loss = discriminator_loss or gan.discriminator_loss_of(entry, net, teacher)
-    adversary = Adversary("discriminator", discriminator, entry.discriminator_lr, loss)
+    adversary = gan.adversary_of(entry, net, teacher, discriminator)
+    if discriminator_loss:
+        adversary = adversary._replace(loss=discriminator_loss)
     run = Run(net, optimisation, 0, folder, CPU, adversary)
     return run, gan.generator_loss_of(entry, discriminator, teacher), (net, teacher, discriminator)
 
 
+def to_center(x, sigma, label):
+    """A denoiser whose trajectories are straight lines to 0.3."""
+    return Denoised(torch.full_like(x, 0.3), None, None)
+
+
+def identity(x, sigma, label):
+    return Denoised(x, None, None)
+
+
 def test_a_consistency_loss_on_straight_trajectories_has_a_closed_form():
-    center, (high, low) = 0.3, (torch.tensor([2.0, 5.0]), torch.tensor([1.0, 4.0]))
-    teacher = lambda x, sigma, label: Denoised(torch.full_like(x, center), None, None)  # noqa: E731
-    image, noise = torch.rand(2, *IMAGE), torch.randn(2, *IMAGE)
-    constant = losses.consistency(teacher, teacher, image, noise, (high, low), None)
-    assert constant.item() == 0
-    identity = losses.consistency(
-        lambda x, *_: Denoised(x, None, None), teacher, image, noise, (high, low), None
+    image, noise, levels = (
+        torch.rand(2, *IMAGE),
+        torch.randn(2, *IMAGE),
+        torch.tensor([[2.0, 5.0], [1.0, 4.0]]),
     )
-    x = image + high[:, None, None, None] * noise
-    torch.testing.assert_close(
-        identity, ((x - center) * (1 - low / high)[:, None, None, None]).square().mean()
+    given = to_center, image, noise, (levels[0], levels[1]), None, losses.l2
+    assert losses.consistency(to_center, *given).item() == 0
+    high, low = levels[:, :, None, None, None]
+    x = image + high * noise
+    expected = ((x - 0.3) * (1 - low / high)).square().mean()
+    torch.testing.assert_close(losses.consistency(identity, *given), expected)
+
+
+def test_the_published_consistency_loss_aims_at_the_lowest_level_and_lets_the_teacher_take_the_last_step():
+    image, noise, levels = (
+        torch.rand(2, *IMAGE),
+        torch.randn(2, *IMAGE),
+        torch.tensor([[2.0, 5.0], [1.0, 4.0]]),
     )
+    given = to_center, image, noise, (levels[0], levels[1]), None, losses.l2
+
+    def halfway(x, sigma, label):
+        return Denoised(x / 2, None, None)
+
+    high, low = levels[:, :, None, None, None]
+    x = image + high * noise
+    below = 0.3 + (x - 0.3) * low / high
+    by_student = below / 2 + 0.5 / low * (below - below / 2)  # Euler's step from `low` to 0.5
+    by_teacher = 0.3 + (x - 0.3) * 0.5 / high
+    for lowest, target in (
+        ((0.5, 0.7), by_student),
+        ((0.5, 1.0), torch.stack([by_teacher[0], by_student[1]])),
+        ((0.5, 4.0), by_teacher),
+    ):
+        found = losses.published_consistency(halfway, *given, lowest=lowest)
+        torch.testing.assert_close(found, (x / 2 - target).square().mean())
 
 
 def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_position():
@@ -109,10 +140,12 @@ def test_consistency_levels_are_the_published_ones_and_neighbours_are_drawn_by_p
         steps = int(name.rsplit("N", 1)[1])
         levels = onestep.Levels(steps=steps, **LEVELS)
         torch.testing.assert_close(levels.sigmas(), values[name].float().sort().values, rtol=1e-5, atol=0)
-    high, low = levels.draw(1, range(100))
     order = levels.sigmas()
-    assert all((order == h).nonzero() == (order == one).nonzero() + 1 for h, one in zip(high, low))
-    assert torch.equal(high[40:50], levels.draw(1, range(40, 50))[0]) and len(high.unique()) > 1
+    for first in (1, 2):
+        high, low = levels.draw(1, range(400), first)
+        assert all((order == h).nonzero() == (order == one).nonzero() + 1 for h, one in zip(high, low))
+        assert high.min() == order[first] and high.max() == order[-1]
+        assert torch.equal(high[40:50], levels.draw(1, range(40, 50), first)[0])
 
 
 def test_a_student_of_two_steps_goes_where_the_equation_says():
@@ -166,18 +199,62 @@ def test_the_features_of_real_images_are_computed_once_in_an_update_with_r1_too(
     assert calls == [32] * 3  # generated for the generator; real and generated for the discriminator
 
 
+def test_joint_r1_is_part_of_every_so_many_losses_and_weighs_half_of_gamma_on_average(entry):
+    entry = changed(entry, r1=gan.R1(gamma=0.02, interval=3, form="joint", samples=4))
+    size = entry.optimisation.batch
+    batches = [batch_of(entry)(range(k * size, k * size + 2)) for k in range(12)]
+    assert [batch.r1_weight > 0 for batch in batches] == 4 * [True, False, False]
+    assert sum(batch.r1_weight for batch in batches) / 12 == pytest.approx(0.02 / 2 / 4)
+
+
+class Linear(torch.nn.Module):
+    """A discriminator with one logit, linear in the image: R1 is the square of its weight's norm, wherever it is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+
+    def forward(self, image, label):
+        return (image.flatten(1) @ self.weight[:, None],)
+
+
+def test_published_r1_moves_the_discriminator_by_itself_after_every_so_many_updates(entry, tmp_path):
+    """With beta1 = 0, Adam moves by the gradient over the root of its average square: for a constant gradient by its sign."""
+    r1 = gan.R1(gamma=0.5, interval=3, form="published", samples=4)
+    sizes = {"nimg": 40, "batch": 8, "micro_batch": 8, "report_nimg": 40, "snapshots": ()}
+    optimisation = changed(entry.optimisation, betas=(0.0, 0.9), weight_decay=0.0, **sizes)
+    entry = changed(entry, r1=r1, optimisation=optimisation, discriminator_lr=0.01)
+    net, teacher, _ = networks(entry)
+    discriminator = gan.AugmentedDiscriminator(Linear(), "none", None)
+    weight, slope = discriminator.discriminator.weight, torch.linspace(1, 2, 64)
+    expected = weight.detach().clone()
+    adversary = gan.adversary_of(entry, net, teacher, discriminator)
+    adversary = adversary._replace(loss=lambda network, batch: (network.discriminator.weight * slope).sum())
+    run = Run(net, optimisation, 0, tmp_path, CPU, adversary)
+    for _ in fit(run, batch_of(entry), lambda net, batch: 0 * sum(p.sum() for p in net.parameters())):
+        pass
+    rate, beta = 0.01 * 3 / 4, 0.9 ** (3 / 4)
+    expected -= 4 * rate  # updates 0, 1, 2 and 3, by the sign of their slope, which is 1
+    penalty = 0.5 / 2 * 3 / 4 * 2 * expected  # the gradient of gamma/2 * interval / samples * |w|^2
+    square = beta * (1 - beta**4) * slope**2 + (1 - beta) * penalty**2
+    expected -= rate * penalty / (square / (1 - beta**5)).sqrt()  # after the update 3
+    square = beta * square + (1 - beta) * slope**2
+    expected -= rate * slope / (square / (1 - beta**6)).sqrt()  # update 4
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gdd", "gdd-i-2"])
 def test_a_run_of_two_networks_that_stops_continues_bit_for_bit(sections, tmp_path, name):
     entry = config_of(sections, "gan", name)
-    sizes = {"nimg": 256, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
+    sizes = {"nimg": 128, "report_nimg": 64, "snapshots": (), "ema_half_life_nimg": 50.0}
     whole, loss, _ = run_of(entry, tmp_path / "whole", **sizes)
     list(fit(whole, batch_of(entry), loss))
     stopped, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
     for step in fit(stopped, batch_of(entry), loss):
-        if step.nimg == 160:
+        if step.nimg == 96:
             break
     resumed, loss, _ = run_of(entry, tmp_path / "stopped", **sizes)
-    assert resumed.nimg == 128
+    assert resumed.nimg == 64
     list(fit(resumed, batch_of(entry), loss))
     assert resumed.log == whole.log
     for ours, theirs in zip(resumed.trainables, whole.trainables):
@@ -235,23 +312,29 @@ def test_a_loss_that_is_no_number_names_both_learning_rates(entry, tmp_path):
 
 @pytest.fixture
 def given(tmp_path, monkeypatch, sections):
-    """The folder of a study with its data, evaluator and teacher, hardly trained."""
+    """The params of a study whose data are in the current folder, and whose classifiers are trained on a few images."""
     monkeypatch.chdir(tmp_path)
     given = copy.deepcopy(sections)
+    for stage in ("evaluator", "features"):
+        given[stage]["optimisation"] |= {"nimg": 64, "report_nimg": 64}
     keep(given)
-    assert __main__.main(["data"]) == 0
+    called("data")
     return given
 
 
-def keep(sections):
-    Path("params.yaml").write_text(yaml.safe_dump(sections))
+def beside(**levels):
+    """Return a consistency loss as params have it."""
+    levels = {"steps": 4, **LEVELS, **levels}
+    return {"weight": 1.0, "levels": levels, "metric": "squared", "form": "text"}
 
 
-def refused(capsys, *command):
-    """Return the sentence with which a command is refused."""
-    capsys.readouterr()
-    assert __main__.main(list(command)) == 2
-    return capsys.readouterr().err
+def save_untrained(given, stage, image=IMAGE, classes=10):
+    """Write the results of a stage that has trained nothing; return the path of the weights."""
+    stage_config, path = config_of(given, stage), Path("results", stage, "weights.safetensors")
+    net = stage_config.network.build(image, classes)
+    about = {"image": image, "classes": classes, "stage": stage, "config": stage_config}
+    checkpoint.save_tensors(path, net.state_dict(), about)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -274,11 +357,19 @@ def refused(capsys, *command):
         ({"augment": "ada"}, "adaptive must be given for augment ada"),
         ({"r1": {"interval": 0}}, "gan.gdd.r1.interval"),
         ({"r1": {"gamma": -1.0}}, "gan.gdd.r1.gamma"),
+        ({"r1": {"form": "lazy"}}, "gan.gdd.r1.form"),
+        ({"r1": {"samples": 0}}, "gan.gdd.r1.samples"),
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "gan.gdd.adaptive.ramp_nimg"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 0, **LEVELS}}}, "consistency.levels.steps"),
-        ({"consistency": {"weight": 1.0, "levels": {"steps": 10**12, **LEVELS}}}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=0)}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=10**12)}, "consistency.levels.steps"),
+        ({"consistency": beside(steps=1) | {"form": "published"}}, "levels.steps is 1"),
+        ({"consistency": beside() | {"form": "code"}}, "gan.gdd.consistency.form"),
         (
-            {"consistency": {"weight": 1.0, "levels": {"steps": 4, **LEVELS, "sigma_min": 0.01}}},
+            {"consistency": beside() | {"metric": "lpips"}},
+            "gan.gdd.consistency.metric is lpips, which takes 3 channels, not 1",
+        ),
+        (
+            {"consistency": beside(sigma_min=0.01)},
             "give the same to both",
         ),
         ({"discriminator_lr": 1e300}, "gan.gdd.discriminator_lr"),
@@ -299,51 +390,59 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(
     assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
 
 
-def test_the_stages_refuse_a_missing_teacher_a_leak_and_tell_what_they_freeze(capsys, given):
+def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, given):
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
     assert "results/teacher/weights.safetensors is not there" in refused(capsys, "consistency", "cd")
-    few = {"nimg": 64, "report_nimg": 32, "decay_start_nimg": 0, "warmup_nimg": 0, "snapshots": []}
-    for entry in (given["evaluator"], given["teacher"], given["features"], *given["gan"].values()):
-        entry["optimisation"] = {**entry["optimisation"], **few}
+    given["gan"]["gdd-i-2"]["optimisation"] |= {"nimg": 64, "report_nimg": 32, "snapshots": []}
     keep(given)
     for stage in ("evaluator", "teacher"):
-        assert __main__.main([stage]) == 0
-    shutil.copytree("results/evaluator", "results/features")
-    assert "is the evaluator, which scores the images" in refused(capsys, "gan", "gdd")
-    shutil.rmtree("results/features")
-    assert __main__.main(["features"]) == 0
+        save_untrained(given, stage)
+    assert "results/features/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
+    save_untrained(given, "features")
     capsys.readouterr()
-    assert __main__.main(["gan", "gdd-i-2"]) == 0
+    called("gan", "gdd-i-2")
     shares = capsys.readouterr().out
     assert "# convolution" in shares and shares.count("frozen") == 2 and shares.count("trained") == 7
     metadata = checkpoint.read_metadata(Path("results/gan/gdd-i-2/0/weights.safetensors"))
     assert (metadata["family"], metadata["run"], metadata["seed"]) == ("gdd", "gdd-i-2", 0)
-    assert __main__.main(["gan", "gdd", "--dry-run"]) == 0
+    called("gan", "gdd", "--dry-run")
     assert "# parameters: 48," in capsys.readouterr().out.replace("\n", " ")
     assert len(load(Path("results/data"), "test").images) == 200
 
 
 @pytest.mark.parametrize(("image", "classes"), [((3, 8, 8), 10), ((1, 8, 8), 4)])
 def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
-    teacher = config_of(given, "teacher")
-    net, weights = teacher.network.build(image, classes), Path("results/teacher/weights.safetensors")
-    about = {"image": image, "classes": classes, "stage": "teacher", "config": teacher}
-    checkpoint.save_tensors(weights, net.state_dict(), about)
+    weights = save_untrained(given, "teacher", image, classes)
     sentence = f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10"
     assert sentence in refused(capsys, "gan", "gdd")
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "is damaged" in refused(capsys, "gan", "gdd")
 
 
-def test_the_feature_network_is_not_the_evaluator_even_of_the_same_sizes(given):
-    given["features"] = {key: given["evaluator"][key] for key in ("network", "optimisation")}
-    keep(given)
-    weights = []
-    for stage in ("evaluator", "features"):
-        assert __main__.main([stage]) == 0
-        weights.append(checkpoint.load_tensors(Path("results", stage, "weights.safetensors"))[0])
-    drawn = [key for key, value in weights[0].items() if key.endswith("weight") and value.ndim > 1]
-    assert drawn and not any(torch.equal(weights[0][key], weights[1][key]) for key in drawn)
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"network": {"kind": "classifier", "width": 16, "features": 8}}, "as the evaluator's"),
+        ({"images": "first_half"}, "give first_half to one and second_half to the other"),
+        ({"images": "all"}, "learn from the same images"),
+    ],
+)
+def test_a_discriminator_does_not_look_through_what_the_evaluator_knows(
+    capsys, tmp_path, monkeypatch, sections, change, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    keep({**sections, "features": {**sections["features"], **change}})
+    assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
+    alone = {**sections["gan"]["gdd"], "discriminator": STYLEGAN2, "features": []}  # looks through none
+    keep({**sections, "features": {**sections["features"], **change}, "gan": {"gdd": alone}})
+    called("gan", "gdd", "--dry-run")
+
+
+def test_the_halves_of_the_training_images_are_disjoint_and_each_holds_all_classes():
+    labels = np.repeat(np.arange(5), 21)  # sorted, as folders of classes are
+    first, second = (classify.part_of(part, 105, 0) for part in ("first_half", "second_half"))
+    assert sorted([*first, *second]) == list(classify.part_of("all", 105, 0)) == list(range(105))
+    assert set(labels[first]) == set(labels[second]) == set(range(5))
 
 
 def test_an_update_of_both_networks_does_not_depend_on_how_the_batch_is_split(entry, tmp_path):

@@ -12,12 +12,8 @@ from smoke import ROOT, run
 
 pytestmark = pytest.mark.slow
 
-MEASURED = (
-    "results/cost/",
-    "results/measured.",
-    "results/notebook/",
-    "results/report/",
-)  # or made of measurements
+# by the clock, or made of what is
+MEASURED = ("results/cost/", "results/measured.", "results/notebook/", "results/report/")
 
 
 def clone(folder):

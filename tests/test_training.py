@@ -224,7 +224,7 @@ def numbers(value, place=()):
 
 
 @pytest.mark.parametrize(
-    "stage", ["evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency"]
+    "stage", ["evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency", "progressive"]
 )
 def test_every_number_of_params_has_a_range_that_is_known_before_anything_is_built(stage):
     params = ROOT / "studies/smoke/params.yaml"

@@ -18,6 +18,14 @@ SMALL = {"width": 16, "depth": 1, "heads": 2, "patch": 2, "expansion": 2}
 SMALL_GET = {**SMALL, "equilibrium_depth": 2, "equilibrium_expansion": 3, "normalise": False}
 
 
+def small_get(classes, **changes):
+    """Return a small GET, its final layer drawn at random: it starts at zero, and so would every image be."""
+    torch.manual_seed(0)
+    model = get.GET((1, 4, 4), classes, **SMALL_GET | changes)
+    torch.nn.init.normal_(model.final.linear.weight)
+    return model
+
+
 def load(family, name):
     tensors, _ = golden(f"{family}_{name}")
     return published.load(family, weights_of(tensors), heads=HEADS).model, tensors, tensors.get("in.y")
@@ -152,17 +160,23 @@ def test_vit_with_adaln_zero_starts_at_zero_and_then_uses_noise_and_label():
     assert not torch.allclose(model(-noise, label).image[0], first)
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+def test_get_and_vit_start_at_the_grey_image_as_published(classes):
+    noise, label = torch.randn(2, 1, 4, 4), torch.tensor([0, 2]) if classes else None
+    solver = Solver("iterate", 2, 0.0, "last")
+    assert not get.GET((1, 4, 4), classes, **SMALL_GET)(noise, label, None, solver).image.any()
+    assert not vit.ViT((1, 4, 4), classes, **SMALL, conditioning="additive")(noise, label).image.any()
+
+
 def test_normalised_states_have_zero_mean_and_unit_variance():
-    torch.manual_seed(0)
-    model = get.GET((1, 4, 4), 0, **SMALL_GET | {"normalise": True})
+    model = small_get(0, normalise=True)
     z = model(torch.randn(3, 1, 4, 4), None, None, Solver("iterate", 3, 0.0, "last")).solution.z
     torch.testing.assert_close(z.mean(2), torch.zeros(3, 4), rtol=0, atol=1e-6)
     torch.testing.assert_close(z.var(2, correction=0), torch.ones(3, 4), rtol=1e-4, atol=0)
 
 
 def test_a_get_used_twice_gives_the_same_bits():
-    torch.manual_seed(0)
-    model = get.GET((1, 4, 4), 3, **SMALL_GET)
+    model = small_get(3)
     noise, label = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
     solver = Solver("iterate", 4, 0.0, "last")
     first = model(noise, label, None, solver)
@@ -173,8 +187,7 @@ def test_a_get_used_twice_gives_the_same_bits():
 
 
 def test_a_get_starts_at_zeros_and_its_samples_do_not_touch_each_other():
-    torch.manual_seed(0)
-    model = get.GET((1, 4, 4), 3, **SMALL_GET | {"normalise": True})
+    model = small_get(3, normalise=True)
     noise, label = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
     solver = Solver("iterate", 40, 1e-3, "last")
     image, solution = model(noise, label, torch.zeros(3, *model.state_shape), solver)

@@ -2,7 +2,8 @@
 
 Published numbers are FID on CIFAR-10 (GET, GDD) and on ImageNet 256 (FPDM) unless a column says otherwise. Parameters and costs are as
 printed, but for `flops` and `train_flops` of `get_runs`: those we count from the published sizes, twice the multiply-accumulates, in
-training three forward passes for each image. What stands only in a plot is left out.
+training three forward passes for each image. There, updates of models with classes are of 256 images, as section 4.1 says; the caption
+of table 6 says nothing. What stands only in a plot, or is not printed, is left out.
 """
 
 from __future__ import annotations

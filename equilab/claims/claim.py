@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from equilab.claims import HERE
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, Outcome, better, cheaper, no_worse, ordered
-from equilab.core.config import Params, UserError, parse, read
+from equilab.claims.tests import (
+    COLUMNS,
+    FAILS,
+    HOLDS,
+    INCONCLUSIVE,
+    NONE,
+    Outcome,
+    better,
+    cheaper,
+    no_worse,
+    ordered,
+)
+from equilab.core.config import Params, UserError, near, nearest, parse, read
 
 if TYPE_CHECKING:
     from equilab.tables import Results
 
 DEPENDS = "depends on the reference"
 MEASURED = ("seconds", "memory")  # words in the columns of what is measured, not counted
+MISTYPED = 0.9  # so alike are a name and the same with a letter wrong
+
+
+def _column(name: str) -> str:
+    if name not in COLUMNS:
+        raise ValueError(f"{name!r} is no column that a claim can be about{nearest(name, COLUMNS)}")
+    return name
+
+
+Column = Annotated[str, AfterValidator(_column)]
 
 
 class Hypotheses(Params):
@@ -38,9 +59,10 @@ class Claim(Params):
     published: str
     comparison: str  # of the params section `comparisons`; a study without it does not list the claim
     test: Literal["better", "cheaper", "no worse", "ordered"]
-    # a column; fd and rise are taken against training and against held-out images; null: cost alone
-    measure: str | None = "fd"
-    cost: str | None = None  # of cheaper: a column
+    # a column; fd, kid, rise and images are taken against training and against held-out images, pairs in both readings of a
+    # layer's activity; null: cost alone
+    measure: Column | None = "fd"
+    cost: Column | None = None  # of cheaper
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
     margin: Annotated[float, Field(ge=0)] = (
         0.0  # of cheaper and no worse: relatively so much worse is as good
@@ -70,43 +92,77 @@ class Claim(Params):
         return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)
 
 
+class Claims(Params):
+    """A YAML file of claims."""
+
+    paper: str  # whose claims they are
+    claims: tuple[Claim, ...]
+
+
+def read_papers(folder: Path = HERE) -> dict[str, list[Claim]]:
+    """Return the claims of all YAML files of a folder, by the paper that each file names.
+
+    Raises: UserError naming the file and the key of each mistake, or two claims of the same id and part.
+    """
+    papers: dict[str, list[Claim]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        file = parse(Claims, read(path), path.name)
+        papers.setdefault(file.paper, []).extend(file.claims)
+    names = [claim.name for claims in papers.values() for claim in claims]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
+    return papers
+
+
 def read_claims(folder: Path = HERE) -> list[Claim]:
     """Return the claims of all YAML files of a folder.
 
-    Raises: UserError naming the file and the key of a mistake, or two claims of the same id and part.
+    Raises: UserError, as `read_papers` does.
     """
-    claims = []
-    for path in sorted(folder.glob("*.yaml")):
-        entries = read(path)["claims"]
-        claims += [parse(Claim, entry, f"{path.name}: claims[{k}]") for k, entry in enumerate(entries)]
-    names = [claim.name for claim in claims]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{folder}: there are two claims {twice[0]}; give one of them another part")
-    return claims
+    return [claim for claims in read_papers(folder).values() for claim in claims]
+
+
+def refuse_mistyped(claims: Sequence[Claim], declared: Collection[str]) -> None:
+    """Refuse claims on comparisons that a study does not declare, where it declares almost the same and no claim is on that.
+
+    Raises: UserError with a sentence for each.
+    """
+    left = set(declared) - {claim.comparison for claim in claims}
+    wrong = [
+        f"claim {claim.name}: the study declares no comparison {claim.comparison!r}; did you mean {meant!r}?"
+        for claim in claims
+        if claim.comparison not in declared and (meant := near(claim.comparison, left, MISTYPED))
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     """Return what comes of a claim in a study; None where the study declares no such comparison, or has not measured the cost.
 
-    Raises: UserError if a run has no results, or they lack the claim's measure.
+    Raises: NotRunError if a run, or what is measured of it, has no results yet; UserError if they lack the claim's measure.
     """
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
+    if claim.measure == "relative" and results.relative.empty:  # raises where its stage has not run
+        return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
-    return agreed([tested(claim, rows, column, confidence) for column in columns(claim, rows)])
+    outcomes = [tested(claim, rows, column, confidence) for column in columns(claim, rows)]
+    return agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
 
 
 def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:
-    """Return the columns of a claim's measure: one for each reference that images are compared with.
+    """Return the columns of a claim's measure: one for each reference that images are compared with, or each reading.
 
     Raises: UserError if the rows lack it.
     """
     if claim.measure is None:
         return [None]
     first = "fid" if claim.measure == "fd" and "fid_train" in rows else claim.measure
-    found = [f"{first}_train", f"{first}_test"] if claim.measure in ("fd", "rise") else [first]
+    ends = {"pairs": ("mean", "rms")} | dict.fromkeys(("fd", "kid", "rise", "images"), ("train", "test"))
+    found = [f"{first}_{end}" for end in ends[claim.measure]] if claim.measure in ends else [first]
     for column in found:
         if column not in rows or rows[column].isna().any():
             raise UserError(
@@ -128,15 +184,15 @@ def tested(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: flo
             return ordered(rows, column, confidence)
 
 
-def agreed(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return what the references come to together: what they agree on, or that it depends on them where one holds and one fails."""
+def agreed(outcomes: Sequence[Outcome], split: str = DEPENDS) -> Outcome:
+    """Return what the references or readings come to together: what they agree on, or `split` where one holds and one fails."""
     verdicts = {outcome.verdict for outcome in outcomes}
     if len(verdicts) == 1:
         verdict = outcomes[0].verdict
     elif NONE in verdicts:
         verdict = NONE
     else:
-        verdict = DEPENDS if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
+        verdict = split if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
     effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
     low, high = np.min([(outcome.low, outcome.high) for outcome in outcomes], axis=0)
     return Outcome(verdict, low, high, effects, outcomes[0].seeds)

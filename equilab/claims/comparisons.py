@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from equilab.core.config import Params, UserError, mapping, nearest, parse
+from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 
-RUNS = ("distill", "diffusion", "gan", "consistency")  # sections whose entries are trained runs
+# sections whose entries are trained runs
+RUNS = ("distill", "diffusion", "gan", "consistency", "progressive")
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
-Scalar = bool | int | float | str | None
 
 
 class Point(Params):
@@ -41,12 +42,22 @@ def _point(value: Any) -> Any:
 Points = tuple[Annotated[Point, BeforeValidator(_point)], ...]
 
 
+class Target(Params):
+    """A distance that runs are to come down to: the one that another run ends at, and relatively so much more."""
+
+    run: str
+    margin: Annotated[float, Field(ge=0)]
+
+
 class Comparison(Params):
     """An entry of the section: `runs` against `baseline`, pair by pair; without a baseline, `runs` stand in a claimed order."""
 
     runs: Annotated[Points, Field(min_length=1)]
     baseline: Points = ()  # as many as runs, or one for all of them
-    table: Literal["settings", "snapshots", "costs"] = "settings"  # whose rows are compared
+    table: Literal["settings", "snapshots", "costs", "orders", "reached"] = (
+        "settings"  # whose rows are compared
+    )
+    target: Target | None = None  # of reached
 
     @model_validator(mode="after")
     def _paired(self) -> Comparison:
@@ -56,6 +67,8 @@ class Comparison(Params):
             )
         if not self.baseline and len(self.runs) < 2:
             raise ValueError("give a baseline, or two runs or more in their order")
+        if (self.table == "reached") != (self.target is not None):
+            raise ValueError("target belongs to the table reached, and to no other; give both or neither")
         return self
 
     @property
@@ -74,24 +87,38 @@ class Comparison(Params):
                 yield f"{side}[{k}]", point
 
 
-def check_comparisons(sections: Mapping[str, Any]) -> dict[str, Comparison]:
+def check_comparisons(sections: Mapping[str, Any], where: str = "") -> dict[str, Comparison]:
     """Return the comparisons that the sections of a params file declare: each names rows that the study will have.
 
-    Raises: UserError naming the key of the first mistake: a run that is not trained or not evaluated, a column or a setting
-        that it does not have, or one that singles out none of its settings, or several.
+    Raises: UserError with a sentence for each mistake, each with the path of its key, `where` before it: a run that is not
+        trained or not evaluated, a column or a setting that it does not have, or one that singles out none of its settings,
+        or several.
     """
-    declared = {}
-    for name, value in mapping(sections.get("comparisons", {}), "comparisons").items():
-        comparison = parse(Comparison, value, f"comparisons.{name}")
-        for place, point in comparison.points:
-            _check(sections, comparison.table, point, f"comparisons.{name}.{place}")
-        declared[name] = comparison
+    declared, wrong = {}, []
+    for name, value in mapping(sections.get("comparisons", {}), f"{where}comparisons").items():
+        path = f"{where}comparisons.{name}"
+        try:
+            declared[name] = parse(Comparison, value, path)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        table = declared[name].table
+        wrong += failures(
+            partial(_check, sections, table, point, f"{path}.{place}")
+            for place, point in declared[name].points
+        )
+        if target := declared[name].target:
+            wrong += failures(
+                [partial(_check, sections, "settings", Point(run=target.run), f"{path}.target")]
+            )
+    if wrong:
+        raise UserError("\n".join(wrong))
     return declared
 
 
 def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> None:
-    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage, {})]
-    trained += ["teacher"] if "teacher" in sections else []
+    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage) or {}]
+    trained += ["teacher"] if sections.get("teacher") is not None else []
     if point.run not in trained:
         raise UserError(f"{path}: the study trains no {point.run!r}{nearest(point.run, trained)}")
     if table == "settings":
@@ -100,6 +127,10 @@ def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> 
         _check_snapshot(sections, point, path)
     if table == "costs":
         _check_cost(sections, point, path)
+    if table == "orders":
+        _check_order(sections, point, path)
+    if table == "reached":
+        _check_reached(sections, point, path)
 
 
 def position(sections: Mapping[str, Any], point: Point, path: str) -> int:
@@ -139,15 +170,42 @@ def _settings(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     ] or [{}]
 
 
+def _optimisation(sections: Mapping[str, Any], of: str, path: str) -> Mapping[str, Any]:
+    stage, _, run = of.partition("/")
+    entry = sections[stage][run] if run else sections[stage]
+    if "optimisation" not in entry:
+        raise UserError(
+            f"{path}: the weights of {of} are published ones, without snapshots; name a run that is trained here"
+        )
+    return entry["optimisation"]
+
+
 def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:
     if set(point.at) != {"nimg"}:
         raise UserError(f"{path}.at: say which snapshot, by nimg alone")
-    stage, _, run = point.run.partition("/")
-    optimisation = (sections[stage][run] if run else sections[stage])["optimisation"]
+    if point.run.startswith("progressive/"):
+        raise UserError(
+            f"{path}: snapshots of {point.run} are counted from the first student of its chain; compare its end"
+        )
+    optimisation = _optimisation(sections, point.run, path)
     kept = [*optimisation["snapshots"], optimisation["nimg"]]
     if point.at["nimg"] not in kept:
         raise UserError(
             f"{path}.at.nimg: {point.run} keeps no snapshot of {point.at['nimg']} images; it has {kept}"
+        )
+
+
+def _check_reached(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    position(sections, point, path)
+    optimisation = _optimisation(sections, point.run, path)
+    if point.at or not optimisation["snapshots"]:
+        raise UserError(
+            f"{path}: name a run with snapshots, and no setting: it is followed along its training"
+        )
+    if optimisation["decay"] != "none":
+        raise UserError(
+            f"{path}: the learning rate of {point.run} decays, so that it comes near its end only there; name a run with "
+            "decay: none"
         )
 
 
@@ -158,6 +216,16 @@ def _check_cost(sections: Mapping[str, Any], point: Point, path: str) -> None:
     for key in point.at:
         if key not in COSTS:
             raise UserError(f"{path}.at.{key}: costs are told apart by other columns{nearest(key, COSTS)}")
+
+
+def _check_order(sections: Mapping[str, Any], point: Point, path: str) -> None:
+    looked_at = sections.get("activation", {}).get("runs", ())
+    if point.run not in looked_at:
+        raise UserError(f"{path}: activation.runs does not look at {point.run}; add it there")
+    if point.at not in ({"first": "deep"}, {"first": "shallow"}):
+        raise UserError(
+            f"{path}.at: say which of two layers is active at the higher noise level, first: deep or shallow"
+        )
 
 
 def _words(at: Mapping[str, Scalar]) -> str:

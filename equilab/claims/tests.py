@@ -28,14 +28,37 @@ COUNTED = (
     "teacher_calls",
 )
 MEMORY = ("memory_mib", "train_memory", "sample_memory")  # measured once, and as good as counted
-HIGHER = ("precision", "recall", "inception_score")  # better the higher; all else is better the lower
+SECONDS = ("seconds", "train_seconds", "sample_seconds")
+SCORES = (
+    "fd",
+    "kid",
+    "precision",
+    "recall",
+    "inception_score",
+    "l1_held_out",
+    "l1_train",
+    "rise",
+    "relative",
+    "residual",
+    "residual_ratio",
+    "pairs",
+    "images",
+)
+COLUMNS = (*SCORES, *COUNTED, *MEMORY, *SECONDS)  # what a claim can be about
+# better the higher; all else is better the lower
+HIGHER = ("precision", "recall", "inception_score", "pairs_mean", "pairs_rms")
 NAMES = {
     "flops": "FLOPs of an image",
     "train_flops": "training FLOPs",
     "nimg": "images seen",
     "teacher_calls": "evaluations of the teacher",
     "l1_held_out": "L1 on held-out pairs",
+    "l1_train": "L1 on training pairs",
     "relative": "distance to the images of the first run",
+    "images_train": "images until the target, by training images",
+    "images_test": "images until the target, by held-out images",
+    "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
+    "pairs_rms": "pairs of layers, by their root mean square",
     "residual_ratio": "residual, less noisy over noisier half",
     "train_memory": "MiB of a training step",
     "train_seconds": "seconds of a training step",
@@ -85,7 +108,8 @@ class Ratio:
     def __str__(self) -> str:
         """Both values, and the ratio with its interval if it has one."""
         interval = f", {self.low:.3g} to {self.high:.3g}" if self.low < self.high else ""
-        return f"{short(self.means[0])} against {short(self.means[1])} (ratio {self.value:.3g}{interval})"
+        ours, theirs = told_apart(self.means)
+        return f"{ours} against {theirs} (ratio {self.value:.3g}{interval})"
 
 
 def better(rows: pd.DataFrame, measure: str, confidence: float, times: float = 1.0) -> Outcome:
@@ -124,7 +148,7 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
         steps.append(rows[rows["pair"] == k + 1].assign(side="runs", pair=k))
     found = _outcome(_ratios(pd.concat(steps), measure, confidence), 1.0, measure)
     points = ", ".join(rows.drop_duplicates("pair")["point"])
-    means = ", ".join(short(_mean(values)) for _, values in rows.groupby("pair")[measure])
+    means = ", ".join(told_apart([_mean(values) for _, values in rows.groupby("pair")[measure]]))
     effects = (points, f"{named(measure)} {means}"), *found.effects
     return Outcome(found.verdict, found.low, found.high, effects, found.seeds)
 
@@ -132,13 +156,16 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
 def interval(
     runs: pd.DataFrame, baseline: pd.DataFrame, column: str, confidence: float
 ) -> tuple[float, float]:
-    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three seeds.
+    """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three
+    seeds, 0 if any of `runs` is infinite: it never got there.
 
     Source: Welch 1947; two settings of the same run are compared seed by seed (Student 1908).
     """
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
+    if np.isinf(ours).any():
+        return 0.0, 0.0
     same = set(runs["of"]) == set(baseline["of"])
     samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
     middle = sum(sample.mean() for sample in samples)
@@ -151,12 +178,23 @@ def interval(
     return float(np.exp(middle - reach)), float(np.exp(middle + reach))
 
 
-def short(value: float) -> str:
-    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+def told_apart(values: Sequence[float]) -> list[str]:
+    """Return numbers as people write them, in as many digits, up to five, as it takes to tell them apart."""
+    for digits in (3, 4, 5):
+        found = [short(value, digits) for value in values]
+        if len(set(found)) == len(set(values)):
+            break
+    return found
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
+    if np.isinf(value):
+        return "never"
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:
@@ -201,11 +239,13 @@ def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
 
 def named(column: str) -> str:
     """Return how a column is called in a sentence: FD to training images."""
+    if column in NAMES:
+        return NAMES[column]
     for end, reference in REFERENCES.items():
         if column.endswith(end):
             first = column.removesuffix(end)
             return f"{first.upper() if first in ('fd', 'fid', 'kid') else first} {reference}"
-    return NAMES.get(column, column.replace("_", " "))
+    return column.replace("_", " ")
 
 
 def _all(verdicts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,6 +23,17 @@ class UserError(Exception):
     """What a user can mend: one sentence that names the key or the file and the remedy."""
 
 
+def failures(checks: Iterable[Callable[[], Any]]) -> list[str]:
+    """Return the sentences of all checks that fail, each once."""
+    found: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found |= dict.fromkeys(str(error).splitlines())
+    return list(found)
+
+
 class Params(BaseModel):
     """A group of keys in params, checked: none is unknown, missing, mistyped or out of its range; frozen once read."""
 
@@ -33,6 +44,14 @@ Kind = TypeVar("Kind", bound=BaseModel)
 Size = Annotated[int, Field(ge=1, le=16_384)]  # of a network: of what it is wide
 Depth = Annotated[int, Field(ge=0, le=256)]  # and deep
 
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, (dict, tuple)):
+        raise ValueError(f"expected a single value, got {shown(value)}")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
 
 MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed
 
@@ -69,7 +88,8 @@ def read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+        raise UserError(f"{path} is not valid YAML: {told}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13, !!bool x
         raise UserError(f"{path} is not valid YAML: a value does not fit its type ({error})") from None
     if not isinstance(sections, dict):
@@ -79,8 +99,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def _load(text: str) -> Any:
     """Return the content of YAML that is nested no deeper, and does not grow by aliases larger, than any params are."""
-    depth = 0
+    depth, anchors = 0, set()
     for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            _require_anchor(event, anchors)
+        elif isinstance(event, yaml.NodeEvent):
+            anchors.add(event.anchor)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_LEVELS:
             raise yaml.YAMLError(f"it is nested too deeply, line {event.start_mark.line + 1}")
@@ -92,6 +116,14 @@ def _load(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _require_anchor(alias: yaml.AliasEvent, anchors: set[str | None]) -> None:
+    """Refuse an alias of an anchor that does not stand before it."""
+    name, line = alias.anchor, alias.start_mark.line + 1
+    if name not in anchors:
+        known = did_you_mean(name, filter(None, anchors))
+        raise yaml.YAMLError(f"there is no anchor &{name} before the alias *{name}, line {line}{known}")
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -117,10 +149,33 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        [value[key] for key in keys]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is missing or damaged; run the stage that writes it again") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise unreadable(path, f"it has no {key}")
     return value
+
+
+def unreadable(path: Path, reason: object = "") -> UserError:
+    """Return what to say of a result that cannot be read: that it is not there, or that it is damaged, and which command
+    writes it."""
+    if not path.exists():
+        return UserError(f"{path} is not there; run {writer(path)} first")
+    told = " ".join(str(reason).split())
+    return UserError(f"{path} is damaged{f' ({told})' if told else ''}; run {writer(path)} again")
+
+
+def writer(path: Path) -> str:
+    """Return the command that writes a result, as its path says it: results/STAGE[/RUN[/SEED]]/..."""
+    folders = [name for name in path.parts[:-1] if name != "snapshots"]
+    if "results" not in folders:
+        return "the stage that writes it"
+    while "results" in folders:
+        folders = folders[folders.index("results") + 1 :]
+    stage, *run = folders or ["claims"]  # which alone writes beside the folders of stages
+    seed = ["--seed", run.pop()] if len(run) == 2 else []
+    return f"`{' '.join(['python -m equilab', stage, *run, *seed])}`"
 
 
 def parse(kind: type[Kind], value: Any, path: str) -> Kind:
@@ -132,7 +187,7 @@ def parse(kind: type[Kind], value: Any, path: str) -> Kind:
     try:
         return kind.model_validate(given, context={"path": path})
     except ValidationError as error:
-        raise UserError("\n".join(_sentences(kind, error, path))) from None
+        raise UserError("\n".join(sentences(kind, error, path))) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -142,35 +197,83 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(each) for each in value) if isinstance(value, (list, tuple)) else value
 
 
-def _sentences(kind: type[BaseModel], error: ValidationError, path: str) -> list[str]:
-    """Return what is wrong, a sentence for each mistake."""
+# what YAML has for the types of pydantic's errors, and for the bounds that it names
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "is_instance_of": "a list",  # a Sequence
+    "sequence_str": "a list",
+    "dict_type": "keys with values",
+    "model_type": "keys with values",
+    "model_attributes_type": "keys with values",
+}
+BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def sentences(kind: type[BaseModel], error: ValidationError, path: str) -> list[str]:
+    """Return what is wrong, a sentence for each mistake: a key that is mistyped is not told as missing as well."""
     details = error.errors(include_url=False)
-    unknown = [each["loc"] for each in details if each["type"] == "extra_forbidden"]
-    return [_sentence(kind, each, path, unknown) for each in details]
+    missing = {each["loc"] for each in details if each["type"] == "missing"}
+    for each in details:
+        if each["type"] == "extra_forbidden":
+            *above, key = each["loc"]
+            missing.discard((*above, near(key, _keys(kind, tuple(above)))))
+    told = [each for each in details if each["type"] != "missing" or each["loc"] in missing]
+    told = [each for each in told if not _counts_mistakes(each)]
+    return list(dict.fromkeys(_sentence(kind, each, path) for each in told))
 
 
-def _sentence(kind: type[BaseModel], detail: ErrorDetails, path: str, unknown: list[tuple]) -> str:
-    where, given = _path(path, detail["loc"]), detail["input"]
+def _counts_mistakes(detail: ErrorDetails) -> bool:
+    """Return whether a list is told to be too short only because some of its values are mistaken, which is told as well."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
+def _sentence(kind: type[BaseModel], detail: ErrorDetails, path: str) -> str:
+    loc, context, given = detail["loc"], detail.get("ctx", {}), shown(detail["input"])
+    where = _path(path, loc)
     match detail["type"]:
+        case "missing" if isinstance(loc[-1], int):
+            return f"{_path(path, loc[:-1])}: too few values, got {given}"
         case "missing":
-            near = [loc[-1] for loc in unknown if loc[:-1] == detail["loc"][:-1]]
-            return f"{where}: missing key{nearest(detail['loc'][-1], near)}"
+            return f"{where}: missing key"
         case "extra_forbidden":
-            return f"{where}: unknown key{nearest(detail['loc'][-1], _keys(kind, detail['loc'][:-1]))}"
+            return f"{where}: unknown key{nearest(loc[-1], _keys(kind, loc[:-1]))}"
         case "literal_error":
-            allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) or [detail["ctx"]["expected"]]
-            return f"{where}: {given!r} is not one of {', '.join(allowed)}{nearest(given, allowed)}"
+            allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+            return (
+                f"{where}: {given} is not one of {', '.join(allowed)}{did_you_mean(detail['input'], allowed)}"
+            )
         case "value_error":
-            return f"{where}: {detail['ctx']['error']}"
+            return f"{where}: {context['error']}"
         case "spec":
-            return "\n".join(f"{where}{line}" for line in detail["ctx"]["sentences"])
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{where}: expected keys with values, got {given!r}"
-        case "tuple_type":
-            return f"{where}: expected a list, got {given!r}"
+            return "\n".join(f"{where}{line}" for line in context["sentences"])
+        case "too_short":
+            return f"{where}: too few values, give at least {context['min_length']}, got {given}"
+        case "too_long":
+            return f"{where}: too many values, give at most {context['max_length']}, got {given}"
+        case bound if bound in BOUNDS:
+            words, key = BOUNDS[bound]
+            return f"{where}: must be {words} {context[key]}, got {given}"
+        case other if other in EXPECTED:
+            return f"{where}: expected {EXPECTED[other]}, got {given}"
         case _:
-            expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            return f"{where}: expected {expected}, got {given!r}"
+            return f"{where}: {detail['msg']}, got {given}"
+
+
+def shown(value: Any) -> str:
+    """Return a value for a sentence, as YAML has it, a long one cut short."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(plain(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _path(path: str, loc: tuple[int | str, ...]) -> str:
@@ -209,20 +312,26 @@ class Spec:
         """
         try:
             return self.target(*given, **self.arguments)
-        except (ValueError, RuntimeError, MemoryError) as error:  # torch refuses some sizes by itself
-            where = f"{self.path}: {self.kind}" if self.path else self.kind
-            raise UserError(f"{where}: {str(error).partition(chr(10))[0]}") from None
+        except ValueError as error:
+            raise UserError(f"{self._where}: {str(error).partition(chr(10))[0]}") from None
+        except (RuntimeError, ArithmeticError, MemoryError) as error:  # of torch's own
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self._where}: its sizes cannot be built ({reason}); change them") from None
+
+    @property
+    def _where(self) -> str:
+        return f"{self.path}: {self.kind}" if self.path else self.kind
 
 
-def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
+def choice(kinds: Callable[[], Mapping[str, type]], new: str = "") -> Any:
     """Return the type of a field `{kind: NAME, **arguments}` that is read as a Spec: `kinds()` are the classes by name, the
-    arguments those that a class takes by keyword alone."""
+    arguments those that a class takes by keyword alone; `new` says in a message where a new class is entered."""
 
     def read(value: Any, info: Any) -> Spec:
         if isinstance(value, Spec):
             return value
         try:
-            found = spec(kinds(), value, "")
+            found = spec(kinds(), value, "", new)
         except UserError as error:
             raise PydanticCustomError("spec", "mistaken", {"sentences": str(error).splitlines()}) from None
         path = (info.context or {}).get("path", "")
@@ -231,14 +340,16 @@ def choice(kinds: Callable[[], Mapping[str, type]]) -> Any:
     return Annotated[Spec, PlainValidator(read)]
 
 
-def spec(kinds: Mapping[str, type], value: Any, path: str) -> Spec:
-    """Return `{kind: NAME, **arguments}`, as YAML or JSON gives it, as a Spec of one of these classes.
+def spec(kinds: Mapping[str, type], value: Any, path: str, new: str = "") -> Spec:
+    """Return `{kind: NAME, **arguments}`, as YAML or JSON gives it, as a Spec of one of these classes; `new` says in a message
+    where a new one is entered.
 
     Raises: UserError with a sentence for each mistake, each with the path of its key.
     """
     kind = mapping(value, path).get("kind")
-    if kind not in kinds:
-        raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(kinds)}{nearest(kind, kinds)}")
+    if kind not in [*kinds]:
+        known = f"{', '.join(kinds)}{did_you_mean(kind, kinds)}"
+        raise UserError(f"{path}.kind: {shown(kind)} is not one of {known}{f' ({new})' if new else ''}")
     checked = parse(_keywords(kinds[kind]), {key: each for key, each in value.items() if key != "kind"}, path)
     arguments = {key: getattr(checked, key) for key in value if key != "kind"}
     return Spec(kind, arguments, kinds[kind], path)
@@ -246,8 +357,10 @@ def spec(kinds: Mapping[str, type], value: Any, path: str) -> Spec:
 
 @functools.cache
 def _keywords(target: type) -> type[Params]:
-    """Return the model of the arguments that a class takes by keyword alone."""
+    """Return the model of the arguments that a class takes by keyword alone; one that is an `int`, and no more is said of it,
+    is a Size."""
     hints = typing.get_type_hints(target.__init__, include_extras=True)
+    hints |= {name: Size for name, hint in hints.items() if hint is int}
     named = [
         p.name for p in inspect.signature(target.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
@@ -260,20 +373,28 @@ def mapping(value: Any, path: str) -> Mapping[str, Any]:
     Raises: UserError naming `path` if it is not.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys with values, got {value!r}")
+        raise UserError(f"{path}: expected keys with values, got {shown(value)}")
     return value
 
 
-def nearest(name: Any, known) -> str:
+def near(name: Any, known: Iterable[Any], similarity: float = 0.5) -> str | None:
+    """Return the known name nearest to an unknown one, if any is near; names that are alike have a similarity of 1."""
+    if not isinstance(name, str):
+        return None
+    found = difflib.get_close_matches(name, [str(each) for each in known], 1, similarity)
+    return found[0] if found else None
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, if any is near."""
+    found = near(name, known)
+    return f"; did you mean {found!r}?" if found else ""
+
+
+def nearest(name: Any, known: Collection[Any]) -> str:
     """Return the end of a sentence about an unknown name: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], 1, 0.5)
-    return (
-        f"; did you mean {near[0]!r}?"
-        if near
-        else f"; known are {', '.join(map(str, known))}"
-        if known
-        else ""
-    )
+    all_known = f"; known are {', '.join(map(str, known))}" if known else ""
+    return did_you_mean(name, known) or all_known
 
 
 def plain(config: Any) -> Any:
@@ -287,6 +408,17 @@ def plain(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [plain(value) for value in config]
     return config
+
+
+def difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Return the first key in which two plain configs differ, joined by dots, and the values of both, null where one lacks it."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return None if before == now else (key, before, now)
+    for name in {**before, **now}:
+        found = difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        if found:
+            return found
+    return None
 
 
 def digest(*values: Any) -> str:

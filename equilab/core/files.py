@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job
+from equilab.core.process import is_first
+
+SCRATCH = Path(".equilab/scratch")  # of unfinished work, a folder a job
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -176,7 +179,7 @@ def locked(name: str) -> Iterator[None]:
 
     Raises: UserError if another process holds it, or it cannot be written.
     """
-    if not _first():
+    if not is_first():
         yield
         return
     path = Path(".equilab/locks") / name
@@ -194,9 +197,9 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def _first() -> bool:
-    """Return whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def abandoned(names: Collection[str]) -> list[Path]:
+    """Return the folders of unfinished work that is of no job of these names."""
+    return sorted(path for path in SCRATCH.glob("*") if path.name not in names)
 
 
 @contextlib.contextmanager
@@ -208,8 +211,8 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
 
     Raises: UserError if it cannot be written.
     """
-    folder = Path(".equilab/scratch") / job.name
-    if _first():
+    folder = SCRATCH / job.name
+    if is_first():
         try:
             _prepare(folder, identity)
         except OSError as error:
@@ -218,8 +221,8 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
             ) from None
     _wait()
     yield folder
-    if _first() and not keep:
-        _remove(folder)
+    if is_first() and not keep:
+        remove(folder)
 
 
 def _prepare(folder: Path, identity: Mapping[str, str] | None) -> None:
@@ -235,13 +238,13 @@ def _prepare(folder: Path, identity: Mapping[str, str] | None) -> None:
                 f"equilab: {folder.name}: unfinished work was begun with other {', '.join(differing)}; it starts anew",
                 file=sys.stderr,
             )
-        _remove(folder)
+        remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if identity is not None:
         write_json(stamp, identity)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder that may be looked for again at any moment: it is there in full or not at all."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)

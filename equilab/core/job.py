@@ -61,9 +61,7 @@ class Job:
     image: tuple[int, int, int]  # channels, height, width, as params say
     classes: int  # 0: no labels
     code: str  # digest of what the modules behind the stage mean
-    read: Callable[
-        ..., Any
-    ]  # (stage, run=None, seed=None) -> its config; of the first seed where none is given
+    read: Callable[..., Any]  # (stage, run=None, seed=None) -> its config, by default of the first seed
     seeds: Callable[[str, str], tuple[int, ...]]  # (stage, run) -> the seeds of its replicates
 
     @property
@@ -80,12 +78,15 @@ class Job:
 
 
 class Plan(NamedTuple):
-    """What a stage will cost, before anything is spent; None where it cannot be told beforehand."""
+    """What a stage will cost, before anything is spent; None where that cannot be known."""
 
     parameters: int | None = None
     flops: float = 0.0  # of networks, in all
     disk: int | None = 0  # bytes of results
     note: str = ""  # lines to print with it
+    images: int = 0  # seen in training, or made
+    teacher_calls: int = 0  # evaluations of the teacher for them
+    memory: int = 0  # bytes that training holds whatever its batch
 
 
 def folder_of(stage: str, run: str | None = None, seed: int | None = None) -> Path:

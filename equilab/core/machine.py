@@ -86,13 +86,10 @@ def device_of(job: Job) -> torch.device:
 
 
 def environment(job: Job) -> dict[str, Any]:
-    """Return what the bits of a result depend on beside its config: versions, device, threads, processes."""
+    """Return what the bits of a result depend on besides its config: versions, device, threads, processes."""
     device = device_of(job)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,

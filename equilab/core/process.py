@@ -1,9 +1,14 @@
-"""What has to be set before torch is imported: how idle threads wait, and what becomes of freed memory."""
+"""This process: what has to be set before torch is imported, and whether it is the first of those that work together."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+
+
+def is_first() -> bool:
+    """Return whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def prepare_process() -> None:

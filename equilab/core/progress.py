@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from tqdm import tqdm
+
+from equilab.core.process import is_first
 
 
 def bar(what: str, total: int, unit: str = "img", done: int = 0, delay: int = 0) -> tqdm:
@@ -23,7 +24,7 @@ def bar(what: str, total: int, unit: str = "img", done: int = 0, delay: int = 0)
         delay=delay,
         mininterval=0.2 if terminal else 10,
         file=None if terminal else _Lines(),
-        disable=os.environ.get("RANK", "0") != "0",
+        disable=not is_first(),
     )
 
 

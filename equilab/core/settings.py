@@ -14,4 +14,6 @@ def setting_columns(setting: Mapping[str, Any]) -> dict[str, Any]:
     guidance, fixed_point = (columns.pop(key, None) or {} for key in ("guidance", "fixed_point"))
     columns |= {f"guidance_{key}": value for key, value in guidance.items()}
     columns |= {"solver" if key == "method" else key: value for key, value in fixed_point.items()}
+    if isinstance(columns.get("budget"), (list, tuple)):  # the iterations of each step
+        columns["budget"] = " ".join(map(str, columns["budget"]))
     return columns

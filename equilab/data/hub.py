@@ -22,9 +22,7 @@ class Datasets(Params):
     labels; splits for training and, null to hold images out, for testing."""
 
     subset: str | None
-    revision: (
-        str | None
-    )  # of the hub: a commit, a tag or a branch; a commit alone gives the same images for ever
+    revision: str | None  # of the hub: a commit, a tag or a branch; only a commit is always the same images
     image: str
     label: str | None
     train: str

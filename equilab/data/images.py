@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_valida
 from tqdm import tqdm
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError, read_json
+from equilab.core.config import Params, UserError, read_json, unreadable, writer
 from equilab.core.files import (
     remove_others,
     replace,
@@ -28,12 +27,13 @@ from equilab.core.files import (
     write_json,
 )
 from equilab.core.job import Job, Plan, folder_of
+from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.data import reading
 from equilab.data.hub import Datasets, locate, open_splits
 from equilab.data.reading import Images, Refusals, RefusedError, expanded
 
-# per source, the keys beside `source` that it reads: all of one group, and no others
+# per source, the keys besides `source` that it reads: all of one group, and no others
 READS = {
     "digits": [("test",)],
     "cifar10": [("path",)],
@@ -53,7 +53,7 @@ class Config(Params):
     `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test split, drawn by the
     study's seed. `image`: (channels, height, width); `classes`: 0 for images without labels; the stage compares both with
     what it finds. `labels`: how those of generated images are drawn, from all classes alike or as frequently as training
-    images have them.
+    images have them; null without classes.
     """
 
     source: Literal["digits", "cifar10", "folder", "datasets"]
@@ -62,8 +62,8 @@ class Config(Params):
     test: PositiveInt | None
     image: tuple[Size, Size, Size]
     classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
-    datasets: Datasets | None = None
-    labels: Literal["uniform", "frequency"] = "uniform"
+    datasets: Datasets | None
+    labels: Literal["uniform", "frequency"] | None
 
     @model_validator(mode="after")
     def _reads(self):
@@ -77,8 +77,10 @@ class Config(Params):
             )
         if self.datasets is not None and (self.datasets.test is None) != (self.test is not None):
             raise ValueError("give either a split as datasets.test or a number of images to hold out as test")
-        if self.labels == "frequency" and not self.classes:
-            raise ValueError("labels is frequency, but classes is 0; set it to uniform")
+        if (self.labels is None) != (self.classes == 0):
+            raise ValueError(
+                "labels says how classes are drawn: give it where there are any, and null where classes is 0"
+            )
         return self
 
 
@@ -142,8 +144,8 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     folder = Path(folder)
     try:
         meta = Meta.model_validate_json((folder / "meta.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{folder}/meta.json is missing or damaged; run the stage data again") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(folder / "meta.json", error) from None
     count, sha256 = meta.counts[split], meta.sha256 if verify else None
     images = _read_array(folder / f"{split}_images.npy", (count, *meta.shape), np.uint8, sha256)
     labels = None
@@ -152,12 +154,25 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
     return Dataset(images, labels, meta.classes, meta.label_counts)
 
 
+def require_same(path: Path, made: Mapping[str, Any]) -> None:
+    """Compare the data that a result was made of with those of the study, if these are there; `made` is what was kept with it.
+
+    Raises: UserError if they are others.
+    """
+    data = folder_of("data") / "meta.json"
+    kept = made.get("inputs", {}).get("data")
+    if kept is not None and data.exists() and kept != sha256_of(data):
+        raise UserError(
+            f"{path} was made of other images than {data.parent} holds now; run {writer(path)} again"
+        )
+
+
 def label_counts(job: Job) -> dict[str, list[int]]:
     """Return how many training images each class has, as `label_counts`, if that decides how labels are drawn; or nothing.
 
     Raises: UserError if the stage `data` has not written it.
     """
-    if job.read("data").labels == "uniform":
+    if job.read("data").labels != "frequency":
         return {}
     counts = read_json(folder_of("data") / "meta.json", "label_counts")["label_counts"]
     return {"label_counts": counts}
@@ -183,7 +198,7 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError naming the key or the file that is wrong, and what to do; images that are refused are counted.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return  # of several processes the first one does it
     with scratch(job) as place:  # what is there stays until everything new is
         splits = _open(config, job.study.seed, place)
@@ -391,16 +406,12 @@ def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[st
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # one of a dozen types, by where it is damaged
-        raise UserError(
-            f"{path} is missing, cut short or damaged ({error}); run the stage data again"
-        ) from error
+        raise unreadable(path, error) from error
     if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
         raise UserError(
             f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
-            f"{np.dtype(dtype)} {shape}; run the stage data again"
+            f"{np.dtype(dtype)} {shape}; run {writer(path)} again"
         )
     if sha256 is not None and sha256_of(path) != sha256.get(path.name):
-        raise UserError(
-            f"{path} is damaged, its checksum is not the one in meta.json; run the stage data again"
-        )
+        raise unreadable(path, "its checksum is not the one in meta.json")
     return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,22 +23,12 @@ from pydantic import (
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError, read_json
-from equilab.core.files import (
-    is_intact,
-    link,
-    remove_others,
-    require_disk,
-    scratch,
-    sha256_of,
-    write,
-    write_array,
-    write_json,
-)
+from equilab.core.config import Params, UserError, read_json, sentences, unreadable
+from equilab.core.files import remove_others, scratch, sha256_of, write_json
 from equilab.core.job import Job, Plan, folder_of
-from equilab.core.machine import barrier, device_of, environment, identity, rank, world
-from equilab.core.progress import bar
+from equilab.core.machine import barrier, device_of, environment, identity, rank
 from equilab.data import images as data
+from equilab.data import shards
 from equilab.data.images import to_float, to_uint8
 from equilab.models.checkpoint import checksum
 
@@ -93,14 +84,28 @@ class VAEConfig(BaseModel):
         return self
 
 
-class Scaling(NamedTuple):
-    """What encoded images become latents by: (encoded - center) * scale, per channel (C, 1, 1).
+class VAE(NamedTuple):
+    """An AutoencoderKL in evaluation mode; latents are (encoded - center) * scale, per channel (C, 1, 1).
 
     Source: diffusers, its pipelines of Stable Diffusion 3 (shift_factor) and XL (latents_mean, latents_std).
     """
 
+    net: nn.Module
     center: Tensor
     scale: Tensor
+
+    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Return the latents of images in -1..1: draws from the posterior, by unit noise of their shape."""
+        posterior = self.net.encode(image).latent_dist
+        return (posterior.mean + posterior.std * noise - self.center) * self.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the images of latents."""
+        return self.net.decode(latent.float() / self.scale + self.center).sample
+
+    def checksum(self) -> str:
+        """Return what changes with the weights or the scaling."""
+        return checksum({**self.net.state_dict(), "center": self.center, "scale": self.scale})
 
 
 class Pixels(NamedTuple):
@@ -120,17 +125,17 @@ class Encoded:
         meta = read_json(folder / "meta.json", "shape", "count", "data", "shards")
         if meta["data"] != sha256_of(folder_of("data") / "meta.json"):
             raise UserError(
-                f"{folder} holds latents of other images than results/data; run the stage latents again"
+                f"{folder} holds latents of other images than results/data; run `python -m equilab latents` again"
             )
         self.shape, self.shards, left = tuple(meta["shape"]), [], meta["count"]
         for name, sha256 in meta["shards"].items():
             if not (folder / name).exists() or sha256_of(folder / name) != sha256:
-                raise UserError(f"{folder / name} is missing or damaged; run the stage latents again")
+                raise unreadable(folder / name, "its checksum is not the one in meta.json")
             self.shards.append(np.load(folder / name, mmap_mode="r"))
             left -= len(self.shards[-1])
         if left:
             raise UserError(
-                f"{folder} does not hold as many latents as its meta.json says; run the stage latents again"
+                f"{folder} does not hold as many latents as its meta.json says; run `python -m equilab latents` again"
             )
 
     def read(self, items: np.ndarray) -> Tensor:
@@ -143,7 +148,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """
-    _vae(config, job.image)
+    open_vae(config, job.image)
     return partial(Plan, disk=None)
 
 
@@ -157,49 +162,29 @@ def run(config: Config, job: Job) -> None:
     """
     images = data.load(folder_of("data"), "train", verify=True).images
     device = device_of(job)
-    vae, scaling = _vae(config, images.shape[1:], device)
+    vae = open_vae(config, images.shape[1:], device)
     about = {
         "data": sha256_of(folder_of("data") / "meta.json"),
-        "vae": checksum({**vae.state_dict(), **scaling._asdict()}),
+        "vae": vae.checksum(),
         "shape": config.shape,
     }
+
+    @torch.inference_mode()
+    def encoded(items: np.ndarray) -> np.ndarray:
+        noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(device)
+        image = to_float(torch.from_numpy(images[items])).to(device)
+        return vae.encode(image, noise).cpu().numpy()
+
+    sizes = {"count": len(images), "shard": SHARD, "batch": config.batch}
     with scratch(job, identity(job, config, about)) as folder:
-        shards = [folder / f"latents-{start:010d}.npy" for start in range(0, len(images), SHARD)]
-        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
-        require_disk(folder, 4 * int(np.prod(config.shape)) * SHARD * len(missing))
-        with bar(
-            job.name, len(images), done=min((len(shards) - len(missing)) * SHARD, len(images))
-        ) as progress:
-            for k in missing[rank() :: world()]:
-                blocks = []
-                for start in range(k * SHARD, min((k + 1) * SHARD, len(images)), config.batch):
-                    items = np.arange(start, min(start + config.batch, (k + 1) * SHARD, len(images)))
-                    noise = torch.from_numpy(rng.noise(job.study.seed, "latents", items, config.shape)).to(
-                        device
-                    )
-                    image = to_float(torch.from_numpy(images[items])).to(device)
-                    blocks.append(_encoded(vae, image, noise, scaling))
-                    progress.update(len(items))
-                write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
-        barrier()
+        made = shards.make(job, folder, "latents", encoded, row_bytes=4 * math.prod(config.shape), **sizes)
         if rank() == 0:
-            job.out.mkdir(parents=True, exist_ok=True)
-            for path in shards:
-                link(path, job.out)
-            about["shards"] = {
-                path.name: path.with_suffix(".sha256").read_text(encoding="utf-8") for path in shards
-            }
-            write_json(
-                job.out / "meta.json", {**about, "count": len(images), "environment": environment(job)}
-            )
+            about["shards"] = shards.publish(made, job.out)
+            meta = {**about, "count": len(images), "environment": environment(job)}
+            write_json(job.out / "meta.json", meta)
             remove_others(job.out, about["shards"], "latents-*.npy")
+            print(f"latents: {len(images):,} of training images, in {job.out}")
         barrier()
-
-
-@torch.inference_mode()
-def _encoded(vae: nn.Module, image: Tensor, noise: Tensor, scaling: Scaling) -> np.ndarray:
-    posterior = vae.encode(image).latent_dist
-    return ((posterior.mean + posterior.std * noise - scaling.center) * scaling.scale).cpu().numpy()
 
 
 def shape_of(read: Callable, image: tuple[int, ...]) -> tuple[int, ...]:
@@ -216,13 +201,13 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
     config = job.read("latents") if latent else None
     if config is None:
         return Pixels(shape, to_uint8)
-    (vae, scaling), path = _vae(config, job.image, device), folder_of("latents") / "meta.json"
-    if read_json(path, "vae")["vae"] != checksum({**vae.state_dict(), **scaling._asdict()}):
+    vae, path = open_vae(config, job.image, device), folder_of("latents") / "meta.json"
+    if read_json(path, "vae")["vae"] != vae.checksum():
         raise UserError(
-            f"{path.parent} was made by another VAE than {config.vae} holds; run the stage latents again"
+            f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
         )
 
-    return Pixels(job.image, partial(_decoded, vae, scaling, config.batch))
+    return Pixels(job.image, partial(_decoded, vae, config.batch))
 
 
 def decoder(folder: Path, shape: tuple[int, ...], device: torch.device) -> Pixels:
@@ -233,22 +218,20 @@ def decoder(folder: Path, shape: tuple[int, ...], device: torch.device) -> Pixel
     about = _read_config(folder)
     grows = 2 ** (len(about.block_out_channels) - 1)
     image = (about.out_channels, *(size * grows for size in shape[1:]))
-    vae, scaling = _vae(Config(vae=str(folder), shape=shape, batch=DECODED), image, device)
-    return Pixels(image, partial(_decoded, vae, scaling, DECODED))
+    vae = open_vae(Config(vae=str(folder), shape=shape, batch=DECODED), image, device)
+    return Pixels(image, partial(_decoded, vae, DECODED))
 
 
 @torch.inference_mode()
-def _decoded(vae: nn.Module, scaling: Scaling, batch: int, latent: Tensor) -> Tensor:
+def _decoded(vae: VAE, batch: int, latent: Tensor) -> Tensor:
     """Return the pixels of latents (..., C, H, W), uint8."""
-    flat = latent.flatten(0, -4).float() / scaling.scale + scaling.center
-    images = torch.cat([to_uint8(vae.decode(part).sample.clamp(-1, 1)) for part in flat.split(batch)])
+    parts = latent.flatten(0, -4).split(batch)
+    images = torch.cat([to_uint8(vae.decode(part).clamp(-1, 1)) for part in parts])
     return images.reshape(*latent.shape[:-3], *images.shape[1:])
 
 
-def _vae(
-    config: Config, image: tuple[int, ...], device: torch.device | str = "cpu"
-) -> tuple[nn.Module, Scaling]:
-    """Return the VAE for images (C, H, W), in evaluation mode, and how its latents are scaled.
+def open_vae(config: Config, image: tuple[int, ...], device: torch.device | str = "cpu") -> VAE:
+    """Return the VAE of a study for images (C, H, W).
 
     Raises: UserError if it is not there, cannot be read, or does not fit.
     """
@@ -268,7 +251,7 @@ def _vae(
     center = about.latents_mean or [about.shift_factor or 0.0] * about.latent_channels
     deviation = about.latents_std or [1.0] * about.latent_channels
     per_channel = torch.tensor([center, deviation]).reshape(2, -1, 1, 1).to(device)
-    return _load(path).to(device), Scaling(per_channel[0], about.scaling_factor / per_channel[1])
+    return VAE(_load(path).to(device), per_channel[0], about.scaling_factor / per_channel[1])
 
 
 def _read_config(path: Path) -> VAEConfig:
@@ -286,11 +269,8 @@ def _read_config(path: Path) -> VAEConfig:
     try:
         about = VAEConfig.model_validate_json((path / "config.json").read_bytes())
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        place = ".".join(["config.json", *map(str, mistake["loc"])])
-        raise UserError(
-            f"latents.vae: {place} in {path}: {mistake['msg']}; correct it, or fetch its files again"
-        ) from None
+        mistake = sentences(VAEConfig, error, f"latents.vae: {path / 'config.json'}")[0]
+        raise UserError(f"{mistake}; correct it, or fetch its files again") from None
     known = inspect.signature(AutoencoderKL.__init__).parameters
     for key in about.model_extra:
         if key not in known and not key.startswith("_"):
@@ -309,7 +289,7 @@ def _load(path: Path) -> nn.Module:
     from diffusers import AutoencoderKL
 
     try:
-        vae, told = AutoencoderKL.from_pretrained(
+        vae, mismatch = AutoencoderKL.from_pretrained(
             str(path),
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -322,8 +302,8 @@ def _load(path: Path) -> nn.Module:
             f"latents.vae: the VAE in {path} cannot be read ({reason}); fetch its files again"
         ) from None
     for keys, what in (("missing_keys", "lack"), ("unexpected_keys", "have, against its config.json,")):
-        if told[keys]:
+        if mismatch[keys]:
             raise UserError(
-                f"latents.vae: the weights in {path} {what} {sorted(told[keys])[0]}; fetch its files again"
+                f"latents.vae: the weights in {path} {what} {sorted(mismatch[keys])[0]}; fetch its files again"
             )
     return vae.eval().requires_grad_(False)

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from equilab.core import rng
-from equilab.core.config import UserError, plain, read_json
+from equilab.core.config import UserError, plain, read_json, unreadable
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, folder_of
-from equilab.data.images import to_float
+from equilab.data.images import require_same, to_float
 from equilab.models.checkpoint import read_metadata
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
+# of meta.json
+COUNTS = ("count", "held_out", "classes")
+KEYS = (*COUNTS, "shape", "seed", "shard", "dtype", "shards", "noise_checksum", "teacher")
 
 
 class Pairs(NamedTuple):
@@ -38,20 +41,8 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        keys = (
-            "count",
-            "held_out",
-            "classes",
-            "shape",
-            "seed",
-            "shard",
-            "dtype",
-            "shards",
-            "noise_checksum",
-            "teacher",
-        )
-        self.folder, self.meta = folder, read_json(folder / "meta.json", *keys)
-        self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
+        self.folder, self.meta = folder, read_json(folder / "meta.json", *KEYS)
+        self.count, self.held_out, self.classes = (self.meta[key] for key in COUNTS)
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.label_counts = self.meta.get("label_counts")
         self.images = [self._open(folder / name) for name in self.meta["shards"]]
@@ -62,8 +53,9 @@ class PairSet:
             )
 
     def check(self, job: Job) -> None:
-        """Compare what meta.json says of how the pairs were made with params as they are, seed, numbers, type and sampler, and with
-        the teacher that lies beside them; it does not hold the batch and the precision, on which their last bits depend too.
+        """Compare how the pairs were made, as meta.json says, with params as they are: seed, numbers, type, sampler, labels, teacher.
+
+        It does not say the batch and the precision, on which their last bits depend too.
 
         Raises: UserError naming the key that differs.
         """
@@ -74,30 +66,32 @@ class PairSet:
         for key, value in {"study.seed": job.study.seed, **now}.items():
             if value != (before := self.meta.get(key.partition(".")[2])):
                 raise UserError(
-                    f"{key} is {value}, but {self.folder} was made with {before}; run the stage `pairs` again"
+                    f"{key} is {value}, but {self.folder} was made with {before}; run `python -m equilab pairs` again"
                 )
-        drawn = "uniform" if self.label_counts is None else "frequency"
-        if (wanted := job.read("data").labels) != drawn:
+        wanted = job.read("data").labels
+        if (wanted == "frequency") != (self.label_counts is not None):
             raise UserError(
-                f"data.labels is {wanted}, but {self.folder} was made with {drawn}; run the stages from `data` again"
+                f"data.labels is {wanted}, but {self.folder} was made otherwise; run the stages from `data` again"
             )
-        weights = folder_of("teacher") / "weights.safetensors"  # pairs alone can be trained on too
-        if weights.exists() and read_metadata(weights)["checksum"] != self.meta["teacher"]:
+        weights = folder_of("teacher") / "weights.safetensors"
+        if not weights.exists():
+            return  # pairs alone can be trained on too
+        teacher = read_metadata(weights)
+        require_same(weights, teacher)
+        if teacher["checksum"] != self.meta["teacher"]:
             raise UserError(
-                f"{self.folder} was made by another teacher than {weights}; run the stage `pairs` again"
+                f"{self.folder} was made by another teacher than {weights}; run `python -m equilab pairs` again"
             )
 
     def _open(self, path: Path) -> np.ndarray:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} is missing, cut short or damaged ({error}); run the stage `pairs` again"
-            ) from None
+            raise unreadable(path, error) from None
         if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
             raise UserError(
                 f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
-                "run the stage `pairs` again"
+                "run `python -m equilab pairs` again"
             )
         return array
 
@@ -108,9 +102,7 @@ class PairSet:
         """
         for array, shard in zip(self.images, self.meta["shards"].values()):
             if sha256_of(Path(array.filename)) != shard["sha256"]:
-                raise UserError(
-                    f"{array.filename} is damaged: not the checksum of meta.json; run the stage `pairs` again"
-                )
+                raise unreadable(Path(array.filename), "its checksum is not the one in meta.json")
 
     def read(self, indices: np.ndarray) -> Pairs:
         """Return the pairs at `indices` (0..held_out+count-1)."""
@@ -136,9 +128,8 @@ def labels(
         return None
     if counts is None:
         return torch.from_numpy(rng.integers(seed, purpose, indices, classes))
-    image = rng.integers(
-        seed, purpose, indices, sum(counts)
-    )  # of the training images in the order of their classes
+    # which training image has the label, in the order of their classes
+    image = rng.integers(seed, purpose, indices, sum(counts))
     return torch.from_numpy(np.searchsorted(np.cumsum(counts), image, side="right"))
 
 

@@ -58,7 +58,7 @@ REFUSALS = {
 
 
 class RefusedError(Exception):
-    """A file that is not read: why, as a key of REFUSALS, and what is known beside it."""
+    """A file that is not read: why, as a key of REFUSALS, and a detail for the message."""
 
     def __init__(self, reason: str, detail: object = ""):
         super().__init__(reason, detail)

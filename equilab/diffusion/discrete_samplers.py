@@ -1,16 +1,17 @@
 """Samplers of a discrete diffusion: from noise to an image along a chain, a step at a time.
 
-They call `predict(x, t, label, carry, iterations) -> (output, solution)`: t (B,) int64, the state `carry` to
-start a fixed point from or None, the `iterations` for it or None; the Solution of an explicit network is
-None. A network becomes one by `explicit` or `implicit`, then perhaps `guided`. The samplers draw nothing:
+They call `predict(x, t, label, carry, limits) -> (output, solution)`: t (B,) int64, the state `carry` to start a
+fixed point from or None, the `limits` that a budget sets to its Solver, as fields of that; the Solution of an explicit
+network is None. A network becomes one by `explicit` or `implicit`, then perhaps `guided`. The samplers draw nothing:
 `noises(step)` gives the fresh unit noise of a step, steps counted from 0, the noisiest. No gradients flow
 through them, though they do through a single `ddpm_step` or `ddim_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from equilab.core import rng
 from equilab.diffusion.discrete import Chain, Level, noise_of_image, posterior_mean
 from equilab.diffusion.protocols import Step, unsound
 from equilab.solvers import Solution, Solver
-from equilab.solvers.budget import Budget, trace
+from equilab.solvers.budget import Budget
 
 
 def ddpm_step(
@@ -132,7 +133,7 @@ def explicit(net: Callable) -> Callable:
     """Return the `predict` of a network `net(x, t, label) -> output`."""
 
     def predict(
-        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
+        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, limits: Mapping[str, Any]
     ) -> tuple[Tensor, None]:
         return net(x, t, label), None
 
@@ -143,10 +144,9 @@ def implicit(net: Callable, solver: Solver) -> Callable:
     """Return the `predict` of `net(x, t, label, carry, solve) -> (output, Solution)`, solved by `solver`."""
 
     def predict(
-        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
+        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, limits: Mapping[str, Any]
     ) -> tuple[Tensor, Solution]:
-        solve = solver if iterations is None else replace(solver, iterations=iterations)
-        return net(x, t, label, carry, solve)
+        return net(x, t, label, carry, replace(solver, **limits))
 
     return predict
 
@@ -163,10 +163,10 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
     """
 
     def both(
-        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, iterations: int | None
+        x: Tensor, t: Tensor, label: Tensor | None, carry: Tensor | None, limits: Mapping[str, Any]
     ) -> tuple[Tensor, Solution | None]:
         labels = torch.cat([label, torch.full_like(label, null)])  # (2B,)
-        output, solution = predict(torch.cat([x, x]), torch.cat([t, t]), labels, carry, iterations)
+        output, solution = predict(torch.cat([x, x]), torch.cat([t, t]), labels, carry, limits)
         towards, away = output.chunk(2)  # (B, O, H, W) each
         count = x.shape[1] if channels == "all" else min(3, x.shape[1])
         pull = away[:, :count] + scale * (towards[:, :count] - away[:, :count])  # (B, count, H, W)
@@ -179,13 +179,13 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
 def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> Iterator[Step]:
     """Yield the steps by `move`; `noises` None adds nothing."""
     x = noise.detach().double()
-    steps, carry, traces = len(chain.t), None, []
+    steps, carry, solutions = len(chain.t), None, []
     diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for step, position in enumerate(reversed(range(steps))):
-        iterations = None if budget is None else budget(traces, steps)
+        limits = {} if budget is None else budget(solutions, steps)
         t = int(chain.t[position])
         ts = torch.full((len(x),), t, device=x.device)
-        output, solution = predict(x.to(noise.dtype), ts, label, carry, iterations)
+        output, solution = predict(x.to(noise.dtype), ts, label, carry, limits)
 
         level = chain.at(torch.full((1,), position, device=x.device))
         prediction, value = chain.split(output.double(), x.shape[1])
@@ -203,6 +203,5 @@ def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> 
         x = torch.where(stopped, x, following)
         if reuse:
             carry = solution.z
-        if budget is not None:
-            traces.append(trace(solution))
+        solutions.append(solution)
         yield Step(x, t, image, () if solution is None else (solution,), diverged, step + 1)

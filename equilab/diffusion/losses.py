@@ -45,6 +45,13 @@ def edm(
     return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
 
 
+CONSISTENCY_CALLS = {
+    "text": 2,
+    "published": 4,
+}  # evaluations of the teacher for an image: steps of Heun's method
+Distance = Callable[[Tensor, Tensor], Tensor]  # of images (B, C, H, W) to their targets: a mean over samples
+
+
 def consistency(
     student: Callable[..., Denoised],
     teacher: Callable[..., Denoised],
@@ -52,23 +59,119 @@ def consistency(
     noise: Float[Tensor, "b c h w"],
     sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
     label: Int64[Tensor, b] | None,
+    distance: Distance,
 ) -> Float[Tensor, ""]:
-    """Return the squared error between the student at sigma and at the level below it, mean over pixels and samples.
+    """Return the distance between the student at sigma and at the level below it.
 
     Heun's step along the teacher leads to the state at the level below, where the student gets no gradient.
     `sigmas` are the levels of each sample and those below them, all > 0.
 
     Source: GDD (Zheng 2024), table 5, CD; after "Consistency models" (Song 2023), algorithm 2.
-    Differs: the target is the student itself, as in table 5, not its average; the distance is squared, not LPIPS.
+    Differs: the target is the student itself, as in table 5, not its average.
     """
-    sigma, after = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1) each
-    x = image + sigma * noise
+    x = image + sigmas[0][:, None, None, None] * noise
     with torch.no_grad():
-        slope = (x - teacher(x, sigmas[0], label).image) / sigma
-        below = x + (after - sigma) * slope
-        slope = (slope + (below - teacher(below, sigmas[1], label).image) / after) / 2
-        target = student(x + (after - sigma) * slope, sigmas[1], label).image
-    return l2(student(x, sigmas[0], label).image, target)
+        below = heun_step(teacher, x, *sigmas, label)
+        target = student(below, sigmas[1], label).image
+    return distance(student(x, sigmas[0], label).image, target)
+
+
+def published_consistency(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+    distance: Distance,
+    lowest: tuple[float, float],
+) -> Float[Tensor, ""]:
+    """Return the distance between the student at sigma and the state at the lowest level, reached from the level below.
+
+    As `consistency`, but the target is the state that Euler's step along the student leads to at the lowest level; from the
+    second lowest, it is Heun's step along the teacher. `lowest` are these two, in rising order.
+
+    Source: the published code of GDD (Zheng 2024), which draws sigma from the third lowest level on.
+    """
+    x = image + sigmas[0][:, None, None, None] * noise
+    with torch.no_grad():
+        below = heun_step(teacher, x, *sigmas, label)
+        level, end = sigmas[1][:, None, None, None], torch.full_like(sigmas[1], lowest[0])
+        denoised = student(below, sigmas[1], label).image
+        by_student = denoised + lowest[0] / level * (below - denoised)
+        by_teacher = heun_step(teacher, below, sigmas[1], end, label)
+        target = torch.where(level <= lowest[1], by_teacher, by_student)
+    return distance(student(x, sigmas[0], label).image, target)
+
+
+def heun_step(
+    denoise: Callable[..., Denoised],
+    x: Float[Tensor, "b c h w"],
+    sigma: Float[Tensor, b],
+    after: Float[Tensor, b],
+    label: Int64[Tensor, b] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the state at the level `after` of each sample, which is > 0, by Heun's step from `x` at the level `sigma`.
+
+    Source: EDM, algorithm 1, lines 4 to 8.
+    """
+    before, end = (level[:, None, None, None] for level in (sigma, after))  # (B, 1, 1, 1) each
+    slope = (x - denoise(x, sigma, label).image) / before
+    euler = x + (end - before) * slope
+    slope = (slope + (euler - denoise(euler, after, label).image) / end) / 2
+    return x + (end - before) * slope
+
+
+def progressive(
+    student: Callable[..., Denoised],
+    teacher: Callable[..., Denoised],
+    image: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+    weight: Callable[[Tensor], Tensor],
+) -> Float[Tensor, ""]:
+    """Return weight(sigma) * (student - progressive_target)^2 at image + sigma noise, its mean over pixels and samples.
+
+    `sigmas` are the levels of each sample at which the student's step begins, its teacher's second step begins, and both
+    end; `weight` is one of SNR_WEIGHTS.
+
+    Source: "Progressive distillation" (Salimans 2022), algorithm 2; GDD (Zheng 2024), equation 2 and table 5, PD.
+    Differs: noise levels and denoiser are EDM's, where theirs are of a cosine schedule that keeps the variance.
+    """
+    x = image + sigmas[0][:, None, None, None] * noise
+    target = progressive_target(teacher, x, sigmas, label)
+    error = (student(x, sigmas[0], label).image - target).square()
+    return (weight(sigmas[0])[:, None, None, None] * error).mean()
+
+
+@torch.no_grad()
+def progressive_target(
+    teacher: Callable[..., Denoised],
+    x: Float[Tensor, "b c h w"],
+    sigmas: tuple[Float[Tensor, b], Float[Tensor, b], Float[Tensor, b]],
+    label: Int64[Tensor, b] | None,
+) -> Float[Tensor, "b c h w"]:
+    """Return the denoised image with which one Euler step from sigmas[0] ends where two of the teacher's end.
+
+    These go to sigmas[1], then to sigmas[2]. If they lead to H, it is (sigmas[0] H - sigmas[2] x) / (sigmas[0] - sigmas[2]);
+    written as here, by the mean of the two slopes, it loses no digits where the levels lie close together.
+
+    Source: "Progressive distillation" (Salimans 2022), algorithm 2; GDD (Zheng 2024), table 5c.
+    """
+    first, middle, last = (level[:, None, None, None] for level in sigmas)  # (B, 1, 1, 1) each
+    slope = (x - teacher(x, sigmas[0], label).image) / first
+    between = x + (middle - first) * slope
+    second_slope = (between - teacher(between, sigmas[1], label).image) / middle
+    share = (middle - last) / (first - last)  # of the way that the second step goes
+    return x - first * torch.lerp(slope, second_slope, share)
+
+
+# of the error of the denoised image, by the noise level; the signal-to-noise ratio of EDM's states is 1 / sigma^2
+SNR_WEIGHTS = {
+    "truncated_snr": lambda sigma: (1 / sigma**2).clamp_min(1),
+    "snr_plus_one": lambda sigma: 1 / sigma**2 + 1,
+}  # Source: "Progressive distillation" (Salimans 2022), section 4
 
 
 def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:

@@ -29,9 +29,7 @@ class Denoised(NamedTuple):
 class Step(NamedTuple):
     """What a sampler yields after a step."""
 
-    x: Float64[
-        Tensor, "b c h w"
-    ]  # the state that the step leads to; after the last step, the image, not clamped
+    x: Float64[Tensor, "b c h w"]  # where the step leads; after the last one the image, not clamped
     noise_level: float  # of the state that it left: sigma, or the timestep t
     image: Float[Tensor, "b c h w"]  # the image predicted there
     solutions: tuple[Solution, ...]  # of each call of an implicit network, in order

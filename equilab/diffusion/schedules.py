@@ -24,6 +24,5 @@ def edm_sigmas(steps: int, *, sigma_min: float, sigma_max: float, rho: float) ->
         )
     fraction = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat(
-        [(high + fraction * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)]
-    )  # (steps + 1,)
+    sigmas = (high + fraction * (low - high)) ** rho  # (steps,)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])  # (steps + 1,)

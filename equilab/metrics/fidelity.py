@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor, nn
 
 from equilab.core import rng
@@ -29,10 +29,9 @@ from equilab.models.checkpoint import checksum, load_network, load_tensors, read
 DEFINITION = 1  # of what a kept Reference holds; a higher number leaves older files unread
 BATCH = 250  # images through a feature network at once; decides the last bits
 COMPARED = 10_000  # at most so many images of a side are compared one with another: KID, precision, recall
-# as published with each score
-KID_SUBSET = 1000  # images
-NEIGHBOURS = 3  # of precision and recall
-SPLITS = 10  # of the inception score
+KID_SUBSET = 1000  # images in a subset, as published
+NEIGHBOURS = 3  # of precision and recall, as published
+SPLITS = 10  # of the inception score, as published
 SEED = 2020  # torch-fidelity's
 CACHE = Path(".equilab/references")  # of a study, ignored by git and DVC
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -61,7 +60,7 @@ class Statistics(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A real image set as scores need it: statistics of all its images, features and logits of those compared."""
+    """An image set as scores need it: statistics of all its images, features and logits of those compared."""
 
     statistics: Statistics
     features: Float32[Tensor, "m d"]
@@ -287,18 +286,18 @@ class Scorer:
         if config is not None and inception != (config.network is None):
             there = "Inception" if inception else "a classifier"
             raise UserError(
-                f"{weights} is {there}, but params ask for the other; run the stage `evaluator` again"
+                f"{weights} is {there}, but params ask for the other; run `python -m equilab evaluator` again"
             )
         if inception:
             self.extractor = inception_extractor(device)
         else:
             classifier, _ = load_network(weights, config)
             self.extractor = classifier_extractor(classifier.to(device))
+        images = {split: load(data, split, verify=True).images for split in ("train", "test")}
         self.references = {
-            split: reference(load(data, split, verify=True).images, self.extractor, cache, compared=COMPARED)
-            for split in ("train", "test")
+            split: reference(each, self.extractor, cache, compared=COMPARED) for split, each in images.items()
         }
-        self.train = load(data, "train").images
+        self.train, self.test_size = images["train"], len(images["test"])
 
     def distances(self, images: Images) -> dict[str, float]:
         """Return `fd_train` and `fd_test` (with Inception `fid_...`) alone, in memory that does not grow."""
@@ -317,6 +316,14 @@ class Scorer:
 
         Raises: ValueError for fewer than 10 images.
         """
+        found, parts = self._gathered(images)
+        values = self._scores(found, self.references)
+        if parts.count > COMPARED:
+            values |= {"inception_score": parts.score(), "n_samples": parts.count}
+        return values
+
+    def _gathered(self, images: Images) -> tuple[Reference, Parts]:
+        """Return the Reference that images make, those compared being the first, and the parts of their inception score."""
         kept, parts = [], Parts(SPLITS)
 
         def blocks() -> Iterator[Tensor]:
@@ -327,46 +334,45 @@ class Scorer:
                 yield features
 
         found = statistics(blocks())
-        compared, logits = (torch.cat(side)[:COMPARED] for side in zip(*kept))
-        values = self._scores(found, compared, logits, self.references)
-        if parts.count > COMPARED:
-            values |= {"inception_score": parts.score(), "n_samples": parts.count}
-        return values
+        return Reference(found, *(torch.cat(side)[:COMPARED] for side in zip(*kept))), parts
 
     def floor(self, n_samples: int, seed: int) -> dict[str, dict[str, float]]:
-        """Return the scores of real images in place of samples, {"test": scores, "bootstrap": scores}.
+        """Return the scores of real images in place of samples, {"test": scores, "halves": scores}.
 
-        "test": the test images against train, two real sets that share no image: what a perfect generator gets with
-        that many samples. "bootstrap": `n_samples` images drawn with replacement from train, against train and test:
-        what copying the training images gets.
+        Both are of two real sets that share no image: what a perfect generator gets with as many samples against as many
+        images. "test": the test images against all of train. "halves": training images against as many others, `n_samples`
+        on either side, or half of train where that is fewer. `n_samples` and `n_reference` are the sizes of both sets.
 
         Raises: ValueError for fewer than 10 images.
         """
-        train, test = self.references["train"], self.references["test"]
+        size = min(n_samples, len(self.train) // 2)
+        order = rng.generator(seed, "floor").permutation(len(self.train))
+        (half, _), (other, _) = (
+            self._gathered(self._chosen(part)) for part in order[: 2 * size].reshape(2, size)
+        )
+        sizes = {"n_samples": size, "n_reference": size}
+        test = self._scores(self.references["test"], {"train": self.references["train"]})
         return {
-            "test": self._scores(test.statistics, test.features, test.logits, {"train": train}),
-            "bootstrap": self.scores(self._drawn(n_samples, seed)),
+            "test": {**test, "n_samples": self.test_size, "n_reference": len(self.train)},
+            "halves": {**self._scores(half, {"train": other}), **sizes},
         }
 
-    def _drawn(self, count: int, seed: int) -> Iterator[UInt8[np.ndarray, "b c h w"]]:
-        """Yield batches of training images drawn with replacement."""
-        draw = rng.generator(seed, "floor")
-        for start in range(0, count, BATCH):
-            yield self.train[draw.integers(len(self.train), size=min(BATCH, count - start))]
+    def _chosen(self, indices: Int64[np.ndarray, n]) -> Iterator[UInt8[np.ndarray, "b c h w"]]:
+        """Yield training images in batches."""
+        for start in range(0, len(indices), BATCH):
+            yield self.train[indices[start : start + BATCH]]
 
-    def _scores(
-        self, found: Statistics, compared: Tensor, logits: Tensor, references: Mapping[str, Reference]
-    ) -> dict[str, float]:
+    def _scores(self, found: Reference, references: Mapping[str, Reference]) -> dict[str, float]:
+        compared, logits = found.features, found.logits
         count = len(logits)
         if count < SPLITS:
             raise ValueError(f"scores need at least {SPLITS} images, got {count}; sample more")
-        values = self._distances(found, references)
+        values = self._distances(found.statistics, references)
         for split, real in references.items():
             sizes = len(compared), len(real.features)
             subset = min(KID_SUBSET, *sizes)
-            subsets = math.ceil(
-                2 * max(sizes) / subset
-            )  # an image is drawn twice on average, as by 100 of 50,000
+            # an image is drawn twice on average, as by 100 subsets of 50,000 images
+            subsets = math.ceil(2 * max(sizes) / subset)
             values[f"kid_{split}"] = kid(compared, real.features, subsets=subsets, subset=subset, seed=SEED)
         device, real = self.extractor.device, references["train"].features
         values["precision"], values["recall"] = precision_recall(

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from equilab.core.config import Spec, UserError, plain, spec
+from equilab.core.config import Spec, UserError, difference, plain, shown, spec, unreadable, writer
 from equilab.core.files import write
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS
 from equilab.models.family import families, family
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
@@ -53,21 +53,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     metadata, tensors = _open(path, True)
     if checksum(tensors) != metadata["checksum"]:
-        raise UserError(
-            f"{path} is damaged: its content does not match its checksum; delete it and run its stage again"
-        )
+        raise unreadable(path, "its content does not match its checksum")
     return tensors, metadata
 
 
 def _open(path: Path, content: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.exists():
-        raise UserError(f"{path} is not there; run the stage that writes it first (`dvc repro` runs all)")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()} if content else {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+        raise unreadable(path, error) from None
     if KEY not in metadata:
         raise UserError(
             f"{path} was not written by equilab; read the authors' checkpoints with equilab.published.load"
@@ -83,9 +79,10 @@ def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, A
     Raises: UserError if the file is damaged, or holds a network of another configuration or of no known family.
     """
     tensors, metadata = load_tensors(path)
-    if config is not None and plain(config) != metadata["config"]:
+    if config is not None and (differing := difference(metadata.get("config"), plain(config))):
+        key, before, now = differing
         raise UserError(
-            f"{path} was trained under another configuration than params.yaml gives now; run its stage again"
+            f"{path} was trained with {key} {shown(before)}, params.yaml gives {shown(now)}; run {writer(path)} again"
         )
     network = _network(path, metadata) if config is None else config.network
     net = network.build(tuple(metadata["image"]), metadata["classes"])
@@ -93,7 +90,7 @@ def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, A
         net.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
-            f"{path} does not fit its own config ({str(error).splitlines()[-1].strip()}); train it again"
+            f"{path} does not fit its own config ({str(error).splitlines()[-1].strip()}); run {writer(path)} again"
         ) from None
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), metadata
 
@@ -105,6 +102,6 @@ def _network(path: Path, metadata: Mapping[str, Any]) -> Spec:
         network, name = metadata["config"]["network"], metadata.get("family")
         known = [family(name)] if name is not None else families(metadata["stage"]).values()
     except (KeyError, TypeError):
-        raise UserError(f"{path} does not say what network it is of; train it again") from None
-    kinds = {each.kind: each.network for each in known} or {"classifier": Classifier}
+        raise UserError(f"{path} does not say what network it is of; run {writer(path)} again") from None
+    kinds = {each.kind: each.network for each in known} or CLASSIFIERS
     return spec(kinds, network, f"{path}: network")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, spectral_norm
 
 from equilab.core.config import Size
-from equilab.models.feature_networks import FeatureNetwork
+from equilab.models.feature_networks import FeatureNetwork, unit_length
 from equilab.models.layers import check_label
 from equilab.models.unet import ConvDown, Resample
 
@@ -173,7 +173,7 @@ class FeatureDiscriminator(nn.Module):
             return self.projectors[network](maps[-LEVELS:])
         if self.mixing == "last":
             return maps[-1:]
-        return [_unit_length(x) for x in maps]
+        return [unit_length(x) for x in maps]
 
 
 class StyleGAN2(nn.Module):
@@ -267,11 +267,6 @@ def equalised(layer: nn.Module) -> nn.Module:
         nn.init.zeros_(layer.bias)
     parametrize.register_parametrization(layer, "weight", Scaled(layer.weight[0].numel() ** -0.5))
     return layer
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    """Return x with a Euclidean length of 1 across channels."""
-    return x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt()
 
 
 def _activate(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from equilab.core.config import UserError, choice, nearest
 from equilab.models.published_keys import Published
 from equilab.models.registry import FAMILIES
 
-Stage = Literal["teacher", "distill", "diffusion", "gan", "consistency"]
+Stage = Literal["teacher", "distill", "diffusion", "gan", "consistency", "progressive"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Family:
     """What the package knows of a family of models.
 
     The stage that trains its runs says how they are trained and sampled: `teacher`, a denoiser of noise levels followed by
-    an ODE solver; `distill`, a generator of one step; `diffusion`, a denoiser of timesteps followed along a chain; `gan` and
-    `consistency`, the teacher's network as a generator of few steps.
+    an ODE solver; `distill`, a generator of one step; `diffusion`, a denoiser of timesteps followed along a chain; `gan`,
+    `consistency` and `progressive`, the teacher's network as a generator of few steps.
     """
 
     name: str  # in the registry, in tables and in claims
@@ -30,9 +30,7 @@ class Family:
     marker: str
     stage: Stage
     kind: str  # `network.kind` in params
-    network: type[
-        nn.Module
-    ]  # positional arguments: what the data determines; by keyword alone: what params give
+    network: type[nn.Module]  # built of what the data determines and, by keyword alone, of what params give
     implicit: bool  # solves for a fixed point, at a cost that is linear in its iterations
     layered: bool  # has layers whose activity is measured along noise levels, timesteps or iterations
     published: Published | None  # how it is read from the authors' weights; None: there are none
@@ -61,4 +59,4 @@ def network(stage: Stage) -> Any:
     def networks() -> dict[str, type[nn.Module]]:
         return {kind: each.network for kind, each in families(stage).items()}
 
-    return choice(networks)
+    return choice(networks, "a new family is entered in equilab/models/registry.py")

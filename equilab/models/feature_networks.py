@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from equilab.models.classifier import Classifier
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of pixels in 0..1
 HALF = (0.5,), (0.5,)
+# of the maps of VGG16 in LPIPS, as the authors have them
+LPIPS_WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth"
 
 
 class FeatureNetwork(nn.Module):
@@ -101,9 +105,14 @@ class Tokens(nn.Module):
 
     def forward(self, image: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Return the maps, the finest first."""
-        # (B, D, h, w) each
-        grids = self.vit.forward_intermediates(image, indices=self.blocks, intermediates_only=True)
+        options = {"indices": self.blocks, "intermediates_only": True}
+        grids = self.vit.forward_intermediates(image, **options)  # (B, D, h, w) each
         return [convolve(grid) for convolve, grid in zip(self.reassemble, grids)]
+
+
+def unit_length(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return x with a Euclidean length of 1 across channels."""
+    return x * (x.square().sum(1, keepdim=True) + 1e-10).rsqrt()
 
 
 def _vgg(name: str, pretrained: bool) -> nn.Module:
@@ -172,5 +181,47 @@ def feature_network(name: str, *, pretrained: bool) -> FeatureNetwork:
 
 def classifier_network(classifier: Classifier) -> FeatureNetwork:
     """Return a classifier trained on the study's own data as a feature network; it is taken over, and frozen."""
-    layers = list(classifier.body)[:-1]  # without the last, which flattens
+    layers = list(classifier.body)[:-1]  # without the last, which makes a vector of the map
     return FeatureNetwork("classifier", Stages(layers), layers[0].in_channels, HALF)
+
+
+class Lpips(nn.Module):
+    """How different images look to VGG16: the squared differences of its maps, each of unit length across channels, weighted.
+
+    Images are resized to `side` (published 224). Without its weights, which are VGG16's of ImageNet and those of its maps
+    that people's judgements led to, both fetched once, then cached, VGG16 is random and all maps count alike.
+
+    Raises: ValueError if the weights cannot be fetched.
+    Source: "The unreasonable effectiveness of deep features as a perceptual metric" (Zhang 2018), equation (1); version 0.1.
+    Differs: 1e-10 is added below the root of the length, not to it, so that maps of zeros have a gradient.
+    """
+
+    def __init__(self, side: int, *, pretrained: bool):
+        super().__init__()
+        self.side = side
+        self.network = feature_network("vgg16", pretrained=pretrained)
+        weights = _lpips_weights() if pretrained else {}
+        for k, x in enumerate(self.network.probe((3, 32, 32))):
+            weight = weights.get(f"lin{k}.model.1.weight", x.new_ones(x.shape[1]))
+            self.register_buffer(f"weight{k}", weight.to(x.device).flatten())
+
+    def forward(self, image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+        """Return the distance of images in -1..1 to their targets, mean over samples."""
+        size = self.side, self.side
+        pairs = (F.interpolate(each, size, mode="bilinear") for each in (image, target))
+        ours, theirs = (self.network.features(each) for each in pairs)
+        distance = 0.0
+        for one, other, weight in zip(ours, theirs, self.buffers(recurse=False)):
+            difference = (unit_length(one) - unit_length(other)).square()  # (B, C, H, W)
+            distance = distance + torch.einsum("bchw,c->bhw", difference, weight).mean((1, 2))  # (B,)
+        return distance.mean()
+
+
+def _lpips_weights() -> dict[str, Tensor]:
+    try:
+        return torch.hub.load_state_dict_from_url(LPIPS_WEIGHTS, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a library raises where a file cannot be fetched or read
+        name, folder = LPIPS_WEIGHTS.rpartition("/")[2], Path(torch.hub.get_dir(), "checkpoints")
+        raise ValueError(
+            f"{name} cannot be fetched or read ({_reason(error)}); place this file of torch-fidelity's releases in {folder}"
+        ) from None

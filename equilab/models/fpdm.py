@@ -160,10 +160,10 @@ def from_published(
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the settings beside published weights say that these do not: the heads, and who is told the timestep."""
+    """Return what the settings stored with published weights say that these do not: the heads, and who is told the timestep."""
     timestep = settings.get("fixed_point_pre_post_timestep_conditioning")
-    told = {} if timestep is None else {"pre_post_timestep": timestep}
-    return heads_of(dit.SIZES)(settings) | told
+    found = heads_of(dit.SIZES)(settings)
+    return found if timestep is None else {**found, "pre_post_timestep": timestep}
 
 
 FAMILY = Family(

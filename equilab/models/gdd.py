@@ -186,7 +186,7 @@ def from_published(
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the settings beside published weights say of the generator around the network."""
+    """Return what the settings stored with published weights say of the generator around the network."""
     names = {"sigma_data": "sigma_data", "eps": "sigma_min"}
     return {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
 

@@ -127,15 +127,16 @@ class AdaLNBlock(nn.Module):
 
 
 class Final(nn.Module):
-    """The decoder of tokens to patches: LayerNorm, then a linear map.
+    """The decoder of tokens to patches: LayerNorm, then a linear map that starts at zero.
 
-    Source: GET (Geng 2023), section 3, "Image Decoder".
+    Source: GET (Geng 2023), section 3, "Image Decoder"; the start is that of the published code, of GET and of ViT,
+        and not in the paper.
     """
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, EPS)
-        self.linear = Linear(width, outputs)
+        self.linear = ZeroLinear(width, outputs)
 
     def forward(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n o"]:
         """Return a patch for each token."""

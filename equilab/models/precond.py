@@ -117,7 +117,7 @@ def published_keys(network: nn.Module) -> dict[str, str]:
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the settings beside published weights say of the model around the network."""
+    """Return what the settings stored with published weights say of the model around the network."""
     return {name: settings[name] for name in ("sigma_data",) if name in settings}
 
 
@@ -142,4 +142,18 @@ FAMILY = Family(
         published_config,
         "EDMPrecond",
     ),
+)
+
+
+PROGRESSIVE = Family(
+    name="pd",
+    label="PD",
+    colour="#882255",
+    marker="<",
+    stage="progressive",
+    kind="unet",
+    network=UNet,
+    implicit=False,
+    layered=True,
+    published=None,
 )

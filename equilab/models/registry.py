@@ -12,4 +12,5 @@ FAMILIES = {
     "dit": "equilab.models.dit",
     "gdd": "equilab.models.gdd",
     "cd": "equilab.models.gdd:CONSISTENCY",
+    "pd": "equilab.models.precond:PROGRESSIVE",
 }

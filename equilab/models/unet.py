@@ -140,10 +140,13 @@ class Block(nn.Module):
         else:
             h = self.norm1(h.add_(condition))
         h = self.conv1(F.dropout(F.silu(h, inplace=True), self.dropout, self.training))  # (B, D, H', W')
+        x = self.skip(x)  # (B, D, H', W')
+        if self.heads:
+            x = h.add_(x).mul_(self.scale)
+            h = self._attention(x)  # (B, D, H', W'), of a convolution as well
         if activations is not None:
             activations.append(h.clone())  # what follows writes into it
-        x = h.add_(self.skip(x)).mul_(self.scale)
-        return self._attention(x).add_(x).mul_(self.scale) if self.heads else x
+        return h.add_(x).mul_(self.scale)
 
     def _attention(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape

@@ -1,4 +1,4 @@
-"""The files that authors publish, whatever their format, as weights and the plain settings beside them."""
+"""The files that authors publish, whatever their format, as weights and the plain settings stored with them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: weights, and what stands beside them."""
+    """What a file holds: weights, and what is stored with them."""
 
     weights: dict[str, Tensor | StoredTensor]
     settings: dict[str, Any] = field(default_factory=dict)  # numbers and words
@@ -92,8 +92,8 @@ def read(path: Path) -> Contents:
     except Refused as error:
         raise UserError(f"{path} is refused, and nothing in it was run: {error}; do not trust it") from None
     except (*DAMAGE, zipfile.BadZipFile, RuntimeError) as error:
-        told = str(error)[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged or was cut short ({told}); download it again") from None
+        reason = str(error)[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or was cut short ({reason}); download it again") from None
 
 
 def _safetensors(path: Path, size: int, header: int) -> dict[str, StoredTensor]:

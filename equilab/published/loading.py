@@ -169,9 +169,9 @@ def _has_signs(keys: Mapping[str, Any], signs: tuple[str, ...]) -> bool:
 
 
 def _described(
-    family: Family, shapes: Mapping[str, Tensor], told: Mapping[str, Any], config: Mapping[str, Any]
+    family: Family, shapes: Mapping[str, Tensor], settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Described:
-    """Return what the weights describe by their shapes, with what the file told beside them and what is given."""
+    """Return what the weights describe by their shapes, with what the file says besides and what is given."""
     describe = family.published.describe
     entries = list(inspect.signature(describe).parameters.values())[1:]
     known = [entry.name for entry in entries]
@@ -179,7 +179,7 @@ def _described(
         if name not in known:
             takes = ", ".join(known)
             raise ValueError(f"{family.name} takes no {name!r}{nearest_key(name, known)}; it takes {takes}")
-    config = {**told, **config}
+    config = {**settings, **config}
     for entry in entries:
         if entry.default is entry.empty and entry.name not in config:
             raise ValueError(

@@ -70,7 +70,7 @@ class Reader:
     def read(self, file: BufferedIOBase, persistent: Callable[[Any], Any] | None = None) -> Any:
         """Return the data of the pickle at which `file` stands, and leave the file at its end.
 
-        `persistent` makes data of a reference to what lies beside the pickle.
+        `persistent` makes data of a reference to what is stored next to the pickle.
 
         Raises: Refused for what no checkpoint needs; one of DAMAGE if the pickle is damaged.
         """
@@ -162,7 +162,7 @@ def _checked(key: Any) -> Any:
 
 
 def _set_state(state: Any, target: Any) -> None:
-    """Keep the state of an object; what a dictionary carries beside its items is left out."""
+    """Keep the state of an object; what a dictionary carries besides its items is left out."""
     if isinstance(target, Object):
         target.state = state
     elif not isinstance(target, dict):

@@ -16,7 +16,6 @@ from equilab.core.job import Job, Plan, Seed
 from equilab.core.machine import environment, rank
 from equilab.data import latents
 from equilab.data.images import label_counts
-from equilab.metrics.counting import network_on_meta
 from equilab.models.checkpoint import save_tensors
 from equilab.published.files import absent
 from equilab.published.loading import Loaded, load_network
@@ -49,7 +48,7 @@ class Published(Params):
 def config_class(stage: str) -> type[Params]:
     """Return what the entry of a stage is read as, where its weights are published."""
     seed = {} if stage == "teacher" else {"seed": (Seed, ...)}
-    return create_model("Config", __base__=(Published, KINDS[stage].model), **seed)
+    return create_model("Config", __base__=(Published, KINDS[stage].training.Model), **seed)
 
 
 def plan(config: Any, job: Job) -> Callable[[], Plan]:
@@ -60,7 +59,7 @@ def plan(config: Any, job: Job) -> Callable[[], Plan]:
     shape, classes = _data(config, job)
     if classes == 0 and config.conditional:
         raise UserError(f"{_place(job)}.conditional is true, but the data have no labels; set it to false")
-    network = network_on_meta(config.network, shape, classes)
+    network = config.on_meta(shape, job.classes)
     if not Path(config.published.path).exists():
         raise UserError(f"{_place(job)}.published.path: {absent(Path(config.published.path))}")
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -99,7 +98,7 @@ def _place(job: Job) -> str:
 def _data(config: Any, job: Job) -> tuple[tuple[int, ...], int]:
     """Return the shape of what a run makes in this study, and the classes that it knows."""
     shape = latents.shape_of(job.read, job.image) if KINDS[job.stage].explicit.latent else job.image
-    return shape, job.classes if config.conditional else 0
+    return shape, config.classes_of(job.classes)
 
 
 def _told(config: Any) -> dict[str, Any]:

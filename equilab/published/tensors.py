@@ -17,39 +17,34 @@ from torch import Tensor
 
 from equilab.published.pickles import Name, Object, Reader, Refused
 
-MAGIC = (
-    0x1950A86A20F9469CFC6C  # the first pickle of a file by torch before 1.6, and of a storage within a pickle
-)
+# the first pickle of a file by torch before 1.6, and of a storage within a pickle
+MAGIC = 0x1950A86A20F9469CFC6C
 MOST_DIMENSIONS = 8
 
-TYPES = {  # by the names of torch's storages, and by those in safetensors
-    ("Double", "F64"): torch.float64,
-    ("Float", "F32"): torch.float32,
-    ("Half", "F16"): torch.float16,
-    ("BFloat16", "BF16"): torch.bfloat16,
-    ("Long", "I64"): torch.int64,
-    ("Int", "I32"): torch.int32,
-    ("Short", "I16"): torch.int16,
-    ("Char", "I8"): torch.int8,
-    ("Byte", "U8"): torch.uint8,
-    ("Bool", "BOOL"): torch.bool,
-}
-STORAGES = {f"torch.{place}{name}Storage": TYPES[name, _] for name, _ in TYPES for place in ("", "cuda.")}
-SAFETENSORS = {name: TYPES[_, name] for _, name in TYPES}
+# names in those of torch's storages, and in safetensors
+TYPES = (
+    ("Double", "F64", torch.float64),
+    ("Float", "F32", torch.float32),
+    ("Half", "F16", torch.float16),
+    ("BFloat16", "BF16", torch.bfloat16),
+    ("Long", "I64", torch.int64),
+    ("Int", "I32", torch.int32),
+    ("Short", "I16", torch.int16),
+    ("Char", "I8", torch.int8),
+    ("Byte", "U8", torch.uint8),
+    ("Bool", "BOOL", torch.bool),
+)
+SAFETENSORS = {name: dtype for _, name, dtype in TYPES}
+STORAGES = {f"torch.{name}Storage": dtype for name, _, dtype in TYPES}
+STORAGES |= {f"torch.cuda.{name}Storage": dtype for name, _, dtype in TYPES}
 
-# what a checkpoint may name beside tensors: modules, options and their values, of which nothing but the state is looked at
+# what a checkpoint may name besides tensors: modules, options and their values, of which nothing but the state is looked at
 INERT = (
-    *(
-        "torch.nn.modules.",
-        "torch.Size",
-        "torch.device",
-        "argparse.Namespace",
-        "builtins.set",
-        "__builtin__.set",
-    ),
+    *("torch.nn.modules.", "torch.Size", "torch.device", "argparse.Namespace"),
+    *("builtins.set", "__builtin__.set"),
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
     *STORAGES,
-    *map(str, TYPES.values()),
+    *map(str, SAFETENSORS.values()),
 )
 
 

@@ -7,10 +7,10 @@ from equilab.sampling.generators import (
     Generator,
     batches,
     describe,
-    first_seed,
     from_network,
     load,
     load_first,
+    seeds_of,
 )
 from equilab.sampling.runs import Inputs, Outputs, Run, solver_statistics
 from equilab.sampling.samples import Samples
@@ -24,9 +24,9 @@ __all__ = [
     "Samples",
     "batches",
     "describe",
-    "first_seed",
     "from_network",
     "load",
     "load_first",
+    "seeds_of",
     "solver_statistics",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from equilab.core.config import Params, UserError, nearest, parse
+from equilab.core.config import UserError, nearest, parse
 from equilab.core.job import Job
 from equilab.core.machine import device_of, precision
 from equilab.core.progress import bar
@@ -30,6 +30,7 @@ from equilab.sampling.runs import (
     Inputs,
     OneStep,
     Outputs,
+    ProgressiveStudent,
     Run,
     Student,
     Teacher,
@@ -37,27 +38,29 @@ from equilab.sampling.runs import (
 )
 from equilab.sampling.samples import Samples, joined
 from equilab.sampling.settings import Setting, changed
-from equilab.training import consistency, diffusion, distill, gan, onestep, teacher
+from equilab.training import consistency, diffusion, distill, gan, progressive, teacher
 
 Label = int | Sequence[int] | np.ndarray | Tensor | None
 
 
 class Kind(NamedTuple):
-    """A training stage, what sampling needs to know of its runs, and their class: of explicit and of implicit networks."""
+    """A training stage, and the class of its runs: of explicit and of implicit networks."""
 
-    training: ModuleType
-    model: type[Params]
+    training: (
+        ModuleType  # its `Config` is all that params say of a run, its `Model` what sampling needs to know
+    )
     explicit: type[Run]
     implicit: type[Run] | None = None
 
 
 # the stages whose runs make images
 KINDS = {
-    "teacher": Kind(teacher, teacher.Model, Teacher),
-    "distill": Kind(distill, distill.Model, OneStep, ImplicitOneStep),
-    "diffusion": Kind(diffusion, diffusion.Model, Denoiser, Denoiser),
-    "gan": Kind(gan, onestep.Model, Student),
-    "consistency": Kind(consistency, onestep.Model, Student),
+    "teacher": Kind(teacher, Teacher),
+    "distill": Kind(distill, OneStep, ImplicitOneStep),
+    "diffusion": Kind(diffusion, Denoiser, Denoiser),
+    "gan": Kind(gan, Student),
+    "consistency": Kind(consistency, Student),
+    "progressive": Kind(progressive, ProgressiveStudent),
 }
 
 
@@ -207,13 +210,13 @@ def describe(of: str, job: Job, seed: int | None = None) -> Run:
     config = job.read(stage, name, seed) if name else job.read(stage)
     kind = _class(stage, config.family)
     shape = latents.shape_of(job.read, job.image) if kind.latent else job.image
-    return kind(of, config, shape, job.classes if config.conditional else 0, KINDS[stage].training.cost)
+    return kind(of, config, shape, config.classes_of(job.classes), KINDS[stage].training.cost)
 
 
-def first_seed(of: str, job: Job) -> int:
-    """Return the first seed of a run; the study's for a run of a stage without runs."""
+def seeds_of(of: str, job: Job) -> tuple[int, ...]:
+    """Return the seeds of a run; the study's for a run of a stage without runs."""
     stage, name = _stage_and_name(of)
-    return job.seeds(stage, name)[0] if name else job.study.seed
+    return job.seeds(stage, name) if name else (job.study.seed,)
 
 
 def load(
@@ -256,15 +259,16 @@ def from_network(
     Raises: UserError if the config that is kept is none of its stage.
     """
     stage = metadata["stage"]
-    kind = KINDS[stage]
+    training = KINDS[stage].training
     if config is None:
-        known, values = kind.training.Config, metadata["config"]
+        known, values = training.Config, metadata["config"]
         if "published" in metadata:  # its training is not ours
-            known, values = kind.model, {key: values[key] for key in kind.model.model_fields if key in values}
+            known = training.Model
+            values = {key: values[key] for key in known.model_fields if key in values}
         config = parse(known, values, f"{where}: config")
     of = f"{stage}/{metadata['run']}" if metadata.get("run") else stage
     shape, classes, counts = tuple(metadata["image"]), metadata["classes"], metadata.get("label_counts")
-    run = _class(stage, config.family)(of, config, shape, classes, kind.training.cost, counts)
+    run = _class(stage, config.family)(of, config, shape, classes, training.cost, counts)
     run.network = net = net.to(device)  # in place of one without numbers, which takes seconds to build
     return Generator(run, net, run.model(net, metadata), dict(metadata), torch.device(device), precision)
 
@@ -274,7 +278,7 @@ def load_first(of: str, job: Job) -> Generator:
 
     Raises: UserError if the weights are missing, damaged, or not of the study's params.
     """
-    return load(of, first_seed(of, job), config=describe(of, job).config, device=device_of(job))
+    return load(of, seeds_of(of, job)[0], config=describe(of, job).config, device=device_of(job))
 
 
 def _stage_and_name(of: str) -> tuple[str, str]:

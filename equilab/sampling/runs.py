@@ -7,7 +7,7 @@ weights, which `equilab.sampling.load` brings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,10 +17,12 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from equilab.core import rng
+from equilab.core.machine import to_device
 from equilab.data.pairset import labels
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
-from equilab.diffusion.protocols import finish
+from equilab.diffusion.protocols import Step, finish
+from equilab.diffusion.samplers import euler
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.family import Family
 from equilab.models.precond import EDM
@@ -135,9 +137,9 @@ class Run(ABC):
         self, seed: int, indices: np.ndarray, setting: Any, device: torch.device, net: nn.Module
     ) -> Inputs:
         """Return what the evaluation's images at `indices` are made from: the same for every run."""
-        noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape)).to(device)
+        noise = torch.from_numpy(rng.noise(seed, NOISE, indices, self.shape))
         label = labels(seed, indices, self.classes, LABEL, self.label_counts)
-        return Inputs(noise, label if label is None else label.to(device))
+        return Inputs(*to_device((noise, label), device))
 
     def nfe(self, setting: Any) -> int:
         """Return the calls of the network for an image."""
@@ -200,14 +202,18 @@ class Teacher(Run):
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or the states of all steps."""
-        steps = setting.start(model, inputs.noise, inputs.label)
-        if return_iterates:
-            return Outputs(torch.stack([step.x.float() for step in steps]))
-        return Outputs(finish(steps).x.float())
+        return _followed(setting.start(model, inputs.noise, inputs.label), return_iterates)
 
     def nfe(self, setting: Sampler) -> int:
         """Return the calls of the denoiser for an image."""
         return setting.nfe
+
+
+def _followed(steps: Iterator[Step], return_iterates: bool) -> Outputs:
+    """Return where the steps of a sampler of noise levels lead; with `return_iterates`, its states after all of them."""
+    if return_iterates:
+        return Outputs(torch.stack([step.x.float() for step in steps]))
+    return Outputs(finish(steps).x.float())
 
 
 class OneStep(Run):
@@ -275,6 +281,24 @@ class Student(Run):
         return self.counted.image.flops()  # of all steps
 
 
+class ProgressiveStudent(Student):
+    """A denoiser that was distilled to take Euler's steps between noise levels of its own."""
+
+    def model(self, net, metadata):
+        """Return the denoiser that the network is."""
+        return EDM(net, sigma_data=metadata["sigma_data"])
+
+    @torch.inference_mode()
+    def sample(self, model, inputs, setting, return_iterates):
+        """Return the images, or the states of all steps."""
+        sigmas = self.config.levels.sigmas().double().flip(0)
+        return _followed(euler(model, inputs.noise, sigmas, inputs.label), return_iterates)
+
+    def nfe(self, setting: None) -> int:
+        """Return the calls of the network for an image: one for each step."""
+        return self.config.levels.steps
+
+
 class Denoiser(Run):
     """A denoiser of discrete timesteps, followed along a chain as a ChainSampler says."""
 
@@ -336,10 +360,15 @@ class Denoiser(Run):
                 f"blocks is {setting.fixed_point.blocks}, but {setting.steps} steps of {explicit} explicit layers and at "
                 f"least one iteration need {setting.steps * (explicit + 1)}; raise blocks or lower steps"
             )
+        if setting.fixed_point is not None and setting.fixed_point.budget != "adaptive":
+            self._budget(setting).fixed(setting.steps)  # a list must fit
 
     def _iterations(self, setting: ChainSampler) -> int:
         """Return the iterations of a chain without guidance, over all its steps."""
         return setting.fixed_point.blocks - setting.steps * self.network.blocks(0)
+
+    def _budget(self, setting: ChainSampler) -> Budget:
+        return Budget(setting.fixed_point.budget, self._iterations(setting))
 
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
@@ -359,15 +388,13 @@ class Denoiser(Run):
             predict, budget = discrete_samplers.explicit(model), None
         else:
             predict = discrete_samplers.implicit(model, fixed_point.solver())
-            budget = Budget(fixed_point.budget, self._iterations(setting))
+            budget = self._budget(setting)
         if setting.guidance:
             scale, channels = setting.guidance.scale, setting.guidance.channels
             predict = discrete_samplers.guided(predict, scale, self.classes, channels)
-        sampler = (
-            discrete_samplers.ddpm
-            if setting.method == "ddpm"
-            else partial(discrete_samplers.ddim, eta=setting.eta)
-        )
+        sampler = discrete_samplers.ddpm
+        if setting.method == "ddim":
+            sampler = partial(discrete_samplers.ddim, eta=setting.eta)
         return sampler(
             predict,
             inputs.noise,
@@ -401,10 +428,7 @@ def solver_statistics(samples: Outputs) -> Float64[Tensor, "b 3"]:
     batch = samples.image.shape[-4]
     statistics = torch.zeros(batch, 3, dtype=torch.float64)
     for solution in samples.solutions:
-        final = (solution.iterations - 1).clamp_min(0)[:, None]
-        residual = solution.residuals.gather(1, final)[:, 0] / len(
-            samples.solutions
-        )  # (B,), with guidance (2B,)
+        residual = solution.last_residual / len(samples.solutions)  # (B,), with guidance (2B,)
         call = torch.stack([solution.iterations, residual, solution.diverged], 1).double().cpu()
         halves = call.unflatten(0, (-1, batch))  # (1 or 2, B, 3)
         iterations, residual, diverged = halves.unbind(2)

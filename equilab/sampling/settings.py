@@ -76,9 +76,8 @@ class FixedPointAlongChain(Params):
     """How the fixed points along a chain are solved, and what they may cost."""
 
     blocks: Count  # of a chain without guidance (which takes two): over all steps, explicit layers included
-    budget: Literal[
-        "constant", "increasing", "decreasing", "adaptive"
-    ]  # how iterations are spread over steps
+    # how iterations are spread over steps, or those of each step, the noisiest first
+    budget: Literal["constant", "increasing", "decreasing", "adaptive"] | tuple[Count, ...]
     reuse: bool  # each step starts from the solution of the one before
     method: Method
     tolerance: Tolerance
@@ -88,6 +87,10 @@ class FixedPointAlongChain(Params):
     @model_validator(mode="after")
     def _is_a_solver(self):
         self.solver()
+        if self.budget == "adaptive" and self.tolerance:
+            raise ValueError(
+                f"tolerance is {self.tolerance}; set it to 0, as an adaptive budget sets that of each step"
+            )
         return self
 
     def solver(self) -> Solver:
@@ -115,11 +118,6 @@ class ChainSampler(Params):
     def nfe(self) -> int:
         """Predictions for an image: one each step, with guidance two."""
         return self.steps * (2 if self.guidance else 1)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether images depend on those that are sampled with them: the budget looks at the residuals of a batch."""
-        return self.fixed_point is not None and self.fixed_point.budget == "adaptive"
 
 
 Setting = Sampler | Solve | ChainSampler

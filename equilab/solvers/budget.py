@@ -6,17 +6,15 @@ together exactly the total; whether they are all applied is the solver's: tolera
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
 
 from equilab.solvers.record import Solution
-
-FLOOR = torch.finfo(torch.float32).eps  # relative residuals below this are rounding
-
-Trace = tuple[float, ...]  # relative residual of a batch after each iteration that a step was given
 
 
 def constant(steps: int, total: int) -> list[int]:
@@ -60,45 +58,28 @@ def decreasing(steps: int, total: int) -> list[int]:
     return increasing(steps, total)[::-1]
 
 
-def adaptive(traces: Sequence[Trace], steps: int, total: int) -> int:
-    """Return the iterations of the next step, given the traces of the steps before it: more where residuals are large.
+def adaptive(
+    solutions: Sequence[Solution], steps: int, total: int
+) -> tuple[int | Int64[Tensor, b], float | Float32[Tensor, b]]:
+    """Return the iterations of the next step at most, and the relative residual at which it stops, of each sample.
 
-    If an iteration divides residuals by exp(rate), a step with n iterations and residual r would have needed
-    n + log(r) / rate of them for residual 1. The next step is taken to need as many more than the mean of the
-    steps so far as the last one did. That is added to an equal share of what is left, rounded, and held
-    between 1 and twice the share, and to what leaves 1 for each step to come; the last step gets the rest.
-    The rate is that of all traces together; while it is unknown, not above 0, or the last residual not
-    finite, the next step gets the share.
+    The first step gets an equal share. A later one goes on until its own residual is no more than the geometric
+    mean of those that the steps before it were left with, or until one iteration is left for each step to come.
+    The last step gets the rest. Each sample is counted by itself, so its image does not depend on others.
 
     Raises: ValueError if total < steps.
-    Source: FPDM, section 3.3, names adaptive allocation; this rule is ours.
+    Source: FPDM, section 3.3, names adaptive allocation and gives no rule; this one is ours.
     """
     _check(steps, total)
-    left = steps - len(traces)
-    remaining = total - sum(len(trace) for trace in traces)
-    if left == 1:
-        return remaining
-    share = remaining / left
-    count = round(share + _further_need(traces))
-    return min(max(count, 1), int(2 * share), remaining - left + 1)
-
-
-def _further_need(traces: Sequence[Trace]) -> float:
-    """Return how many iterations more than the mean of the steps so far the last one needed for residual 1."""
-    finite = [trace for trace in traces if math.isfinite(sum(trace))]
-    lasts = [math.log(max(trace[-1], FLOOR)) for trace in finite]
-    fall = sum(math.log(max(trace[0], FLOOR)) - last for trace, last in zip(finite, lasts))
-    iterations = sum(len(trace) - 1 for trace in finite)  # in which the residuals fell
-    if fall <= 0 or iterations == 0 or not math.isfinite(sum(traces[-1])):
-        return 0.0
-    needs = [len(trace) + last * iterations / fall for trace, last in zip(finite, lasts)]
-    return needs[-1] - sum(needs) / len(needs)
-
-
-def trace(solution: Solution) -> Trace:
-    """Return the relative residual after each iteration asked for, mean over the samples that have one."""
-    residuals = solution.residuals
-    return tuple(residuals.where(residuals.isfinite(), torch.nan).nanmean(0).tolist())  # (K,)
+    if not solutions:
+        return total // steps, 0.0
+    left = total - sum(solution.iterations for solution in solutions)  # (B,)
+    to_come = steps - len(solutions) - 1
+    if to_come == 0:
+        return left, 0.0
+    residuals = torch.stack([solution.last_residual for solution in solutions])  # (steps before, B)
+    positive = residuals.clamp_min(torch.finfo(residuals.dtype).tiny)
+    return left - to_come, positive.log().mean(0).exp()
 
 
 def _check(steps: int, total: int) -> None:
@@ -113,20 +94,36 @@ FIXED = {"constant": constant, "increasing": increasing, "decreasing": decreasin
 
 @dataclass(frozen=True)
 class Budget:
-    """So many iterations in total for an image; called with the traces of the steps made, it returns those of the next.
+    """So many iterations in total for an image; called with the solutions of the steps made, it returns what the next may spend.
 
-    "constant", "increasing" and "decreasing" depend on the number of steps alone; "adaptive" on the residuals
-    of the batch too, so its images depend on what they are sampled with.
+    "constant", "increasing" and "decreasing" depend on the number of steps alone, and "adaptive" on the residuals of
+    each sample; a list gives the iterations of each step.
 
-    Raises: when called, ValueError for a total smaller than the number of steps.
+    Raises: when called, ValueError for a total smaller than the number of steps, or a list that does not fit.
     Source: FPDM, section 3.3 and figure 3.
     """
 
-    kind: str  # "constant", "increasing", "decreasing" or "adaptive"
+    # "constant", "increasing", "decreasing", "adaptive", or the iterations of each step
+    kind: str | Sequence[int]
     total: int  # iterations, summed over the steps
 
-    def __call__(self, traces: Sequence[Trace], steps: int) -> int:
-        """Return the iterations of the step after those in `traces`, one of `steps`."""
+    def __call__(self, solutions: Sequence[Solution], steps: int) -> dict[str, Any]:
+        """Return the fields of a `Solver` that the step after those solved has, one of `steps`."""
         if self.kind == "adaptive":
-            return adaptive(traces, steps, self.total)
-        return FIXED[self.kind](steps, self.total)[len(traces)]
+            iterations, tolerance = adaptive(solutions, steps, self.total)
+            return {"iterations": iterations, "tolerance": tolerance}
+        return {"iterations": self.fixed(steps)[len(solutions)]}
+
+    def fixed(self, steps: int) -> Sequence[int]:
+        """Return the iterations of each step of a budget that does not adapt.
+
+        Raises: ValueError as when called.
+        """
+        if isinstance(self.kind, str):
+            return FIXED[self.kind](steps, self.total)
+        if len(self.kind) != steps or sum(self.kind) != self.total:
+            raise ValueError(
+                f"budget lists {sum(self.kind)} iterations for {len(self.kind)} steps, "
+                f"but {steps} steps share {self.total}; change the list"
+            )
+        return self.kind

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from equilab.solvers.record import Solution
 from equilab.solvers.solver import Solver
 
-METHODS = ("unrolled", "o1", "jfb", "multi_step", "s_jfb", "implicit")
+METHODS = ("unrolled", "o1", "jfb", "s_jfb", "implicit")
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,19 @@ class Gradient:
     "unrolled"    through every application; memory grows with their number.
     "o1"          the same bits, one application recomputed at a time: only the states are kept (GET, section 4.1).
     "jfb"         solve without gradient, then one application with it (Jacobian-free backpropagation, Fung 2021).
-    "multi_step"  solve without gradient, then `steps` applications with it (FPDM).
-    "s_jfb"       the same, with both counts handed in at each call, where the trainer draws them (FPDM).
+    "s_jfb"       the same with several applications, both counts handed in at each call: drawn by the trainer, or always
+                  the same in multi-step JFB (FPDM, algorithm 1).
     "implicit"    solve without gradient, then dL/dz (I - df/dz)^-1 by the `adjoint` solver (GET, equation 3).
 
-    Raises: ValueError for an unknown method, or a field that it needs or does not take.
+    Raises: ValueError for an unknown method, or an `adjoint` that it needs or does not take.
     """
 
     method: str  # one of METHODS
-    steps: int | None = None  # multi_step: applications with gradient, 1 or more
     adjoint: Solver | None = None  # implicit: how the linear system is solved in the backward pass
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
-        if (self.method == "multi_step") != (self.steps is not None and self.steps >= 1):
-            raise ValueError(f"steps is {self.steps}; 'multi_step' needs 1 or more, others leave it out")
         if (self.method == "implicit") != (self.adjoint is not None):
             raise ValueError(f"adjoint is {self.adjoint}; 'implicit' needs a solver, others leave it out")
 
@@ -67,7 +64,7 @@ def equilibrium(
                 f"method {solver.method!r} cannot be {gradient.method}; solve by 'iterate' or use 'jfb'"
             )
         return solver(_recomputed(f) if gradient.method == "o1" else f, init)
-    no_grad_iterations, grad_iterations = counts or (solver.iterations, gradient.steps or 1)
+    no_grad_iterations, grad_iterations = counts or (solver.iterations, 1)
     tail = Solver("iterate", grad_iterations, 0.0, "last", record=solver.record, measure=solver.measure)
     if no_grad_iterations == 0:
         return tail(f, init)

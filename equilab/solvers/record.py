@@ -27,6 +27,12 @@ class Solution(NamedTuple):
     diverged: Bool[Tensor, b]  # f(z) was not finite, or has grown beyond bounds
     iterates: tuple[Tensor, ...]  # K states (b, n, d) if recorded, else empty
 
+    @property
+    def last_residual(self) -> Float32[Tensor, b]:
+        """The residual at each sample's last application of f."""
+        last = (self.iterations - 1).clamp_min(0)[:, None]  # (B, 1)
+        return self.residuals.gather(1, last)[:, 0]
+
 
 class Record:
     """The samples of one solve: `apply` counts, measures and stops each by itself, `solution` returns the outcome.
@@ -35,10 +41,17 @@ class Record:
     """
 
     def __init__(
-        self, init: Tensor, iterations: int, tolerance: float, pick: str, record: bool, measure: bool
+        self,
+        init: Tensor,
+        iterations: int | Tensor,
+        tolerance: float | Tensor,
+        pick: str,
+        record: bool,
+        measure: bool,
     ):
-        self.limit, self.tolerance, self.pick = iterations, tolerance, pick
-        self.record, self.measure = record, measure
+        self.allowed = iterations if isinstance(iterations, Tensor) else None  # (B,)
+        self.limit = iterations if self.allowed is None else int(self.allowed.max())
+        self.tolerance, self.pick, self.record, self.measure = tolerance, pick, record, measure
         self.init = self.z = self.best = init
         batch, device = len(init), init.device
         self.active = torch.arange(batch, device=device)  # the samples that run on
@@ -79,14 +92,14 @@ class Record:
                 self.scale = torch.maximum(self.scale, size)
             broken = ~(distance.isfinite() & (size <= GROWTH * self.scale[rows]))
             distance = distance.masked_fill(broken, torch.inf)
-            stopped = broken
-            if self.tolerance > 0:
-                stopped = broken | (distance <= self.tolerance * size)
+            converged = self._reached(rows, distance, size) & ~broken
+            stopped = broken | converged
+            if self.allowed is not None:
+                stopped = stopped | (self.allowed[rows] == self.applied)
             smallest = torch.finfo(size.dtype).tiny
             residual = distance / size.clamp_min(smallest).masked_fill(broken, 1)
-            self.residuals.append(
-                torch.full_like(self.scale, torch.nan).index_copy(0, rows, residual)
-            )  # (B,)
+            of_all = torch.full_like(self.scale, torch.nan).index_copy(0, rows, residual)  # (B,)
+            self.residuals.append(of_all)
             self.iterations[rows] += 1
         stopping = bool(stopped.any())
         if len(rows) == len(self.z) and not stopping:
@@ -98,9 +111,17 @@ class Record:
         if not stopping:
             return None
         self.diverged[rows] = broken
-        self.converged[rows] = stopped & ~broken
+        self.converged[rows] = converged
         self.active = rows[~stopped]
         return (~stopped).nonzero()[:, 0]
+
+    def _reached(self, rows: Tensor, distance: Tensor, size: Tensor) -> Tensor:
+        """Return which of the running samples are within their tolerance of a fixed point."""
+        if isinstance(self.tolerance, Tensor):
+            return distance <= self.tolerance[rows] * size
+        if self.tolerance > 0:
+            return distance <= self.tolerance * size
+        return torch.zeros_like(rows, dtype=torch.bool)
 
     def _keep_the_best(self, rows: Tensor, distance: Tensor) -> None:
         """Keep the states of the samples that are nearer to their fixed points than ever before."""

@@ -21,13 +21,14 @@ class Solver:
 
     f(z, rows) -> z is applied to the samples that still run: `rows` is None (all) or their int64 indices.
     "iterate" is transparent to autograd, the other methods run without gradient (see `Gradient`).
+    `iterations` and `tolerance` are of all samples, or tensors with those of each.
 
     Raises: ValueError for a field out of its range, or one that the method does not take.
     """
 
     method: str  # one of METHODS
-    iterations: int  # applications of f at most, 1 or more
-    tolerance: float  # a sample stops at this relative residual; 0 runs all iterations
+    iterations: int | Tensor  # applications of f at most, 1 or more; of each sample (B,) int64
+    tolerance: float | Tensor  # a sample stops at this relative residual; 0 runs all iterations; (B,)
     pick: str  # "last" iterate, or the one of "lowest" absolute residual
     record: bool = False  # keep all iterates
     measure: bool = True  # compute residuals, and stop samples that converge or diverge
@@ -37,14 +38,17 @@ class Solver:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.iterations < 1:
+        each = isinstance(self.iterations, Tensor) or isinstance(self.tolerance, Tensor)
+        if _least(self.iterations) < 1:
             raise ValueError(f"iterations is {self.iterations}; give 1 or more")
-        if not self.tolerance >= 0:
+        if not _least(self.tolerance) >= 0:
             raise ValueError(f"tolerance is {self.tolerance}; give a relative residual of 0 or more")
         if self.pick not in ("last", "lowest"):
             raise ValueError(f"pick is {self.pick!r}; choose 'last' or 'lowest'")
-        if not self.measure and (self.method, self.tolerance, self.pick) != ("iterate", 0, "last"):
-            raise ValueError("measure is false; that needs method 'iterate', tolerance 0 and pick 'last'")
+        if not self.measure and (each or (self.method, self.tolerance, self.pick) != ("iterate", 0, "last")):
+            raise ValueError(
+                "measure is false; that needs method 'iterate', tolerance 0, pick 'last' and no tensors"
+            )
         if not self.method.endswith("anderson"):
             if self.memory is not None or self.mixing is not None:
                 raise ValueError(f"memory and mixing are given; leave them out for method {self.method!r}")
@@ -61,3 +65,7 @@ class Solver:
         if self.method == "anderson":
             return anderson(f, record, self.memory, self.mixing)
         return propose(self.method, f, record, self.memory, self.mixing)
+
+
+def _least(value: int | float | Tensor) -> int | float | Tensor:
+    return value.min() if isinstance(value, Tensor) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import count, pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from equilab.core.config import Params, UserError
 from equilab.core.files import write_table
 from equilab.core.job import Distinct, Job, Plan
+from equilab.core.machine import device_of
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import Denoised, finish
 from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
-from equilab.sampling import Generator, Run, batches, describe, first_seed, load_first
+from equilab.sampling import Generator, Run, batches, describe, load, seeds_of
 from equilab.sampling.runs import Denoiser, ImplicitOneStep, Student, Teacher
 from equilab.sampling.settings import Count, iterated
 from equilab.solvers import Solution, Solver
@@ -37,6 +38,8 @@ class Config(Params):
     samples: Count
     batch: Count
     levels: Levels  # noise levels along which a U-Net samples, by Euler's method
+    # the order of a U-Net's layers is judged by the noise levels up to this one; above, almost all are active at times
+    judged_up_to: Annotated[float, Field(gt=0)]
     timesteps: Count  # of a chain of FPDM or DiT
     iterations: Annotated[int, Field(ge=2, le=10_000)]  # of a fixed point
 
@@ -65,8 +68,16 @@ class Activity:
         return rows
 
 
+class Seen(NamedTuple):
+    """A replicate of a run, and how active its layers are."""
+
+    generator: Generator
+    seed: int
+    activity: Activity
+
+
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Check the config and return the estimate of its cost: every network along its noise levels, timesteps or iterations.
+    """Check the config and return the estimate of its cost: every replicate along its noise levels, timesteps or iterations.
 
     Raises: UserError if `runs` names no run of the study, or one of a network without layers to look at.
     """
@@ -75,7 +86,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
         _check(config, run, config.runs[:place])
 
     def estimate() -> Plan:
-        flops = sum(float(_flops(config, job, run)) for run in runs)
+        flops = sum(float(_flops(config, job, run)) * len(seeds_of(run.of, job)) for run in runs)
         parameters = sum(run.counted.parameters for run in runs)
         return Plan(parameters, flops * config.samples)
 
@@ -110,36 +121,41 @@ def _flops(config: Config, job: Job, run: Run) -> int | float:
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `activation.csv`: a row for each run, layer and step, of each run's first seed.
+    """Write `activation.csv`: a row for each run, seed, layer and step.
 
-    Of a U-Net, the last convolution of each block; of a DiT, what each block adds; of an FPDM or a GET, what each
-    iteration changes.
+    Of a U-Net, the last convolution of each block, which in a block with attention is the projection after it; of a DiT,
+    what each block adds; of an FPDM or a GET, what each iteration changes.
 
     Raises: UserError if the weights of a run are missing or damaged.
-    Source: GDD (Zheng 2024), section 4.1, for U-Nets.
+    Source: GDD (Zheng 2024), section 4.1, for U-Nets; its min-max normalisation, over the noise levels of a layer, is left to
+        who reads the table.
     """
     plan(config, job)  # refuses what cannot be
-    generators = [load_first(of, job) for of in config.runs]
-    unets = [each for each in generators if isinstance(each.run, Teacher | Student)]
-    others = [each for each in generators if each not in unets]
-    activities = {of: Activity() for of in config.runs}
+    seen = [
+        Seen(load(of, seed, config=describe(of, job, seed).config, device=device_of(job)), seed, Activity())
+        for of in config.runs
+        for seed in seeds_of(of, job)
+    ]
+    unets = [each for each in seen if isinstance(each.generator.run, Teacher | Student)]
+    others = [each for each in seen if each not in unets]
     work = config.samples * (len(others) + bool(unets))
     with bar("activation", work) as progress, torch.inference_mode():
         for indices in batches(config.samples, config.batch):
             if unets:
-                _along_noise_levels(config, job, unets, activities, indices)
+                _along_noise_levels(config, job, unets, indices)
                 progress.update(len(indices))
-            for generator in others:
-                along = _along_chain if isinstance(generator.run, Denoiser) else _along_iterations
-                along(config, job, generator, activities[generator.run.of], indices)
+            for each in others:
+                along = _along_chain if isinstance(each.generator.run, Denoiser) else _along_iterations
+                along(config, job, each.generator, each.activity, indices)
                 progress.update(len(indices))
     rows = []
-    for generator in generators:
-        of, family = generator.run.of, generator.run.family.name
-        rows += [
-            {"of": of, "seed": first_seed(of, job), "family": family, **row} for row in activities[of].rows()
-        ]
+    for each in seen:
+        run = each.generator.run
+        named = {"of": run.of, "seed": each.seed, "family": run.family.name}
+        judged = {"judged_up_to": config.judged_up_to} if each in unets else {}
+        rows += [{**named, **row, **judged} for row in each.activity.rows()]
     write_table(job.out / "activation.csv", rows)
+    print(f"activation: the layers of {len(config.runs)} runs, in {job.out / 'activation.csv'}")
 
 
 class _Recorded(nn.Module):
@@ -159,19 +175,18 @@ class _Recorded(nn.Module):
 def _along_noise_levels(
     config: Config,
     job: Job,
-    unets: list[Generator],
-    activities: Mapping[str, Activity],
+    unets: list[Seen],
     indices: np.ndarray,
 ) -> None:
     """Sample along all noise levels by the teacher, the first of the U-Nets, and show what it sees to all."""
-    teacher, steps = unets[0], count(1)
+    teacher, steps = unets[0].generator, count(1)
     inputs = teacher.inputs(job.study.seed, indices, None)
 
     def denoise(x: Tensor, sigma: float, label: Tensor | None, carry: None) -> Denoised:
         step = next(steps)
         denoised = []
         for unet in unets:
-            net = _Recorded(unet.net, activities[unet.run.of], step, float(sigma))
+            net = _Recorded(unet.generator.net, unet.activity, step, float(sigma))
             denoised.append(EDM(net, sigma_data=teacher.run.config.sigma_data)(x, sigma, label))
         return denoised[0]
 
@@ -187,7 +202,7 @@ def _along_chain(
     inputs = generator.inputs(job.study.seed, indices, None)
     solver = Solver("iterate", config.iterations, 0.0, "last", record=True)
 
-    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: None, iterations: None):
+    def predict(x: Tensor, t: Tensor, label: Tensor | None, carry: None, limits: Mapping):
         if run.family.implicit:
             out, solution = generator.net(x, t, label, None, solver)
             activity.update(next(steps), float(t[0]), _changes(solution))

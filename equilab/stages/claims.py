@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from equilab.claims.claim import Claim, judge, read_claims
-from equilab.claims.tests import FAILS, HOLDS, SEEDS, Outcome
+from equilab.claims.claim import DEPENDS, Claim, judge, read_claims, refuse_mistyped
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcome
 from equilab.core.config import Params
 from equilab.core.files import write
-from equilab.core.job import Job, Plan
-from equilab.tables import Results, results
+from equilab.core.job import Job, Plan, folder_of
+from equilab.tables import NotRunError, Results, results
 
 HEAD = """\
 The effect is a ratio, above 1 where the results speak for the claim, with its {confidence:.0%} interval. Intervals are over seeds, of
@@ -23,6 +25,13 @@ several pairs all have to hold; their intervals are right all at once, and the p
 gives no verdict (–), unless the quantity is counted. A claim about images is judged against training images and against held-out images;
 where it holds against one and fails against the other it *depends on the reference*. What this study does not compare is not listed.
 Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
+VERDICTS = {
+    HOLDS: "hold",
+    FAILS: "fail",
+    INCONCLUSIVE: "inconclusive",
+    DEPENDS: "depend on the reference",
+    NONE: "without a verdict",
+}
 SECONDS = "Seconds are medians over several calls; their intervals span all calls. Memory is measured once."
 
 
@@ -33,39 +42,66 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: nothing to speak of."""
+    """Return what counts the stage's cost: nothing to speak of.
+
+    Raises: UserError if the claims are mistaken.
+    """
+    read_claims()
     return Plan
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `results/claims.csv` and `claims.md`, and `measured.csv` and `measured.md` for what rests on seconds or memory.
+    """Write `results/claims.csv` and `claims.md`, and `measured.csv` and `measured.md` for what rests on seconds or memory; say how
+    many claims are judged how, and what has not run yet.
 
-    Raises: UserError if a run that the study compares has no results, or they lack what a claim is about.
+    Raises: UserError if a claim is mistyped, or the results lack what it is about.
     """
-    folder = Path("results")
-    judged = judged_claims(results(folder), config.confidence)
+    found, claims = results("results"), read_claims()
+    refuse_mistyped(claims, found.comparisons)
+    judged = judged_claims(found, config.confidence, claims)
     counted = [(claim, outcome) for claim, outcome in judged if not claim.measured]
     measured = [(claim, outcome) for claim, outcome in judged if claim.measured]
-    head = HEAD.format(confidence=config.confidence, seeds=SEEDS)
-    _write(folder / "claims", f"Claims: {job.study.name}", head, counted)
-    _write(
-        folder / "measured", f"Claims on seconds and memory: {job.study.name}", f"{head} {SECONDS}", measured
-    )
+    absent = ", ".join(not_run(found, job))
+    end = f"Not run yet: {absent}." if absent else ""
+    head, name = HEAD.format(confidence=config.confidence, seeds=SEEDS), job.study.name
+    _write("claims", f"Claims: {name}", head, counted, end)
+    _write("measured", f"Claims on seconds and memory: {name}", f"{head} {SECONDS}", measured, end)
+    if unclaimed := found.comparisons.keys() - {claim.comparison for claim in claims}:
+        print(f"claims: comparisons without a claim: {'; '.join(sorted(unclaimed))}")
+    if absent:
+        print(f"claims: not run yet: {absent}")
 
 
-def judged_claims(found: Results, confidence: float) -> list[tuple[Claim, Outcome]]:
-    """Return the claims that a study can judge, each with what came of it."""
-    outcomes = [(claim, judge(claim, found, confidence)) for claim in read_claims()]
-    return [(claim, outcome) for claim, outcome in outcomes if outcome is not None]
+def judged_claims(found: Results, confidence: float, claims: Sequence[Claim]) -> list[tuple[Claim, Outcome]]:
+    """Return the claims that a study can judge by the results that there are, each with what came of it."""
+    judged = []
+    for claim in claims:
+        with contextlib.suppress(NotRunError):
+            if (outcome := judge(claim, found, confidence)) is not None:
+                judged.append((claim, outcome))
+    return judged
+
+
+def not_run(found: Results, job: Job) -> list[str]:
+    """Return the jobs without results, as DVC names them, among those on whose results claims rest."""
+    runs = [(run, seed) for run in found.params["evaluate"] for seed in job.seeds("evaluate", run)]
+    needed = {
+        f"evaluate@{run}-{seed}": folder_of("evaluate", run, seed) / "metrics.json" for run, seed in runs
+    }
+    for stage in ("relative", "activation", "cost"):
+        if found.params.get(stage) is not None:
+            needed[stage] = folder_of(stage) / f"{stage}.csv"
+    return [name for name, path in needed.items() if not path.exists()]
 
 
 def table(judged: list[tuple[Claim, Outcome]]) -> pd.DataFrame:
     """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, and what was published where."""
     rows = []
     for claim, outcome in judged:
-        found = outcome.verdict, outcome.effect, _seeds(claim, outcome)
+        bounds = ["" if np.isnan(bound) else f"{bound:.4g}" for bound in (outcome.low, outcome.high)]
+        found = outcome.verdict, outcome.effect, *bounds, _seeds(claim, outcome)
         rows.append((claim.id, claim.part, claim.claim, *found, claim.published, claim.where))
-    columns = ["id", "part", "claim", "verdict", "effect", "seeds", "published", "where"]
+    columns = ["id", "part", "claim", "verdict", "effect", "low", "high", "seeds", "published", "where"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -87,11 +123,15 @@ def hypotheses(judged: list[tuple[Claim, Outcome]]) -> str:
     return "\n".join(head + lines) if lines else ""
 
 
-def _write(path: Path, title: str, head: str, judged: list[tuple[Claim, Outcome]]) -> None:
-    found = table(judged)
+def _write(name: str, title: str, head: str, judged: list[tuple[Claim, Outcome]], end: str) -> None:
+    """Write a table and a page of claims, and say how many are judged how."""
+    found, path = table(judged), Path("results", f"{name}.md")
     write(path.with_suffix(".csv"), found.to_csv(index=False, lineterminator="\n"))
-    parts = [f"# {title}", head, markdown(found), hypotheses(judged)]
-    write(path.with_suffix(".md"), "\n\n".join(part for part in parts if part) + "\n")
+    parts = [f"# {title}", head, markdown(found), hypotheses(judged), end]
+    write(path, "\n\n".join(part for part in parts if part) + "\n")
+    counts = found["verdict"].value_counts()
+    told = ", ".join(f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if verdict in counts)
+    print(f"{path}: {len(found)} claims judged{f': {told}' if told else ''}")
 
 
 def markdown(found: pd.DataFrame) -> str:

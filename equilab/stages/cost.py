@@ -15,10 +15,9 @@ from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
-from equilab.sampling import Generator, Inputs, Run, describe, first_seed, load_first
+from equilab.sampling import Generator, Inputs, Run, describe, load_first, seeds_of
 from equilab.sampling.runs import Denoiser, OneStep
 from equilab.sampling.settings import Count, Sampler, Solve, iterated
-from equilab.solvers import Solver
 from equilab.training import diffusion, distill, loop
 
 Row = dict[str, Any]
@@ -72,7 +71,7 @@ def run(config: Config, job: Job) -> None:
     with bar(job.name, len(generators), unit="run") as progress:
         for generator in generators:
             of, family = generator.run.of, generator.run.family.name
-            named = {"of": of, "seed": first_seed(of, job), "family": family}
+            named = {"of": of, "seed": seeds_of(of, job)[0], "family": family}
             inputs = _inputs(config, generator)
             for measurement in _measurements(config, generator.run):
                 row = _measured(config, measurement.prepare(generator, inputs), device)
@@ -83,6 +82,7 @@ def run(config: Config, job: Job) -> None:
     write_table(job.out / "cost.csv", rows)
     about = {"environment": environment(job), "matmul_fp32_flops_s": peak, "settings": plain(config)}
     write_json(job.out / "cost.json", about)
+    print(f"cost: {len(rows)} measurements of {len(generators)} runs, in {job.out / 'cost.csv'}")
 
 
 def _inputs(config: Config, generator: Generator) -> Inputs:
@@ -136,35 +136,29 @@ def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[]
 
 def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return a call of a denoiser of timesteps, halfway, at so many iterations of its fixed point."""
-    t = torch.full(
-        (len(inputs.noise),), generator.run.config.diffusion.timesteps // 2, device=generator.device
-    )
-    given = [inputs.noise, t, inputs.label]
-    if iterations is not None:
-        given += [None, Solver("iterate", iterations, 0.0, "last", measure=False)]
+    middle = generator.run.config.diffusion.timesteps // 2
+    t = torch.full((len(inputs.noise),), middle, device=generator.device)
+    applied = None if iterations is None else diffusion.Iterations(0, iterations)
 
     @torch.inference_mode()
     def call() -> None:
-        generator.net(*given)
+        diffusion.output_of(generator.net, inputs.noise, t, inputs.label, applied)
 
     return call
 
 
 def _denoiser_training(run: Run) -> Measurement:
     """Return the training step of a denoiser at the most iterations that training draws: what there must be memory for."""
-    trained, iterations, gradient = run.config, None, "explicit"
+    trained, gradient = run.config, "explicit"
     if trained.fixed_point is not None:
-        fixed_point = trained.fixed_point
-        iterations = diffusion.Iterations(fixed_point.no_grad_iterations, fixed_point.grad_iterations)
-        gradient = fixed_point.gradient
-        most = fixed_point.model_copy(update={"gradient": "multi_step"})  # which takes both as they are
+        gradient = trained.fixed_point.gradient
+        # of multi_step every update takes the most iterations
+        most = trained.fixed_point.model_copy(update={"gradient": "multi_step"})
         trained = trained.model_copy(update={"fixed_point": most})
     flops = diffusion.cost(trained, run.shape, run.classes).train_flops_image
 
     def prepare(generator: Generator, inputs: Inputs) -> Callable[[], object]:
-        noise, timesteps = inputs.noise, run.config.diffusion.timesteps
-        t = torch.full((len(noise),), timesteps // 2, device=generator.device)
-        batch = diffusion.Batch(torch.tanh(noise), noise, t, inputs.label, iterations)
+        batch = diffusion.example(run.config, inputs.noise, inputs.label)
         return _update(generator, diffusion.loss_of(run.config), batch)
 
     columns = {"what": "train", "gradient": gradient, "as_trained": True, "nfe": 1, "flops": int(flops)}

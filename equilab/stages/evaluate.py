@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from equilab.core.config import Params, UserError, plain, read_json
+from equilab.core.config import Params, UserError, digest, plain, read_json, writer
 from equilab.core.files import link, require_disk, scratch, write_arrays, write_json, write_table
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, rank, to_device, total, world
 from equilab.core.progress import bar
 from equilab.core.settings import setting_columns
 from equilab.data import latents
+from equilab.data.images import require_same
 from equilab.data.latents import Pixels
 from equilab.data.pairset import PairSet
 from equilab.metrics.fidelity import CACHE, Scorer
@@ -37,9 +38,10 @@ class Config(Params):
     of: str  # the run's folder below results/
     batch: Annotated[int, Field(ge=1, le=1_000_000)]
     precision: Literal["fp32", "tf32", "bf16"]  # of the run's networks; features and scores are float32
-    sampler: tuple[Sampler, ...]  # of a teacher; the first is the headline, the others are its sweep
-    solver: tuple[Solve, ...]  # of an implicit generator of one step, likewise
-    chain: tuple[ChainSampler, ...]  # of a denoiser of discrete timesteps, likewise
+    # of what a run lists, the first setting is the headline, the others are its sweep
+    sampler: tuple[Sampler, ...]  # of a teacher
+    solver: tuple[Solve, ...]  # of an implicit generator of one step
+    chain: tuple[ChainSampler, ...]  # of a denoiser of discrete timesteps
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -63,7 +65,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
         flops = [run.cost(setting)["flops"] for setting in config.settings]
         along_training = flops[0] * len(run.snapshots)
         disk = samples * int(np.prod(job.image))
-        return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk)
+        made = images * (len(flops) + len(run.snapshots))
+        return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk, images=made)
 
     return count
 
@@ -100,6 +103,7 @@ def run(config: Config, job: Job) -> None:
     generator = weights_at()
     pixels = latents.pixels(job, generator.run.shape, generator.run.latent, device)
     pairs = None if generator.run.pairs is None else _pairs(job)
+    _check_inputs(config, job, generator, pairs)
     snapshots = generator.run.snapshots
     # the headline's images, those that are being made, and the rest
     require_disk(job.out, 3 * count * int(np.prod(pixels.shape)))
@@ -125,19 +129,35 @@ def run(config: Config, job: Job) -> None:
                 "environment": environment(job),
             }
             write_json(job.out / "metrics.json", {**about, **rows[0]})
+            name = scorer.extractor.distance
+            train, test = (f"{rows[0][f'{name}_{split}']:.4g}" for split in ("train", "test"))
+            print(f"{job.name}: {name.upper()} {train} to training images, {test} to held-out images")
+
+
+def _check_inputs(config: Config, job: Job, generator: Generator, pairs: PairSet | None) -> None:
+    """Refuse a run that was trained on other images or other pairs than there are now."""
+    stage, _, name = config.of.partition("/")
+    weights = folder_of(stage, name or None, job.seed if name else None) / "weights.safetensors"
+    require_same(weights, generator.metadata)
+    if pairs is not None and generator.metadata["inputs"]["pairs"] != digest(pairs.meta):
+        raise UserError(
+            f"{weights} was trained on other pairs than {pairs.folder} holds now; run {writer(weights)} again"
+        )
 
 
 def _floor_samples(job: Job) -> int:
     """Return how many images are scored: as many as the floor, with which scores are compared, was measured on.
 
-    Raises: UserError if params ask for another number.
+    Raises: UserError if params ask for another number, or it was measured on other images.
     """
     summary = folder_of("evaluator") / "summary.json"
-    samples, wanted = read_json(summary, "samples")["samples"], job.read("evaluator").samples
+    floor = read_json(summary, "samples")
+    require_same(summary, floor)
+    samples, wanted = floor["samples"], job.read("evaluator").samples
     if samples != wanted:
         raise UserError(
             f"evaluator.samples is {wanted}, but the floor in {summary.parent} is of {samples}; "
-            "run the stage `evaluator` again"
+            "run `python -m equilab evaluator` again"
         )
     return samples
 

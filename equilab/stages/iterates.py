@@ -52,7 +52,9 @@ def _solved(setting: Solve, batch: int, seed: int, generator: Generator, pixels:
         made = generator.generate(generator.inputs(seed, indices, setting), setting, return_iterates=True)
         images.append(pixels.decode(made.image[:, :SHOWN]).cpu().numpy())  # (K, B, C, H, W)
         traces.append(trace(made.solutions[0]))
-    found = {name: np.concatenate([each[name] for each in traces]) for name in traces[0]}
+    found = {}
+    for name in traces[0]:
+        found[name] = np.concatenate([each[name] for each in traces])
     found["images"] = np.concatenate(images, 1)[:, :SHOWN]
     return found
 
@@ -98,11 +100,9 @@ def _shown(setting: Sampler, seed: int, generator: Generator, pixels: Pixels) ->
 def _chain(setting: ChainSampler, batch: int, seed: int, generator: Generator, pixels: Pixels) -> Arrays:
     """Return what a chain does: `image` (SHOWN, C, H, W) uint8, `diverged` (SHOWN,), `t` (S,) its timesteps, and of an
     implicit network `residual` (3, S, K), the 10th, 50th and 90th percentile over TRACED samples of the relative residual after
-    each iteration of each step."""
+    each iteration of each step, nan where less than half of the samples made it."""
     images, diverged, residuals = [], [], []
-    # an adaptive budget depends on what is sampled together, so that batches are as they were scored
-    traced = max(TRACED, batch) if setting.adaptive else TRACED
-    for indices in batches(traced, batch):
+    for indices in batches(TRACED, batch):
         made = generator.generate(generator.inputs(seed, indices, setting), setting)
         images.append(pixels.decode(made.image[:SHOWN]).cpu().numpy())
         diverged.append(made.diverged.cpu().numpy())
@@ -120,16 +120,20 @@ def _chain(setting: ChainSampler, batch: int, seed: int, generator: Generator, p
 def _residuals(solution: Solution, samples: int) -> np.ndarray:
     """Return the residuals (B, K) of a call, the mean of both halves where there is guidance."""
     halves = solution.residuals.unflatten(0, (-1, samples))
-    return halves.nanmean(0)[:TRACED].cpu().numpy()
+    return halves.nanmean(0).cpu().numpy()
 
 
 def _percentiles(residuals: list[list[np.ndarray]]) -> np.ndarray:
-    """Return the percentiles (3, S, K) over all samples of residuals that come by batch and step, (B, K) each."""
+    """Return the percentiles (3, S, K) over all samples of residuals that come by batch and step, (B, K) each; nan where less than
+    half of the samples have one."""
     longest = max(step.shape[1] for batch in residuals for step in batch)
     padded = [np.stack([_padded(step, longest) for step in batch]) for batch in residuals]  # each (S, B, K)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # iterations that no sample made
-        found = np.nanpercentile(np.concatenate(padded, 1), (10, 50, 90), axis=1)
-    return found.astype(np.float32)
+    values = np.concatenate(padded, 1)  # (S, N, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of iterations that no sample made
+        found = np.nanpercentile(values, (10, 50, 90), axis=1)  # (3, S, K)
+    few = 2 * (~np.isnan(values)).sum(1) < values.shape[1]  # (S, K)
+    return np.where(few, np.nan, found).astype(np.float32)
 
 
 def _padded(step: np.ndarray, length: int) -> np.ndarray:

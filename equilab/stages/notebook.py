@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from equilab.core.config import Params, UserError, nearest
+from equilab.core.config import Params, Scalar, UserError, nearest
 from equilab.core.files import replace, write
 from equilab.core.job import Job, Plan
 
@@ -26,7 +26,7 @@ NOTE = "*Here the notebook ends in a widget, which answers in `notebooks`, opene
 class Config(Params):
     """An entry of the params section `notebook`."""
 
-    parameters: dict[str, float | str]  # of the notebook's `parameters` cell, beside `results` and `out`
+    parameters: dict[str, Scalar]  # of the notebook's `parameters` cell, besides `results` and `out`
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
@@ -90,6 +90,7 @@ def run(config: Config, job: Job) -> None:
     failed.unlink()
     job.out.parent.mkdir(parents=True, exist_ok=True)
     replace(fresh, job.out)
+    print(f"{job.name}: {job.out / f'{job.run}.ipynb'}")
 
 
 def _checked(config: Config, job: Job) -> Path:
@@ -102,7 +103,7 @@ def _checked(config: Config, job: Job) -> Path:
     for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")
-        if isinstance(value, str) != isinstance(known[name], str):
+        if value is None or isinstance(value, str) != isinstance(known[name], str):
             raise UserError(
                 f"notebook.{job.run}.parameters.{name}: expected a value like {known[name]!r}, got {value!r}"
             )

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from equilab.core.config import Params, UserError
+from equilab.core.config import Params, UserError, unreadable
 from equilab.core.files import write_table
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.core.machine import device_of
@@ -20,8 +20,7 @@ from equilab.training import classify
 class Config(Params):
     """The params section `relative`."""
 
-    # of the stage evaluate; each is compared with each
-    runs: Annotated[tuple[str, ...], Field(min_length=2), Distinct]
+    runs: Annotated[tuple[str, ...], Field(min_length=2), Distinct]  # of evaluate, compared each with each
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
@@ -36,7 +35,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def count() -> Plan:
         cost = classify.cost(evaluator.network, job.image, job.classes)
-        images = evaluator.samples * len(config.runs) * len(seeds)
+        images = evaluator.samples * (len(config.runs) + 1) * len(seeds)
         return Plan(cost.parameters, float(cost.image.flops()) * images)
 
     return count
@@ -44,17 +43,21 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 def _common_seeds(config: Config, job: Job) -> list[int]:
     """Return the seeds that all runs have, in the order of the first run's."""
-    seeds = [job.seeds("evaluate", name) for name in config.runs]
-    common = [seed for seed in seeds[0] if all(seed in others for others in seeds)]
+    first, *others = (job.seeds("evaluate", name) for name in config.runs)
+    common = set(first).intersection(*others)
     if not common:
         raise UserError(
             f"relative.runs: {', '.join(config.runs)} have no seed in common; give their runs the same seeds"
         )
-    return common
+    return [seed for seed in first if seed in common]
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `relative.csv`: the distance between the images of each two runs of a seed, on the evaluator's features.
+    """Write `relative.csv`: the distance between the images of each two runs of a seed, on the evaluator's features, and how
+    many `images` either side has.
+
+    A last row for each seed is the null, what no difference looks like: two halves of the first run's images, which have no noise
+    in common. Fewer images are farther apart, so that the runs, with twice as many, are nearer where there is no difference.
 
     Raises: UserError if the samples of a run are missing.
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
@@ -63,15 +66,25 @@ def run(config: Config, job: Job) -> None:
     scorer = Scorer(folder_of("evaluator"), folder_of("data"), CACHE, device_of(job), job.read("evaluator"))
     rows = []
     for seed in _common_seeds(config, job):
-        statistics = {name: scorer.statistics(_samples(name, seed)) for name in config.runs}
+        samples = {name: _samples(name, seed) for name in config.runs}
+        statistics = {name: scorer.statistics(images) for name, images in samples.items()}
         for first, second in itertools.permutations(config.runs, 2):
             distance = frechet(statistics[first], statistics[second])
-            rows.append({"seed": seed, "first": first, "second": second, "distance": distance})
+            named = {"seed": seed, "first": first, "second": second}
+            rows.append({**named, "distance": distance, "images": len(samples[first])})
+        name = config.runs[0]
+        half = len(samples[name]) // 2
+        sides = (scorer.statistics(samples[name][part]) for part in (slice(half), slice(half, 2 * half)))
+        rows.append(
+            {"seed": seed, "first": name, "second": name, "distance": frechet(*sides), "images": half}
+        )
     write_table(job.out / "relative.csv", rows)
+    print(f"relative: {len(rows)} distances between the images of two runs, in {job.out / 'relative.csv'}")
 
 
 def _samples(name: str, seed: int) -> np.ndarray:
     path = folder_of("evaluate", name, seed) / "samples.npy"
-    if not path.exists():
-        raise UserError(f"{path} is not there; run evaluate {name} --seed {seed} first")
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(path, error) from None

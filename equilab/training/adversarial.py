@@ -58,15 +58,20 @@ def r1(logits: Logits, image: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     return gradient.square().flatten(1).sum(1).mean()
 
 
-def r1_weight(step: int, gamma: float, interval: int) -> float:
-    """Return the weight of `r1` at a step: gamma/2 * interval at every `interval`-th, else 0; gamma/2 on average.
+def r1_weight(gamma: float, interval: int, samples: int) -> float:
+    """Return the weight of `r1` at every `interval`-th update: gamma/2 on average, against a loss that is a mean.
 
-    In the published code of GDD, R1 is a mean over samples but the loss a sum over those of a device: its gamma of 1e-4 at
-    a batch of 256 on 8 devices is one of 1e-4 / 32 against `discriminator_loss`, a mean.
+    `samples` is how many images the loss sums over that gamma was set against: 1 for a mean such as `discriminator_loss`.
+    In the published code of GDD the loss is a sum over the images of a device, though R1 is a mean over them: the
+    paper's gamma of 1e-4 at a batch of 256 on 8 devices, 32 images each, is one of 1e-4 / 32 here.
+
+    A gamma also belongs to a discriminator: `r1` is of the sum of an image's logits, of which the loss is a mean. With n
+    logits it is n times as large where their gradients are independent, and n^2 times where they agree. The published
+    heads over VGG16-BN and EfficientNet have 548 for images of 224 pixels.
 
     Source: Mescheder 2018, equation (9); lazily as StyleGAN2 (Karras 2020), section 3.1.
     """
-    return 0.0 if step % interval else gamma / 2 * interval
+    return gamma / 2 * interval / samples
 
 
 def overfitting(real: Logits) -> Float[Tensor, ""]:

@@ -1,11 +1,14 @@
-"""The classifier that two stages train: `evaluator`, which scores images, and `features`, which a discriminator sees."""
+"""The classifiers that two stages train: `evaluator`, which scores images, and `features`, which a discriminator sees."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -16,18 +19,14 @@ from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
 from equilab.models.checkpoint import load_network
-from equilab.models.classifier import Classifier
+from equilab.models.classifier import CLASSIFIERS
 from equilab.training import loop
-from equilab.training.loop import Optimisation
 
 BATCH = 1000  # test images through the network at once
-
-
-def _classifiers() -> dict[str, type[nn.Module]]:
-    return {"classifier": Classifier}
-
-
-Network = choice(_classifiers)  # of a field of params
+Network = choice(lambda: CLASSIFIERS)  # of a field of params
+Part = Literal[
+    "all", "first_half", "second_half"
+]  # of the training images, in an order that the study's seed draws
 
 
 class Batch(NamedTuple):
@@ -49,10 +48,11 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
             f"{job.stage}.network needs labels to train on and the data have none; set network and optimisation to null"
         )
     seed, shape, classes = job.study.seed, data.images.shape[1:], data.classes
+    chosen = part_of(config.images, len(data.images), seed)
     net = loop.build(config.network, seed, f"{job.stage} weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
-        items = rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(data.images))
+        items = chosen[rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(chosen))]
         return Batch(to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items]))
 
     about = loop.about(shape, classes, cost(config.network, shape, classes))
@@ -61,7 +61,15 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
     net, _ = load_network(job.out / "weights.safetensors", config)
     summary = read_json(job.out / "summary.json")
     test = load(folder_of("data"), "test")
-    return {**summary, "network": "classifier", "accuracy_test": _accuracy(net, test)}
+    return {**summary, "network": config.network.kind, "accuracy_test": _accuracy(net, test)}
+
+
+def part_of(part: Part, count: int, seed: int) -> Int64[np.ndarray, n]:
+    """Return which of `count` training images a part holds. The halves are of a drawn order, so that both have all classes."""
+    if part == "all":
+        return np.arange(count)
+    order = rng.generator(seed, "halves").permutation(count)
+    return order[: count // 2] if part == "first_half" else order[count // 2 :]
 
 
 def loss(net: nn.Module, batch: Batch) -> Tensor:
@@ -77,9 +85,13 @@ def _accuracy(net: nn.Module, data: Dataset) -> float:
     return (found == torch.from_numpy(data.labels)).float().mean().item()
 
 
-def plan(network: Spec, optimisation: Optimisation, job: Job) -> Plan:
-    """Return what training the classifier costs."""
-    return loop.plan(optimisation, cost(network, job.image, job.classes))
+def plan(config: Any, job: Job) -> Callable[[], Plan]:
+    """Check the classifier of a stage's `network` against the study; return what estimates the cost.
+
+    Raises: UserError if its sizes do not fit.
+    """
+    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
+    return lambda: loop.plan(config.optimisation, cost(config.network, job.image, job.classes))
 
 
 @functools.cache

@@ -13,28 +13,25 @@ from equilab.core import machine, rng
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
-from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
-from equilab.models.family import Family, family
 from equilab.models.precond import EDM
 from equilab.training import loop, onestep
-from equilab.training.onestep import Levels
+from equilab.training.onestep import ConsistencyLoss
 
 
-class Config(onestep.Config):
+class Model(onestep.Model):
+    """What sampling needs to know of a generator of this stage."""
+
+    stage = "consistency"
+
+
+class Config(onestep.Config, Model, ConsistencyLoss):
     """An entry of the params section `consistency`."""
 
-    levels: Levels
-
     @model_validator(mode="after")
-    def _fits(self):
+    def _levels_fit(self):
         onestep.check_levels(self.student, self.levels)
         return self
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("cd")
 
 
 class Batch(NamedTuple):
@@ -53,10 +50,12 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     onestep.check(config, job)
     onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    onestep.check_metric(config, job.image, f"consistency.{job.run}")
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes)
-        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
+        frozen = onestep.table(config, job.image, job.classes)
+        return loop.plan(config.optimisation, counted, frozen, config.teacher_calls)
 
     return estimate
 
@@ -78,37 +77,37 @@ def run(config: Config, job: Job) -> None:
         return Batch(
             to_float(torch.from_numpy(data.images[items])),
             torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape)),
-            config.levels.draw(seed, positions),
+            config.draw(seed, positions),
             torch.from_numpy(data.labels[items]) if config.conditional else None,
         )
 
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))
     inputs = {
         "data": sha256_of(folder_of("data") / "meta.json"),
         "teacher": sha256_of(folder_of("teacher") / "weights.safetensors"),
     }
-    loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher), about)
+    distance = config.distance(machine.device_of(job))
+    loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher, distance), about)
 
 
-def loss_of(config: Config, teacher: EDM) -> loop.Loss:
+def loss_of(config: Config, teacher: EDM, distance: Callable) -> loop.Loss:
     """Return loss(net, batch): the consistency loss of the student that a network is."""
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         denoise = onestep.student(config, net, teacher.sigma_data).denoise
-        return losses.consistency(
-            denoise, teacher.denoise, batch.image, batch.noise, batch.sigmas, batch.label
-        )
+        return config.loss(denoise, teacher.denoise, *batch, distance)
 
     return loss
 
 
 @loop.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
-    """Return the cost of the student, counted on the meta device; an update has three calls without gradient, one with."""
+    """Return the cost of the student, counted on the meta device; an update has three calls without gradient, with the form
+    published five, and one with."""
     net = onestep.on_meta(config, image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
-    loss = loss_of(config, EDM(net, sigma_data=1.0))
+    loss = loss_of(config, EDM(net, sigma_data=1.0), config.distance(sigma.device))
     update = flops(lambda: loss(net, Batch(noise, noise, (sigma, sigma), label)).backward())
     return onestep.cost(config, image, classes, update)

@@ -19,8 +19,8 @@ from equilab.data import latents
 from equilab.data.images import load, to_float
 from equilab.diffusion import discrete_losses as losses
 from equilab.diffusion.discrete import Diffusion, noised
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters, work
-from equilab.models.family import Family, families, network
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters, work
+from equilab.models.family import network
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -58,10 +58,15 @@ class FixedPoint(Params):
             )
         return self
 
+    @property
+    def most(self) -> Iterations:
+        """The most iterations of an update."""
+        return Iterations(self.no_grad_iterations, self.grad_iterations)
+
     def draw(self, seed: int, update: int) -> Iterations:
         """Return the iterations of an update: a function of (seed, update)."""
         if self.gradient != "s_jfb":
-            return Iterations(self.no_grad_iterations, self.grad_iterations)
+            return self.most
         no_grad = rng.integers(seed, "iterations without gradient", [update], self.no_grad_iterations + 1)
         grad = rng.integers(seed, "iterations with gradient", [update], self.grad_iterations)
         return Iterations(int(no_grad[0]), 1 + int(grad[0]))
@@ -73,8 +78,10 @@ class FixedPoint(Params):
         return Iterations(self.no_grad_iterations / 2, (1 + self.grad_iterations) / 2)
 
 
-class Model(Params):
+class Model(loop.Model):
     """What sampling needs to know of a denoiser of discrete timesteps."""
+
+    stage = "diffusion"
 
     network: Network
     conditional: bool
@@ -91,11 +98,6 @@ class Model(Params):
         if self.label_dropout and not self.conditional:
             raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
         return self
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return families("diffusion")[self.network.kind]
 
 
 class Config(Model):
@@ -137,7 +139,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     _require_classes(config, job, job.classes)
     shape = latents.shape_of(job.read, job.image)
-    network_on_meta(config.network, shape, job.classes if config.conditional else 0)  # refuses sizes
+    config.on_meta(shape, job.classes)  # refuses sizes that do not fit
     return lambda: loop.plan(config.optimisation, cost(config, shape, job.classes))
 
 
@@ -154,7 +156,7 @@ def run(config: Config, job: Job) -> None:
         encoded = latents.Encoded(folder_of("latents"))
         shape = encoded.shape
         inputs["latents"] = sha256_of(folder_of("latents") / "meta.json")
-    seed, classes = config.seed, data.classes if config.conditional else 0
+    seed, classes = config.seed, config.classes_of(data.classes)
     net = loop.build(config.network, seed, "weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
@@ -197,16 +199,30 @@ def loss_of(config: Config) -> loop.Loss:
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         level = chain.at(batch.t)
         x = noised(batch.image, batch.noise, level)
-        if batch.iterations is None:
-            output = net(x, batch.t, batch.label)
-        else:
-            output, _ = net(x, batch.t, batch.label, None, solver_of(batch.iterations))
+        output = output_of(net, x, batch.t, batch.label, batch.iterations)
         value = losses.error(chain, output, batch.image, batch.noise, level, config.weight)
         if config.diffusion.variance == "learned":
             value = value + losses.bound(chain, output, batch.image, batch.noise, level)
         return value.mean()
 
     return loss
+
+
+def output_of(
+    net: nn.Module, x: Tensor, t: Tensor, label: Tensor | None, iterations: Iterations | None
+) -> Tensor:
+    """Return the output of a denoiser, with a fixed point at these iterations of it."""
+    if iterations is None:
+        return net(x, t, label)
+    output, _ = net(x, t, label, None, solver_of(iterations))
+    return output
+
+
+def example(config: Config, noise: Tensor, label: Tensor | None) -> Batch:
+    """Return a batch on which training is measured: halfway to noise, with the most iterations of an update."""
+    t = torch.full((len(noise),), config.diffusion.timesteps // 2, device=noise.device)
+    iterations = config.fixed_point.most if config.fixed_point else None
+    return Batch(noise.tanh(), noise, t, label, iterations)
 
 
 def solver_of(iterations: Iterations) -> Callable:
@@ -219,18 +235,18 @@ def solver_of(iterations: Iterations) -> Callable:
 def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     x, label = inputs_on_meta(image, config.conditional)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     count = parameters(net)
 
     def predict(iterations: int) -> None:
-        net(x, t, label, None, solver_of(Iterations(0, iterations)))
+        output_of(net, x, t, label, Iterations(0, iterations))
 
     def update(iterations: Iterations | None) -> int:
         return flops(lambda: loss_of(config)(net, Batch(x, x, t, label, iterations)).backward())
 
-    call = work(predict) if config.family.implicit else Work(flops(lambda: net(x, t, label)))
+    call = work(predict) if config.family.implicit else Work(flops(lambda: output_of(net, x, t, label, None)))
     if not isinstance(config, Config):
         return Cost(count, count, call, None)
     if config.fixed_point is None:

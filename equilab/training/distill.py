@@ -15,8 +15,8 @@ from equilab.core.config import Params, UserError, digest
 from equilab.core.job import Job, Plan, Seed, folder_of
 from equilab.data.pairset import PairSet
 from equilab.diffusion import losses
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters, work
-from equilab.models.family import Family, families, network
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters, work
+from equilab.models.family import network
 from equilab.solvers import Gradient, Solver, equilibrium
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -42,16 +42,13 @@ class Equilibrium(Params):
         return self
 
 
-class Model(Params):
+class Model(loop.Model):
     """What sampling needs to know of a one-step generator."""
+
+    stage = "distill"
 
     network: Network
     conditional: bool  # on the pairs' classes
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return families("distill")[self.network.kind]
 
 
 class Config(Model):
@@ -88,7 +85,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     Raises: UserError if the study's pairs cannot train it, or the network's sizes do not fit.
     """
     _require_pairs(config, job, job.read("pairs").count, job.classes)
-    network_on_meta(config.network, job.image, job.classes if config.conditional else 0)  # refuses sizes
+    config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -101,7 +98,7 @@ def run(config: Config, job: Job) -> None:
     pairs.check(job)
     pairs.verify()
     _require_pairs(config, job, pairs.count, pairs.classes)
-    classes = pairs.classes if config.conditional else 0
+    classes = config.classes_of(pairs.classes)
     net = loop.build(config.network, config.seed, "weights", pairs.shape, classes)
     noisy = config.equilibrium is not None and config.equilibrium.init == "noise"
 
@@ -166,7 +163,7 @@ def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
     pass. The adjoint of an implicit gradient takes a product with the Jacobian, as costly as an application, each time.
     """
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
     count, batch = parameters(net), Batch(noise, noise, label, None)
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pydantic import Field, model_validator
 
 from equilab.core.config import Params, UserError
-from equilab.core.files import write, write_json
+from equilab.core.files import sha256_of, write, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, rank
 from equilab.data.images import load
-from equilab.metrics.counting import network_on_meta
 from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
 from equilab.models.checkpoint import save_tensors
 from equilab.training import classify
@@ -22,14 +21,16 @@ class Config(Params):
     """The params section `evaluator`."""
 
     network: classify.Network | None  # null: torch-fidelity's Inception
+    images: classify.Part | None  # training images that the classifier learns from; null with Inception
     samples: int = Field(ge=SPLITS, le=10_000_000)  # generated images in every comparison
     optimisation: Optimisation | None  # of the classifier; null with Inception
 
     @model_validator(mode="after")
     def _fits(self):
-        if (self.network is None) != (self.optimisation is None):
+        given = {each is None for each in (self.network, self.images, self.optimisation)}
+        if len(given) > 1:
             raise ValueError(
-                "network and optimisation must both be given (a classifier) or both be null (Inception)"
+                "network, images and optimisation must all be given (a classifier) or all be null (Inception)"
             )
         return self
 
@@ -39,10 +40,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the network's sizes do not fit.
     """
-    if config.network is None:
-        return Plan
-    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: classify.plan(config.network, config.optimisation, job)
+    return Plan if config.network is None else classify.plan(config, job)
 
 
 def run(config: Config, job: Job) -> None:
@@ -61,7 +59,7 @@ def run(config: Config, job: Job) -> None:
     if config.network is None:
         save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
         write(job.out / "log.csv", "nimg,loss,lr\n")
-        summary = {"network": "inception"}
+        summary = {"network": "inception", "inputs": {"data": sha256_of(folder_of("data") / "meta.json")}}
     else:
         summary = classify.train(config, job, data)
     if rank() != 0:
@@ -69,3 +67,6 @@ def run(config: Config, job: Job) -> None:
     scorer = Scorer(job.out, folder_of("data"), CACHE, device_of(job), config)
     floor = scorer.floor(config.samples, job.study.seed)
     write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
+    accuracy = summary.get("accuracy_test")
+    told = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
+    print(f"evaluator: {told}; the floor of scores is that of {config.samples:,} real images")

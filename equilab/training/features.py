@@ -12,7 +12,6 @@ from equilab.core.files import write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import rank
 from equilab.data.images import load
-from equilab.metrics.counting import network_on_meta
 from equilab.training import classify
 from equilab.training.loop import Optimisation
 
@@ -21,6 +20,7 @@ class Config(Params):
     """The params section `features`."""
 
     network: classify.Network
+    images: classify.Part  # training images that it learns from
     optimisation: Optimisation
 
 
@@ -29,8 +29,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the network's sizes do not fit.
     """
-    network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: classify.plan(config.network, config.optimisation, job)
+    return classify.plan(config, job)
 
 
 def run(config: Config, job: Job) -> None:

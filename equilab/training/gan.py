@@ -17,17 +17,16 @@ from equilab.core.files import sha256_of
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
 from equilab.data.pairset import labels
-from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
-from equilab.models.checkpoint import checksum, load_network, load_tensors
+from equilab.models.checkpoint import checksum, load_network
 from equilab.models.classifier import Classifier
 from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
 from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
 from equilab.training import adversarial, loop, onestep
 from equilab.training.adversarial import Adaptive, AugmentedDiscriminator
-from equilab.training.loop import Adversary, Halt, LearningRate, Logged
-from equilab.training.onestep import Levels
+from equilab.training.loop import Adversary, Halt, Lazy, LearningRate, Logged
+from equilab.training.onestep import ConsistencyLoss
 
 STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
 
@@ -40,21 +39,36 @@ Discriminator = choice(_discriminators)
 
 
 class R1(Params):
-    """The penalty on the gradient at real images."""
+    """The penalty on the gradient at real images.
 
-    # against a loss that is a mean over samples: see equilab.training.adversarial.r1_weight for the published one
+    "joint" adds it to the discriminator's loss at every `interval`-th update, from the first one on. "published" moves the
+    discriminator by it alone, in an update of its own after every `interval`-th but the first, at real images without
+    augmentation; of all its updates, the rate is interval / (interval + 1) times as large, and the betas have that exponent.
+
+    Source: the published code of GDD (Zheng 2024), after StyleGAN2 (Karras 2020), appendix B, "Lazy regularization".
+    """
+
     gamma: float = Field(ge=0, le=1e6)
     interval: int = Field(ge=1, le=10**6)  # updates from one to the next
+    form: Literal["joint", "published"]
+    # images that the loss sums over against which gamma is set: the published code those of a device, in the paper 32;
+    # 1 for a mean, as our losses are
+    samples: int = Field(ge=1, le=10**6)
 
 
-class Consistency(Params):
+class Consistency(ConsistencyLoss):
     """A consistency loss beside the GAN's."""
 
     weight: float = Field(ge=1e-6, le=1e6)
-    levels: Levels
 
 
-class Config(onestep.Config):
+class Model(onestep.Model):
+    """What sampling needs to know of a generator of this stage."""
+
+    stage = "gan"
+
+
+class Config(onestep.Config, Model):
     """An entry of the params section `gan`.
 
     The losses do not depend on how a batch is split over devices and accumulation. Both discriminators do, as published: the
@@ -111,7 +125,7 @@ class Batch(NamedTuple):
     generator_draws: Tensor | None = None
     discriminator_draws: Tensor | None = None
     real_draws: Tensor | None = None
-    r1_weight: float = 0.0  # 0: no R1 in this update
+    r1_weight: float = 0.0  # of R1 in the discriminator's loss
     consistency_noise: Tensor | None = None  # (B, C, H, W); None without consistency loss
     consistency_sigmas: tuple[Tensor, Tensor] | None = None  # (B,) each, a noise level and the one below it
 
@@ -123,6 +137,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     onestep.check(config, job)
     onestep.on_meta(config, job.image, job.classes)  # refuses sizes that do not fit
+    if config.consistency:
+        onestep.check_metric(config.consistency, job.image, f"gan.{job.run}.consistency")
     features = _study_features(config, job)
     try:
         _discriminator_on_meta(config, features, job.image, job.classes)  # refuses what does not fit
@@ -131,14 +147,35 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes, features)
-        return loop.plan(config.optimisation, counted, onestep.table(config, job.image, job.classes))
+        frozen = onestep.table(config, job.image, job.classes)
+        calls = config.consistency.teacher_calls if config.consistency else 0
+        return loop.plan(config.optimisation, counted, frozen, calls)
 
     return estimate
 
 
 def _study_features(config: Config, job: Job) -> Spec | None:
-    """Return what builds the feature network that the study trains, if the run's discriminator sees it."""
-    return job.read("features").network if STUDY_FEATURES in config.features else None
+    """Return what builds the feature network that the study trains, if the run's discriminator sees it.
+
+    Raises: UserError if it is of the evaluator's kind, or learns from images that the evaluator learns from: what the
+        discriminator then knows of the score would leak into the images.
+    """
+    if STUDY_FEATURES not in config.features:
+        return None
+    features, evaluator = job.read("features"), job.read("evaluator")
+    if evaluator.network is None:  # Inception, which learned from other images
+        return features.network
+    if features.network.kind == evaluator.network.kind:
+        raise UserError(
+            f"features.network.kind is {features.network.kind}, as the evaluator's, so that the discriminator would see "
+            "what scores the images; give another kind"
+        )
+    if {features.images, evaluator.images} != {"first_half", "second_half"}:
+        raise UserError(
+            f"features.images is {features.images} and evaluator.images {evaluator.images}, so that they learn from the same "
+            "images; give first_half to one and second_half to the other"
+        )
+    return features.network
 
 
 def _classes(config: Config, classes: int) -> int:
@@ -162,8 +199,9 @@ def run(config: Config, job: Job) -> None:
     torch.manual_seed(rng.torch_seed(config.seed, "discriminator weights"))
     classifier = None
     if STUDY_FEATURES in config.features:
-        inputs["features"] = _require_own_features()
-        classifier, _ = load_network(folder_of("features") / "weights.safetensors", job.read("features"))
+        weights = folder_of("features") / "weights.safetensors"
+        classifier, _ = load_network(weights, job.read("features"))
+        inputs["features"] = sha256_of(weights)
     try:
         networks = feature_networks(config.features, classifier, pretrained=True)
     except ValueError as error:
@@ -175,9 +213,6 @@ def run(config: Config, job: Job) -> None:
         print(onestep.table(config, shape, data.classes))
     counted = cost(config, shape, data.classes, _study_features(config, job))
     about = onestep.about(teacher, shape, _classes(config, data.classes), counted)
-    adversary = Adversary(
-        "discriminator", discriminator, config.discriminator_lr, discriminator_loss_of(config, net, teacher)
-    )
     loop.train(
         job,
         config,
@@ -186,24 +221,9 @@ def run(config: Config, job: Job) -> None:
         functools.partial(batch_of, config, data),
         generator_loss_of(config, discriminator, teacher),
         about,
-        adversary,
+        adversary_of(config, net, teacher, discriminator),
         functools.partial(collapsed, config),
     )
-
-
-def _require_own_features() -> str:
-    """Return the checksum of the study's feature network; empty if it is not there.
-
-    Raises: UserError if it is the evaluator.
-    """
-    path, evaluator = (folder_of(stage) / "weights.safetensors" for stage in ("features", "evaluator"))
-    if not path.exists():
-        return ""
-    if evaluator.exists() and checksum(load_tensors(path)[0]) == checksum(load_tensors(evaluator)[0]):
-        raise UserError(
-            f"{path} is the evaluator, which scores the images: it would leak into the score; run `features` again"
-        )
-    return sha256_of(path)
 
 
 def feature_networks(
@@ -269,13 +289,13 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
         for field, name in (("generator", "generator"), ("discriminator", "critic"), ("real", "real")):
             draws = adversarial.draws(seed, f"{name} augmentation", positions)
             batch = batch._replace(**{f"{field}_draws": draws})
-    if config.r1:
+    if config.r1 and config.r1.form == "joint":
         update = positions.start // config.optimisation.batch
-        weight = adversarial.r1_weight(update, config.r1.gamma, config.r1.interval)
-        batch = batch._replace(r1_weight=weight)
+        if update % config.r1.interval == 0:
+            batch = batch._replace(r1_weight=_r1_weight(config.r1))
     if config.consistency:
         noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
-        sigmas = config.consistency.levels.draw(seed, positions)
+        sigmas = config.consistency.draw(seed, positions)
         batch = batch._replace(consistency_noise=noise, consistency_sigmas=sigmas)
     return batch
 
@@ -294,7 +314,12 @@ def fake_inputs(
 
 
 def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, teacher: EDM) -> loop.Loss:
-    """Return loss(net, batch) of the generator that `net` is: the GAN's, and a consistency loss if the run has one."""
+    """Return loss(net, batch) of the generator that `net` is: the GAN's, and a consistency loss if the run has one.
+
+    Raises: UserError if that is by LPIPS, whose weights are missing and cannot be fetched.
+    """
+    if config.consistency:
+        distance = config.consistency.distance(next(discriminator.parameters()).device)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         student = onestep.student(config, net, teacher.sigma_data)
@@ -302,23 +327,52 @@ def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, tea
         value = adversarial.generator_loss(discriminator(fake, batch.generator_label, batch.generator_draws))
         if config.consistency is None:
             return value
-        consistency = losses.consistency(
+        consistency = config.consistency.loss(
             student.denoise,
             teacher.denoise,
             batch.real,
             batch.consistency_noise,
             batch.consistency_sigmas,
             batch.label,
+            distance,
         )
         return value + config.consistency.weight * consistency
 
     return loss
 
 
-def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.Loss:
-    """Return loss(discriminator, batch) against the generator that `net` is: the GAN's, which the log shows, and R1.
+def adversary_of(
+    config: Config, net: nn.Module, teacher: EDM, discriminator: AugmentedDiscriminator
+) -> Adversary:
+    """Return the discriminator as the adversary of the generator that `net` is, with its rate, losses and betas."""
+    lr, betas, lazy = config.discriminator_lr, config.optimisation.betas, None
+    if config.r1 and config.r1.form == "published":
+        share = config.r1.interval / (config.r1.interval + 1)
+        lr, betas = share * lr, tuple(beta**share for beta in betas)
+        lazy = Lazy(r1_loss_of(config), config.r1.interval)
+    loss = discriminator_loss_of(config, net, teacher)
+    return Adversary("discriminator", discriminator, lr, loss, betas, lazy)
 
-    The features of real images are computed once in an update: R1 is taken of the logits that the loss is made of.
+
+def r1_loss_of(config: Config) -> loop.Loss:
+    """Return loss(discriminator, batch) of an update by R1 alone, at real images without augmentation."""
+    weight = _r1_weight(config.r1)
+
+    def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Tensor:
+        image = batch.real.detach().requires_grad_()
+        return weight * adversarial.r1(discriminator.discriminator(image, batch.label), image)
+
+    return loss
+
+
+def _r1_weight(settings: R1) -> float:
+    return adversarial.r1_weight(settings.gamma, settings.interval, settings.samples)
+
+
+def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.Loss:
+    """Return loss(discriminator, batch) against the generator that `net` is: the GAN's, which the log shows, and joint R1.
+
+    The features of real images are computed once in an update: joint R1 is taken of the logits that the loss is made of.
     """
 
     def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Logged:
@@ -351,7 +405,7 @@ def collapsed(config: Config, row: loop.Row) -> Halt | None:
 
 
 @loop.counted_once
-def cost(config: onestep.Model, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
     """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ from equilab.core.machine import (
 )
 from equilab.core.progress import bar
 from equilab.data.images import label_counts
-from equilab.metrics.counting import Cost
+from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.checkpoint import load_tensors, save_tensors
+from equilab.models.family import Family, Stage, families
 
 ImageCount = Annotated[int, Field(ge=1, le=10**10)]
 BatchSize = Annotated[int, Field(ge=1, le=10**6)]
@@ -101,6 +102,28 @@ class Optimisation(Params):
         return self
 
 
+class Model(Params):
+    """What sampling needs to know of every run that makes images, which has a `network` and is `conditional` or not."""
+
+    stage: ClassVar[Stage]  # that trains it
+
+    @property
+    def family(self) -> Family:
+        """The family of models that it is of."""
+        return families(self.stage)[self.network.kind]
+
+    def classes_of(self, classes: int) -> int:
+        """Return how many of the data's classes the network knows: all of them, or 0 if it is not conditional."""
+        return classes if self.conditional else 0
+
+    def on_meta(self, image: tuple[int, ...], classes: int) -> nn.Module:
+        """Return the network for such data on the meta device.
+
+        Raises: UserError if its sizes do not fit.
+        """
+        return network_on_meta(self.network, image, self.classes_of(classes))
+
+
 def learning_rate(config: Optimisation, nimg: int) -> float:
     """Return the learning rate of the update that starts with `nimg` images seen."""
     warm = min(1.0, (nimg + config.batch) / config.warmup_nimg) if config.warmup_nimg else 1.0
@@ -124,6 +147,13 @@ def ema_decay(nimg: int, *, batch: int, half_life_nimg: float, warmup: float) ->
     return 0.5 ** (batch / half_life) if half_life else 0.0
 
 
+class Lazy(NamedTuple):
+    """A loss by which a network is moved in an update of its own, after every `interval`-th but the very first."""
+
+    loss: Loss
+    interval: int
+
+
 class Adversary(NamedTuple):
     """The second network of a run, trained in turn with the first; its weights are not averaged."""
 
@@ -131,19 +161,29 @@ class Adversary(NamedTuple):
     net: nn.Module
     lr: float  # its own peak learning rate
     loss: Loss
+    betas: tuple[float, float]  # of its own AdamW
+    lazy: Lazy | None = None
 
 
 class Trainable:
     """A network that a run trains, with its optimiser; `name` is that of the adversary, empty for the first network."""
 
-    def __init__(self, net: nn.Module, config: Optimisation, device: torch.device, name: str, lr: float):
+    def __init__(
+        self,
+        net: nn.Module,
+        config: Optimisation,
+        device: torch.device,
+        name: str,
+        lr: float,
+        betas: tuple[float, float],
+    ):
         self.net, self.name, self.lr_share = net.to(device), name, lr / config.lr
         self.prefix = f"{name}." if name else ""
         self.named = {key: p for key, p in net.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.named.values(),
             lr=config.lr,
-            betas=config.betas,
+            betas=betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -193,9 +233,10 @@ class Run:
     ):
         self.config, self.seed, self.folder, self.device = config, seed, folder, device
         self.adversary = adversary
-        self.trainables = [Trainable(net, config, device, "", config.lr)]
+        self.trainables = [Trainable(net, config, device, "", config.lr, config.betas)]
         if adversary is not None:
-            self.trainables.append(Trainable(adversary.net, config, device, adversary.name, adversary.lr))
+            own = adversary.name, adversary.lr, adversary.betas
+            self.trainables.append(Trainable(adversary.net, config, device, *own))
         self.net, self.named = self.trainables[0].net, self.trainables[0].named
         self.ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
         self.nimg, self.log = 0, []
@@ -244,6 +285,7 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
             f"micro_batch ({config.micro_batch}) must be a multiple of the number of processes ({world()})"
         )
     losses = [loss] if run.adversary is None else [loss, run.adversary.loss]
+    lazy = run.adversary and run.adversary.lazy
     nets = [torch.compile(each.net) if config.compile else each.net for each in run.trainables]
     context = precision(config.precision, run.device)
     updates = config.report_nimg // config.batch  # between two reports
@@ -255,13 +297,15 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
         upcoming = _read(reader, batch_of, config, run.nimg)
         while run.nimg < config.nimg:
             rate, update = learning_rate(config, run.nimg), run.nimg // config.batch % updates
-            # dropout alone knows of processes
+            # the seed of dropout is all that differs between processes
             torch.manual_seed(rng.torch_seed(run.seed, "dropout", run.nimg + rank()))
             batches = [to_device(batch.result(), run.device) for batch in upcoming]
             upcoming = _read(reader, batch_of, config, run.nimg + config.batch)
             for number, (trainable, net, loss) in enumerate(zip(run.trainables, nets, losses, strict=True)):
                 _require_gradients(run, trainable)
                 values[number, update] = _update(trainable, net, loss, batches, context, config.clip, rate)
+            if lazy and run.nimg and run.nimg // config.batch % lazy.interval == 0:
+                _update(run.trainables[-1], nets[-1], lazy.loss, batches, context, config.clip, rate)
             decay = ema_decay(
                 run.nimg,
                 batch=config.batch,
@@ -416,7 +460,7 @@ def train(
     """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`.
 
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
-    what the run depends on beside its config (checksums); `about` is kept with the weights.
+    what the run depends on besides its config (checksums); `about` is kept with the weights.
     """
     optimisation, about = config.optimisation, {**about, **label_counts(job)}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
@@ -439,8 +483,8 @@ def _require_disk(
     job: Job, net: nn.Module, config: Optimisation, parameters: int, adversary: Adversary | None
 ) -> None:
     """Check that the results fit on the disk, and two states (weights, average, moments) of what is trained."""
-    nets = [net] if adversary is None else [net, adversary.net]
-    state = 4 * sum(p.numel() for each in nets for p in each.parameters())
+    nets = nn.ModuleList([net] if adversary is None else [net, adversary.net])
+    state = 4 * sum(p.numel() for p in nets.parameters())
     kept = parameters * (1 + 2 * len(config.snapshots))
     require_disk(job.out, 4 * (2 * state + kept))
 
@@ -455,15 +499,23 @@ def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
     save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    first = ("nimg", "loss", "lr")
-    write_table(job.out / "log.csv", [{**{key: row[key] for key in first}, **row} for row in run.log])
+    first = dict.fromkeys(("nimg", "loss", "lr"))  # columns, whatever order a state that was read again has
+    write_table(job.out / "log.csv", [first | row for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
     write_json(job.out / "summary.json", {**about, **found})
+    print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")
 
 
-def plan(config: Optimisation, cost: Cost, note: str = "") -> Plan:
-    """Return what training costs."""
+def plan(config: Optimisation, cost: Cost, note: str = "", teacher_calls: int = 0) -> Plan:
+    """Return what training costs; of an image of an update, `teacher_calls` evaluations of the teacher."""
     kept = 1 + len(config.snapshots)
+    weights = 4 * cost.parameters  # bytes
     return Plan(
-        cost.parameters, float(cost.train_flops_image * config.nimg), 4 * cost.parameters * kept, note
+        cost.parameters,
+        float(cost.train_flops_image * config.nimg),
+        kept * weights,
+        note,
+        config.nimg,
+        teacher_calls * config.nimg,
+        2 * weights + 12 * cost.parameters_trained,  # with the average; gradient and two moments
     )

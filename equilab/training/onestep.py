@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -14,15 +15,18 @@ from equilab.core import machine, rng
 from equilab.core.config import Params, UserError
 from equilab.core.job import Job, Seed, folder_of
 from equilab.data.images import Dataset
+from equilab.diffusion import losses
 from equilab.diffusion.schedules import edm_sigmas
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models import gdd
 from equilab.models.checkpoint import load_network
-from equilab.models.family import Family, family, network
+from equilab.models.family import network
+from equilab.models.feature_networks import Lpips
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
 
+LPIPS_SIDE = 224  # pixels to which images are resized, as published
 Network = network("teacher")
 Sigma = Annotated[float, Field(ge=1e-6, lt=1e6)]
 
@@ -60,11 +64,66 @@ class Levels(Params):
         levels = edm_sigmas(self.steps + 1, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         return levels[:-1].flip(0).float()
 
+    def draw(
+        self, seed: int, positions: Sequence[int], first: int
+    ) -> tuple[Float[Tensor, b], Float[Tensor, b]]:
+        """Return the level of each position, T(first) or above, and the one below it, functions of (seed, position)."""
+        sigmas = self.sigmas()
+        count = self.steps + 1 - first
+        index = torch.from_numpy(rng.integers(seed, "consistency level", positions, count)) + first  # (B,)
+        return sigmas[index], sigmas[index - 1]
+
+
+class ConsistencyLoss(Params):
+    """How a student is made to agree with itself along the teacher's trajectories."""
+
+    levels: Levels
+    metric: Literal["squared", "lpips"]  # of images: squared error, or LPIPS at 224 pixels, as published
+    form: Literal["text", "published"]  # the paper's table 5, or its code: losses.published_consistency
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.form == "published" and self.levels.steps < 2:
+            raise ValueError(f"levels.steps is {self.levels.steps}; the form published needs 2 or more")
+        return self
+
+    @property
+    def teacher_calls(self) -> int:
+        """Evaluations of the teacher for a training image."""
+        return losses.CONSISTENCY_CALLS[self.form]
+
     def draw(self, seed: int, positions: Sequence[int]) -> tuple[Float[Tensor, b], Float[Tensor, b]]:
         """Return the level of each position and the one below it, functions of (seed, position)."""
-        sigmas = self.sigmas()
-        index = torch.from_numpy(rng.integers(seed, "consistency level", positions, self.steps))  # (B,)
-        return sigmas[index + 1], sigmas[index]
+        return self.levels.draw(seed, positions, first=2 if self.form == "published" else 1)
+
+    def distance(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the distance between images; on the meta device, LPIPS is without its weights.
+
+        Raises: UserError if weights of LPIPS are missing and cannot be fetched.
+        """
+        if self.metric == "squared":
+            return losses.l2
+        try:
+            with device:
+                return Lpips(LPIPS_SIDE, pretrained=device.type != "meta")
+        except ValueError as error:
+            raise UserError(f"metric is lpips: {error}") from None
+
+    def loss(
+        self,
+        student: Callable,
+        teacher: Callable,
+        image: Float[Tensor, "b c h w"],
+        noise: Float[Tensor, "b c h w"],
+        sigmas: tuple[Float[Tensor, b], Float[Tensor, b]],
+        label: Int64[Tensor, b] | None,
+        distance: Callable,
+    ) -> Float[Tensor, ""]:
+        """Return the loss of a batch at the levels drawn."""
+        given = student, teacher, image, noise, sigmas, label, distance
+        if self.form == "text":
+            return losses.consistency(*given)
+        return losses.published_consistency(*given, lowest=tuple(self.levels.sigmas()[:2].tolist()))
 
 
 def check_levels(student: Student, levels: Levels) -> None:
@@ -79,27 +138,40 @@ def check_levels(student: Student, levels: Levels) -> None:
         )
 
 
-class Model(Params):
-    """What sampling needs to know of a student."""
+def check_metric(loss: ConsistencyLoss, image: tuple[int, ...], place: str) -> None:
+    """Refuse a distance that does not take the images.
+
+    Raises: UserError naming the key, which is at `place`.
+    """
+    if loss.metric == "lpips" and image[0] != 3:
+        raise UserError(f"{place}.metric is lpips, which takes 3 channels, not {image[0]}; set it to squared")
+
+
+class OfTeacher(loop.Model):
+    """What sampling needs to know of any student of the teacher."""
 
     network: Network  # the teacher's
     conditional: bool  # as the teacher
-    student: Student
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of, unless its stage trains another."""
-        return family("gdd")
 
 
-class Config(Model):
-    """What the entries of the params sections `gan` and `consistency` share."""
+class Trained(OfTeacher):
+    """What the entries of all students of the teacher share."""
 
     seed: Seed  # of this run: the order of its images, what it draws
     optimisation: Optimisation
 
 
-def check(config: Config, job: Job) -> None:
+class Model(OfTeacher):
+    """What sampling needs to know of a generator of few steps."""
+
+    student: Student
+
+
+class Config(Trained, Model):
+    """What the entries of the params sections `gan` and `consistency` share."""
+
+
+def check(config: Trained, job: Job) -> None:
     """Refuse a student that is not the study's teacher.
 
     Raises: UserError naming the key that differs.
@@ -122,20 +194,37 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
 
     Raises: UserError if the teacher's weights are missing, damaged, of another configuration or of other images.
     """
-    path, shape = folder_of("teacher") / "weights.safetensors", data.images.shape[1:]
-    net, about = load_network(path, job.read("teacher"))
-    classes = data.classes if config.conditional else 0
-    if (tuple(about["image"]), about["classes"]) != (tuple(shape), classes):
+    own, teacher = networks(config, job, data, folder_of("teacher"), job.read("teacher"))
+    if config.student.start == "random":
+        own = untrained(config, data).to(machine.device_of(job))
+    gdd.prepare(own, config.student.freeze)
+    return own, teacher
+
+
+def networks(
+    config: Trained, job: Job, data: Dataset, folder: Path, trained: Params
+) -> tuple[nn.Module, EDM]:
+    """Return a student's network with its teacher's weights, and the teacher, which was trained as `trained` says.
+
+    Raises: UserError if the weights in the folder are missing, damaged, of another configuration or of other images.
+    """
+    path, shape = folder / "weights.safetensors", tuple(data.images.shape[1:])
+    net, about = load_network(path, trained)
+    classes = config.classes_of(data.classes)
+    if (tuple(about["image"]), about["classes"]) != (shape, classes):
         raise UserError(
             f"{path} is a teacher of images {tuple(about['image'])} in {about['classes']} classes, the data are "
-            f"{tuple(shape)} in {classes}; train it again"
+            f"{shape} in {classes}; train it again"
         )
-    own = loop.build(config.network, config.seed, "weights", shape, classes)
-    if config.student.start == "teacher":
-        own.load_state_dict(net.state_dict())
-    gdd.prepare(own, config.student.freeze)
-    device = machine.device_of(job)
-    return own.to(device), EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
+    own, device = untrained(config, data), machine.device_of(job)
+    own.load_state_dict(net.state_dict())
+    return own.to(device), EDM(net, sigma_data=job.read("teacher").sigma_data).to(device)
+
+
+def untrained(config: Trained, data: Dataset) -> nn.Module:
+    """Return a student's network as it is drawn by its seed."""
+    classes = config.classes_of(data.classes)
+    return loop.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
 
 
 def student(config: Model, net: nn.Module, sigma_data: float) -> gdd.GDD:
@@ -178,6 +267,6 @@ def on_meta(config: Model, image: tuple[int, ...], classes: int) -> nn.Module:
 
     Raises: UserError if its sizes do not fit.
     """
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     gdd.prepare(net, config.student.freeze)
     return net

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,19 +12,10 @@ from pydantic import Field, model_validator
 
 from equilab.core import rng
 from equilab.core.config import Params, plain
-from equilab.core.files import (
-    is_intact,
-    link,
-    remove_others,
-    require_disk,
-    scratch,
-    write,
-    write_array,
-    write_json,
-)
+from equilab.core.files import remove_others, scratch, write_json
 from equilab.core.job import Job, Plan, folder_of
-from equilab.core.machine import barrier, device_of, environment, identity, precision, rank, world
-from equilab.core.progress import bar
+from equilab.core.machine import device_of, environment, identity, precision, rank, to_device
+from equilab.data import shards
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, labels, noise_checksum
 from equilab.diffusion.protocols import finish
@@ -51,23 +42,31 @@ class Config(Params):
     def _shards(self):
         if self.shard % self.batch:
             raise ValueError(f"shard ({self.shard}) must be a multiple of batch ({self.batch})")
-        if (self.count + self.held_out) % self.shard:
-            raise ValueError(
-                f"count + held_out ({self.count + self.held_out}) must be a multiple of shard ({self.shard})"
-            )
+        if self.total % self.shard:
+            raise ValueError(f"count + held_out ({self.total}) must be a multiple of shard ({self.shard})")
         return self
+
+    @property
+    def total(self) -> int:
+        """All pairs."""
+        return self.count + self.held_out
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """Check the config and return the estimate of its cost: that of all pairs, those that are already there included."""
 
     def count() -> Plan:
-        total, counted = config.count + config.held_out, cost(job.read("teacher"), job.image, job.classes)
-        work = float(counted.image.flops(calls=config.sampler.nfe)) * total
-        disk = total * int(np.prod(job.image)) * np.dtype(config.dtype).itemsize
-        return Plan(counted.parameters, work, disk)
+        counted = cost(job.read("teacher"), job.image, job.classes)
+        work = float(counted.image.flops(calls=config.sampler.nfe)) * config.total
+        disk, calls = config.total * _row_bytes(config, job.image), config.sampler.nfe * config.total
+        return Plan(counted.parameters, work, disk, images=config.total, teacher_calls=calls)
 
     return count
+
+
+def _row_bytes(config: Config, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a stored image."""
+    return math.prod(shape) * np.dtype(config.dtype).itemsize
 
 
 def run(config: Config, job: Job) -> None:
@@ -80,69 +79,51 @@ def run(config: Config, job: Job) -> None:
     """
     net, about = load_network(folder_of("teacher") / "weights.safetensors", job.read("teacher"))
     shape, classes, counts = tuple(about["image"]), about["classes"], about.get("label_counts")
-    total = config.held_out + config.count
-    size = np.dtype(config.dtype).itemsize * int(np.prod(shape))
     recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
     parts = identity(job, recipe, about["checksum"] if counts is None else (about["checksum"], counts))
     del parts["processes"]  # any number of them writes the same bytes
     device = device_of(job)
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
+
+    @torch.inference_mode()
+    def images(indices: np.ndarray) -> np.ndarray:
+        noise = torch.from_numpy(rng.noise(job.study.seed, NOISE, indices, shape))
+        label = labels(job.study.seed, indices, classes, counts=counts)
+        with precision(config.precision, device)():
+            image = finish(config.sampler.start(denoise, *to_device((noise, label), device))).x
+        image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
+        return image.cpu().numpy()
+
+    sizes = {"count": config.total, "shard": config.shard, "batch": config.batch}
     with scratch(job, parts, keep=True) as folder:
-        shards = [folder / f"images-{start:010d}.npy" for start in range(0, total, config.shard)]
-        missing = [k for k, path in enumerate(shards) if not is_intact(path)]
-        require_disk(folder, len(missing) * config.shard * size)
-        with bar(job.name, total, done=total - len(missing) * config.shard) as progress:
-            for k in missing[rank() :: world()]:
-                blocks = []
-                for start in range(k * config.shard, (k + 1) * config.shard, config.batch):
-                    block = _block(config, denoise, job.study.seed, start, shape, classes, counts, device)
-                    blocks.append(block)
-                    progress.update(config.batch)
-                write(shards[k].with_suffix(".sha256"), write_array(shards[k], np.concatenate(blocks)))
-        barrier()
+        made = shards.make(job, folder, "images", images, row_bytes=_row_bytes(config, shape), **sizes)
         if rank() == 0:
-            _publish(config, job, shards, shape, classes, about)
+            _publish(config, job, shards.publish(made, job.out), about)
 
 
-def _block(config, denoise, seed, start, shape, classes, counts, device) -> np.ndarray:
-    """Return the images (batch, C, H, W) of the pairs start..start+batch-1, in the stored type."""
-    indices = np.arange(start, start + config.batch)
-    noise = torch.from_numpy(rng.noise(seed, NOISE, indices, shape)).to(device)
-    label = labels(seed, indices, classes, counts=counts)
-    with torch.inference_mode(), precision(config.precision, device)():
-        image = finish(config.sampler.start(denoise, noise, label if label is None else label.to(device))).x
-    image = to_uint8(image) if config.dtype == "uint8" else image.to(getattr(torch, config.dtype))
-    return image.cpu().numpy()
-
-
-def _publish(config: Config, job: Job, shards: list[Path], shape, classes: int, about: dict) -> None:
-    """Link the shards into the results and describe them in meta.json."""
-    job.out.mkdir(parents=True, exist_ok=True)
+def _publish(config: Config, job: Job, checksums: dict[str, str], about: dict) -> None:
+    """Describe the shards, by their checksums, in meta.json; `about` is what is known of the teacher."""
     described = {}
-    for path in shards:
-        link(path, job.out)
-        described[path.name] = {
-            "images": config.shard,
-            "sha256": path.with_suffix(".sha256").read_text(encoding="utf-8"),
-        }
-    total = config.held_out + config.count
+    for name, checksum in checksums.items():
+        described[name] = {"images": config.shard, "sha256": checksum}
     meta = {
         "count": config.count,
         "held_out": config.held_out,
         "shard": config.shard,
         "dtype": config.dtype,
-        "shape": shape,
-        "classes": classes,
+        "shape": about["image"],
+        "classes": about["classes"],
         "seed": job.study.seed,
         "shards": described,
-        "noise_checksum": noise_checksum(job.study.seed, shape),
+        "noise_checksum": noise_checksum(job.study.seed, tuple(about["image"])),
         "teacher": about["checksum"],
         "sampler": config.sampler,
         "nfe_image": config.sampler.nfe,
-        "nfe": config.sampler.nfe * total,
+        "nfe": config.sampler.nfe * config.total,
         "environment": environment(job),
     }
     if "label_counts" in about:
         meta["label_counts"] = about["label_counts"]
     write_json(job.out / "meta.json", meta)
-    remove_others(job.out, described, "images-*.npy")
+    remove_others(job.out, checksums, "images-*.npy")
+    print(f"pairs: {config.count:,} for training, {config.held_out:,} held out, in {job.out}")

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError
+from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.diffusion import losses
-from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
-from equilab.models.family import Family, family, network
+from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
+from equilab.models.family import network
 from equilab.models.precond import EDM
 from equilab.training import loop
 from equilab.training.loop import Optimisation
@@ -25,17 +25,14 @@ from equilab.training.loop import Optimisation
 Network = network("teacher")
 
 
-class Model(Params):
+class Model(loop.Model):
     """What sampling needs to know of a denoiser of noise levels."""
+
+    stage = "teacher"
 
     network: Network
     conditional: bool  # on the data's classes
     sigma_data: float = Field(ge=1e-3, le=1e3)  # standard deviation of the images in -1..1
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return family("edm")
 
 
 class Config(Model):
@@ -60,7 +57,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the network's sizes do not fit.
     """
-    network_on_meta(config.network, job.image, job.classes if config.conditional else 0)  # refuses sizes
+    config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
     return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
@@ -73,7 +70,7 @@ def run(config: Config, job: Job) -> None:
     if config.conditional and not data.classes:
         raise UserError("teacher.conditional is true, but the data have no labels; set it to false")
     shape, seed = data.images.shape[1:], job.study.seed
-    classes = data.classes if config.conditional else 0
+    classes = config.classes_of(data.classes)
     net = loop.build(config.network, seed, "teacher weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
@@ -102,7 +99,7 @@ def loss_of(config: Config) -> loop.Loss:
 @loop.counted_once
 def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
-    net = network_on_meta(config.network, image, classes if config.conditional else 0)
+    net = config.on_meta(image, classes)
     x, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
     count, update = parameters(net), None

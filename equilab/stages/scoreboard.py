@@ -1,0 +1,157 @@
+"""Stage `scoreboard`: every claim once, with what each study of the repository found and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+from pydantic import Field
+
+from equilab.claims.claim import DEPENDS, read_papers
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS
+from equilab.core.config import Params, UserError
+from equilab.core.files import write
+from equilab.core.job import Job, Plan
+
+KEYS = ["id", "part"]
+ABOUT = ["paper", *KEYS, "claim", "where", "published"]
+FOUND = ["verdict", "effect", "low", "high", "seeds"]
+EFFECTS = "## Effects"  # a heading
+HEAD = f"""\
+Every claim once, with a column for each study that tests a claim of its paper. A verdict needs {SEEDS} seeds on either side, or a
+counted quantity: – marks numbers without a verdict, an empty cell a study that does not make the comparison. What the verdicts mean
+is said in docs/figures.md. The effects are listed under the tables, and stand with their intervals in scoreboard.csv. Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
+
+
+class Config(Params):
+    """The params section `scoreboard`: one study of a repository has it, for all of them."""
+
+    studies: Annotated[
+        dict[str, str], Field(min_length=1)
+    ]  # their folders, from this study's, by their names
+
+
+def plan(config: Config, job: Job) -> Callable[[], Plan]:
+    """Check the config and return what estimates the stage's cost: no networks.
+
+    Raises: UserError if there is no study where one is said to be.
+    """
+    for name, folder in config.studies.items():
+        if not Path(folder, "params.yaml").exists():
+            raise UserError(
+                f"scoreboard.studies.{name}: {folder} holds no params.yaml; correct the path or take it out"
+            )
+    return Plan
+
+
+def run(config: Config, job: Job) -> None:
+    """Write `results/scoreboard.csv` and `scoreboard.md` from what every study has written of its claims.
+
+    Raises: UserError if a study has not judged its claims, or judged one that there is not.
+    """
+    found = scoreboard(config.studies)
+    write(Path("results/scoreboard.csv"), found.to_csv(index=False, lineterminator="\n"))
+    write(Path("results/scoreboard.md"), markdown(found, list(config.studies)))
+
+
+def scoreboard(studies: Mapping[str, str]) -> pd.DataFrame:
+    """Return a row for each claim and each study that tests it, in the order of both; of a claim that none tests, one without a study.
+
+    `studies` are the folders of studies by their names. All columns are words: `paper`, `id`, `part`, `claim`, `where`, `published`,
+    `study`, `verdict`, `effect`, `low`, `high`, `seeds`.
+
+    Raises: UserError if a study has not judged its claims, or judged one that there is not.
+    """
+    papers = read_papers()
+    claims = [
+        (paper, *(getattr(claim, name) for name in ABOUT[1:]))
+        for paper, entries in papers.items()
+        for claim in entries
+    ]
+    about = pd.DataFrame(claims, columns=ABOUT)
+    known = pd.MultiIndex.from_frame(about[KEYS])
+    judged = [_judged(name, Path(folder), known) for name, folder in studies.items()]
+    return about.merge(pd.concat(judged), on=KEYS, how="left").fillna("")
+
+
+def _judged(name: str, folder: Path, known: pd.MultiIndex) -> pd.DataFrame:
+    """Return what a study has found of the claims that it tests."""
+    remedy = f"run `dvc repro claims` in {folder}"
+    try:
+        paths = [folder / "results" / file for file in ("claims.csv", "measured.csv")]
+        found = pd.concat([pd.read_csv(path, keep_default_na=False, dtype=str) for path in paths])
+        found = found[[*KEYS, *FOUND]]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"{paths[0]} or {paths[1].name} is missing, damaged or of another version; {remedy}"
+        ) from None
+    unknown = pd.MultiIndex.from_frame(found[KEYS]).difference(known)
+    if len(unknown):
+        raise UserError(f"{paths[0].parent} judges {', '.join(unknown[0])}, which is no claim now; {remedy}")
+    return found.assign(study=name)[[*KEYS, "study", *FOUND]]
+
+
+def together(verdicts: Mapping[str, str]) -> str:
+    """Return in a sentence what all studies say of a claim, by the verdict of each that tests it."""
+    if not verdicts:
+        return "Not tested by any study here."
+    studies: dict[str, list[str]] = {}
+    for study, verdict in verdicts.items():
+        studies.setdefault(verdict, []).append(study)
+    told = [verdict for verdict in (HOLDS, FAILS, DEPENDS, INCONCLUSIVE) if verdict in studies]
+    parts = [f"{verdict} in {_listed(studies[verdict])}" for verdict in told]
+    sentence = "; ".join(parts or [f"too few seeds in {_listed(studies[NONE])}"]) + "."
+    if HOLDS in told and FAILS in told:
+        return f"The studies disagree: {sentence}"
+    if HOLDS not in told and FAILS not in told:
+        return f"Open: {sentence}"
+    return sentence[0].upper() + sentence[1:]
+
+
+def _listed(words: list[str]) -> str:
+    """Return words as a list in a sentence: a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def markdown(found: pd.DataFrame, studies: Sequence[str]) -> str:
+    """Return the scoreboard as a page: for each paper a table of verdicts, with a column for each of the `studies` that tests
+    one of its claims; then all effects in a list."""
+    parts = ["# Scoreboard", HEAD]
+    for paper, rows in found.groupby("paper", sort=False):
+        columns = [study for study in studies if study in set(rows["study"])]
+        parts += [f"## {paper}", _verdicts(rows, columns).to_markdown(index=False)]
+    return "\n\n".join([*parts, EFFECTS, _effects(found)]) + "\n"
+
+
+def _verdicts(rows: pd.DataFrame, studies: Sequence[str]) -> pd.DataFrame:
+    """Return a row for each claim of a paper, with a column for each of the studies."""
+    table = []
+    for (name, claim), of_claim in rows.groupby([_names(rows), "claim"], sort=False):
+        verdicts = {row.study: row.verdict for row in of_claim.itertuples() if row.study}
+        first = of_claim.iloc[0]
+        table.append(
+            {
+                "claim": f"{name}: {claim}",
+                "published": f"{first['published']} ({first['where']})",
+                **{study: (verdicts[study] or "–") if study in verdicts else "" for study in studies},
+                "together": together(verdicts),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def _effects(rows: pd.DataFrame) -> str:
+    """Return a line for each claim and study that tests it."""
+    tested = rows[rows["study"] != ""]
+    lines = []
+    for name, row in zip(_names(tested), tested.itertuples()):
+        seeds = f"{row.seeds} seed{'s' * (row.seeds != '1')}" if row.seeds.isdigit() else row.seeds
+        lines.append(f"- **{name}**, {row.study}: {row.effect} ({seeds})")
+    return "\n".join(lines)
+
+
+def _names(rows: pd.DataFrame) -> pd.Series:
+    """Return the ids of claims with their parts."""
+    return rows["id"] + rows["part"].map(lambda part: f", {part}" if part else "")

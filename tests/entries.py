@@ -1,0 +1,114 @@
+"""Runs of every kind, small enough for tests: their entries in params, and networks of random weights."""
+
+import torch
+
+from equilab.training import loop
+
+IMAGE, CLASSES = (1, 8, 8), 10
+OPTIMISATION = dict(
+    nimg=64,
+    batch=8,
+    micro_batch=8,
+    lr=1e-3,
+    betas=[0.9, 0.999],
+    weight_decay=0.0,
+    clip=1.0,
+    warmup_nimg=0,
+    decay="none",
+    decay_start_nimg=0,
+    ema_half_life_nimg=64.0,
+    ema_warmup=0.0,
+    precision="fp32",
+    compile=False,
+    report_nimg=8,
+    snapshots=[8],
+)
+UNET = dict(
+    kind="unet",
+    architecture="ddpmpp",
+    width=8,
+    multipliers=[1, 2],
+    blocks=1,
+    attention=[4],
+    head_channels=0,
+    dropout=0.0,
+    augment=0,
+)
+TRANSFORMER = dict(width=16, heads=2, patch=2, expansion=2)
+TEACHER = dict(
+    network=UNET, conditional=True, sigma_data=0.75, sigma_mean=-1.2, sigma_std=1.2, optimisation=OPTIMISATION
+)
+GET = dict(
+    network=dict(
+        kind="get", depth=1, equilibrium_depth=2, equilibrium_expansion=2, normalise=True, **TRANSFORMER
+    ),
+    conditional=True,
+    equilibrium=dict(init="zeros", iterations=3, gradient="unrolled", correction=None),
+    pairs=40,
+    loss="l1",
+    seed=0,
+    optimisation=OPTIMISATION,
+)
+VIT = {
+    **GET,
+    "network": dict(kind="vit", depth=2, conditioning="additive", **TRANSFORMER),
+    "equilibrium": None,
+}
+FPDM = dict(
+    network=dict(kind="fpdm", pre=1, post=1, learned_variance=True, pre_post_timestep=False, **TRANSFORMER),
+    conditional=True,
+    label_dropout=0.1,
+    diffusion=dict(
+        timesteps=100,
+        beta_start=1e-3,
+        beta_end=0.1,
+        zero_terminal_snr=True,
+        prediction="v",
+        variance="learned",
+    ),
+    weight="uniform",
+    fixed_point=dict(gradient="s_jfb", no_grad_iterations=3, grad_iterations=2),
+    seed=0,
+    optimisation=OPTIMISATION,
+)
+DIT = {
+    **FPDM,
+    "network": dict(kind="dit", depth=3, learned_variance=True, **TRANSFORMER),
+    "fixed_point": None,
+}
+CD = dict(
+    network=UNET,
+    conditional=True,
+    student=dict(start="teacher", freeze="gdd", sigma_min=0.002, sigmas=[80.0, 10.0]),
+    levels=dict(steps=4, sigma_min=0.002, sigma_max=80.0, rho=7.0),
+    seed=0,
+    optimisation=OPTIMISATION,
+)
+PD = dict(
+    network=UNET,
+    conditional=True,
+    teacher="teacher",
+    levels=dict(steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0),
+    weight="truncated_snr",
+    seed=0,
+    optimisation=OPTIMISATION,
+)
+ENTRIES = {
+    "teacher": TEACHER,
+    "distill/get": GET,
+    "distill/vit": VIT,
+    "diffusion/fpdm": FPDM,
+    "diffusion/dit": DIT,
+    "consistency/cd": CD,
+    "progressive/pd": PD,
+}
+
+
+def drawn(config):
+    """Return the network of a run, of which weights that start at zero are drawn too, so that all inputs matter."""
+    net = loop.build(config.network, 0, "weights", IMAGE, CLASSES)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=draw)
+    return net.eval()
