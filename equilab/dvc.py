@@ -85,8 +85,9 @@ def _source(sections: Sections, stage: str, job: Replicate) -> tuple[str, str | 
 
 def _reads_runs(stage: str) -> bool:
     """Return whether a stage reads what runs make, or what a stage makes that does."""
-    others = [of for _, of in STAGES[stage].reads if of not in ("", stage)]
-    return any(STAGES[of].jobs != "one" or _reads_runs(of) for of in others)
+    return any(
+        STAGES[of].jobs != "one" or _reads_runs(of) for _, of in STAGES[stage].reads if of not in ("", stage)
+    )
 
 
 def graph(sections: Sections) -> dict[str, Any]:

@@ -81,6 +81,8 @@ CD = dict(
     conditional=True,
     student=dict(start="teacher", freeze="gdd", sigma_min=0.002, sigmas=[80.0, 10.0]),
     levels=dict(steps=4, sigma_min=0.002, sigma_max=80.0, rho=7.0),
+    metric="squared",
+    form="text",
     seed=0,
     optimisation=OPTIMISATION,
 )

@@ -14,6 +14,12 @@ ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "studies/smoke/params.yaml"
 
 
+def current_studies():
+    """Return the folders of the studies whose committed results are of their params as they are."""
+    listed = config.read(ROOT / "params.yaml")["scoreboard"]
+    return [ROOT / folder for name, folder in listed["studies"].items() if name not in listed["earlier"]]
+
+
 def sections():
     """Return smoke's params, for a study in any folder."""
     params = config.read(SMOKE)

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from smoke import current_studies
 
 ROOT = Path(__file__).parent.parent
-EXECUTED = sorted(ROOT.glob("results/notebook/*/*.ipynb")) + sorted(
-    ROOT.glob("studies/*/results/notebook/*/*.ipynb")
-)
+EXECUTED = [path for study in current_studies() for path in sorted(study.glob("results/notebook/*/*.ipynb"))]
 SAVED = re.compile(r'style\.save\(.*?out,\s*f?"([\w{}]+)"', re.S)
 NUMBER = re.compile(r"(?<![\w.\-])\d[\d,]*\.\d+(?!\w)")  # with decimals: counts are words of the text
 

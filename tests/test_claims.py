@@ -9,6 +9,7 @@ import pytest
 import yaml
 from made import SOLVER, table, write_study
 from scipy import stats
+from smoke import current_studies
 
 import equilab
 from equilab.claims.claim import DEPENDS, judge, read_claims, refuse_mistyped
@@ -486,11 +487,9 @@ def test_every_column_that_a_claim_can_be_about_is_one_of_the_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "folder", [".", *(f"studies/digits-{name}" for name in ("long", "fpdm", "budget", "uncond"))]
-)
+@pytest.mark.parametrize("folder", current_studies(), ids=lambda folder: folder.name)
 def test_the_committed_claims_are_what_the_committed_results_say(folder):
-    results = ROOT / folder / "results"
+    results = folder / "results"
     judged = stage.judged_claims(equilab.results(results), 0.95, read_claims())
     for name, measured in (("claims", False), ("measured", True)):
         kept = pd.read_csv(results / f"{name}.csv", keep_default_na=False, dtype=str)

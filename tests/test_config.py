@@ -325,6 +325,12 @@ def test_every_study_passes_its_check(params, capsys, monkeypatch):
     # the images, the VAE and the published weights of some are not part of the repository
     absent = {
         "fpdm-paper": ["data.path", "data.test_path", "latents.vae"],
+        "fpdm-paper-celebahq": ["data.path", "latents.vae"],
+        "fpdm-paper-church": ["data.path", "latents.vae"],
+        "fpdm-paper-ffhq": ["data.path", "latents.vae"],
+        "gdd-paper-afhqv2": ["data.path"],
+        "gdd-paper-ffhq": ["data.path"],
+        "gdd-paper-imagenet": ["data.path", "data.test_path"],
         "cifar10-short": ["data.path", "data.test_path"],
         "get-paper": ["teacher.published.path"],
         "gdd-paper": ["teacher.published.path"],

@@ -26,7 +26,7 @@ COMPARISONS = {"get against vit, parameters": {"runs": ["distill/get"], "baselin
 
 def job(stage, read=print):
     study = Study(name="made", root=str(ROOT), seed=0, threads=1, run_threads=1, device="cpu")
-    return Job(study, stage, None, None, (1, 8, 8), 10, "", read, print)
+    return Job(study, stage, None, None, (1, 8, 8), 10, "", read, lambda stage, run: (0, 1, 2))
 
 
 def picture(grey):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from smoke import ROOT, SMOKE, write_study
+from smoke import ROOT, SMOKE, current_studies, write_study
 
 from equilab import dvc, graph, study
 from equilab.core import code
@@ -261,9 +261,10 @@ def test_every_study_has_an_order_in_which_its_runs_are_made(params):
     assert dvc.waves(study.read(params))
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("**/results/notebook/*/*.ipynb")), ids=lambda path: "/".join(path.parts[-5:-1])
-)
+EXECUTED = [path for study in current_studies() for path in sorted(study.glob("results/notebook/*/*.ipynb"))]
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: "/".join(path.parts[-5:-1]))
 def test_an_executed_notebook_is_the_notebook_as_it_is(path):
     assert cells(path) == cells(ROOT / "notebooks" / path.name), f"{path} is stale: run `dvc repro`"
 

@@ -102,7 +102,7 @@ def test_an_image_is_a_function_of_its_index_alone(generator, of):
     found, setting = generator(of), SETTINGS[of]
     whole = made(found, setting, np.arange(6)).image
     parts = [made(found, setting, np.arange(*span)).image for span in ((0, 2), (2, 6))]
-    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("of", ENTRIES)
@@ -175,7 +175,7 @@ def test_denoisers_of_timesteps_alone_work_in_latents():
 
 
 def test_the_seeds_are_the_runs_or_the_studys():
-    assert seeds_of("distill/get", job()) == (4, 5)
+    assert seeds_of("distill/get", job()) == (4, 7)
     assert seeds_of("teacher", job()) == (9,)
 
 

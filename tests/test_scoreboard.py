@@ -10,7 +10,7 @@ import yaml
 from equilab import dvc, study
 from equilab.claims.claim import DEPENDS, read_claims, read_papers
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE
-from equilab.core.config import UserError
+from equilab.core.config import UserError, parse, read
 from equilab.core.job import Job, Study
 from equilab.stages import claims as claims_stage
 from equilab.stages import scoreboard as stage
@@ -76,7 +76,7 @@ def test_every_claim_is_there_once_with_the_verdict_of_each_study(studies):
 
 
 def test_the_page_has_a_column_for_each_study_that_tests_a_claim_of_the_paper(studies):
-    stage.run(stage.Config(studies=studies), job())
+    stage.run(stage.Config(studies=studies, earlier=()), job())
     page = Path("results/scoreboard.md").read_text()
     papers = {part.split("\n")[0].split()[0]: part for part in page.split("\n## ")[1:]}
     row = next(line for line in papers["GET"].split("\n") if "GET-1:" in line)
@@ -92,8 +92,8 @@ def test_the_page_has_a_column_for_each_study_that_tests_a_claim_of_the_paper(st
 
 def test_a_study_that_is_not_there_is_refused_before_anything_runs(studies):
     with pytest.raises(UserError, match=r"scoreboard\.studies\.third: nowhere holds no params.yaml"):
-        stage.plan(stage.Config(studies={**studies, "third": "nowhere"}), job())
-    stage.plan(stage.Config(studies=studies), job())
+        stage.plan(stage.Config(studies={**studies, "third": "nowhere"}, earlier=()), job())
+    stage.plan(stage.Config(studies=studies, earlier=()), job())
 
 
 def test_a_study_that_has_not_judged_its_claims_is_named(studies):
@@ -108,6 +108,16 @@ def test_a_claim_that_there_is_no_more_is_named(studies, tmp_path):
     studies["third"] = judged(tmp_path / "third", [("GET-0", "old", HOLDS)])
     with pytest.raises(UserError, match="third/results judges GET-0, old, .* run `dvc repro claims`"):
         stage.scoreboard(studies)
+    found = stage.scoreboard(studies, earlier=["third"])  # what has changed since is left out
+    assert "GET-0" not in set(found["id"])
+
+
+def test_a_study_that_waits_to_be_run_again_is_marked(studies):
+    config = parse(stage.Config, {"studies": studies, "earlier": ["second"]}, "scoreboard")
+    page = stage.markdown(stage.scoreboard(studies, config.earlier), config)
+    assert "second *" in page and "first *" not in page
+    with pytest.raises(UserError, match="scoreboard: earlier names 'secnd'.*did you mean 'second'"):
+        parse(stage.Config, {"studies": studies, "earlier": ["secnd"]}, "scoreboard")
 
 
 def test_it_is_made_anew_when_the_claims_of_any_study_change_and_after_those_of_its_own():
@@ -126,9 +136,10 @@ def committed():
 
 def test_the_committed_scoreboard_is_what_the_committed_claims_of_all_studies_say(monkeypatch):
     monkeypatch.chdir(ROOT)
-    listed = yaml.safe_load(Path("params.yaml").read_text())["scoreboard"]["studies"]
-    pd.testing.assert_frame_equal(committed(), stage.scoreboard(listed), check_dtype=False)
-    assert Path("results/scoreboard.md").read_text() == stage.markdown(committed(), list(listed))
+    config = parse(stage.Config, read(Path("params.yaml"))["scoreboard"], "scoreboard")
+    listed = config.studies
+    pd.testing.assert_frame_equal(committed(), stage.scoreboard(listed, config.earlier), check_dtype=False)
+    assert Path("results/scoreboard.md").read_text() == stage.markdown(committed(), config)
     judged = {path.parent.parent.resolve() for path in Path().glob("**/results/claims.csv")}
     smoke = Path("studies/smoke").resolve()  # whose numbers mean nothing
     assert judged - {smoke} == {Path(folder).resolve() for folder in listed.values()}

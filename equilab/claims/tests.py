@@ -187,7 +187,7 @@ def told_apart(values: Sequence[float]) -> list[str]:
     return found
 
 
-def short(value: float, digits: int = 3) -> str:
+def short(value: int | float, digits: int = 3) -> str:
     """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
     if np.isinf(value):
         return "never"

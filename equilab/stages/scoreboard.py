@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from equilab.claims.claim import DEPENDS, read_papers
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS
-from equilab.core.config import Params, UserError
+from equilab.core.config import Params, UserError, nearest
 from equilab.core.files import write
-from equilab.core.job import Job, Plan
+from equilab.core.job import Distinct, Job, Plan
 
 KEYS = ["id", "part"]
 ABOUT = ["paper", *KEYS, "claim", "where", "published"]
@@ -24,6 +24,10 @@ Every claim once, with a column for each study that tests a claim of its paper. 
 counted quantity: – marks numbers without a verdict, an empty cell a study that does not make the comparison. What the verdicts mean
 is said in docs/figures.md. The effects are listed under the tables, and stand with their intervals in scoreboard.csv. Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
 
+EARLIER = """\
+\\* This study has not been run since the evaluator and the feature network of discriminators were given different images, and its
+params were revised. Its verdicts are those of its earlier params, of which the images that score were known to the discriminator."""
+
 
 class Config(Params):
     """The params section `scoreboard`: one study of a repository has it, for all of them."""
@@ -31,6 +35,18 @@ class Config(Params):
     studies: Annotated[
         dict[str, str], Field(min_length=1)
     ]  # their folders, from this study's, by their names
+    earlier: Annotated[
+        tuple[str, ...], Distinct
+    ]  # those whose results are of earlier params, and wait to be run again
+
+    @model_validator(mode="after")
+    def _known(self):
+        for name in self.earlier:
+            if name not in self.studies:
+                raise ValueError(
+                    f"earlier names {name!r}, which is none of studies{nearest(name, self.studies)}"
+                )
+        return self
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
@@ -51,15 +67,16 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a study has not judged its claims, or judged one that there is not.
     """
-    found = scoreboard(config.studies)
+    found = scoreboard(config.studies, config.earlier)
     write(Path("results/scoreboard.csv"), found.to_csv(index=False, lineterminator="\n"))
-    write(Path("results/scoreboard.md"), markdown(found, list(config.studies)))
+    write(Path("results/scoreboard.md"), markdown(found, config))
 
 
-def scoreboard(studies: Mapping[str, str]) -> pd.DataFrame:
+def scoreboard(studies: Mapping[str, str], earlier: Collection[str] = ()) -> pd.DataFrame:
     """Return a row for each claim and each study that tests it, in the order of both; of a claim that none tests, one without a study.
 
-    `studies` are the folders of studies by their names. All columns are words: `paper`, `id`, `part`, `claim`, `where`, `published`,
+    `studies` are the folders of studies by their names; of those that are `earlier`, claims that have changed since are left out. All
+    columns are words: `paper`, `id`, `part`, `claim`, `where`, `published`,
     `study`, `verdict`, `effect`, `low`, `high`, `seeds`.
 
     Raises: UserError if a study has not judged its claims, or judged one that there is not.
@@ -72,11 +89,11 @@ def scoreboard(studies: Mapping[str, str]) -> pd.DataFrame:
     ]
     about = pd.DataFrame(claims, columns=ABOUT)
     known = pd.MultiIndex.from_frame(about[KEYS])
-    judged = [_judged(name, Path(folder), known) for name, folder in studies.items()]
+    judged = [_judged(name, Path(folder), known, name in earlier) for name, folder in studies.items()]
     return about.merge(pd.concat(judged), on=KEYS, how="left").fillna("")
 
 
-def _judged(name: str, folder: Path, known: pd.MultiIndex) -> pd.DataFrame:
+def _judged(name: str, folder: Path, known: pd.MultiIndex, earlier: bool) -> pd.DataFrame:
     """Return what a study has found of the claims that it tests."""
     remedy = f"run `dvc repro claims` in {folder}"
     try:
@@ -87,8 +104,11 @@ def _judged(name: str, folder: Path, known: pd.MultiIndex) -> pd.DataFrame:
         raise UserError(
             f"{paths[0]} or {paths[1].name} is missing, damaged or of another version; {remedy}"
         ) from None
-    unknown = pd.MultiIndex.from_frame(found[KEYS]).difference(known)
-    if len(unknown):
+    keys = pd.MultiIndex.from_frame(found[KEYS])
+    unknown = keys.difference(known)
+    if earlier:
+        found = found[keys.isin(known)]
+    elif len(unknown):
         raise UserError(f"{paths[0].parent} judges {', '.join(unknown[0])}, which is no claim now; {remedy}")
     return found.assign(study=name)[[*KEYS, "study", *FOUND]]
 
@@ -115,13 +135,16 @@ def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def markdown(found: pd.DataFrame, studies: Sequence[str]) -> str:
-    """Return the scoreboard as a page: for each paper a table of verdicts, with a column for each of the `studies` that tests
-    one of its claims; then all effects in a list."""
+def markdown(found: pd.DataFrame, config: Config) -> str:
+    """Return the scoreboard as a page: for each paper a table of verdicts, with a column for each study that tests one of its
+    claims; then all effects in a list."""
     parts = ["# Scoreboard", HEAD]
+    if config.earlier:
+        parts.append(EARLIER)
     for paper, rows in found.groupby("paper", sort=False):
-        columns = [study for study in studies if study in set(rows["study"])]
-        parts += [f"## {paper}", _verdicts(rows, columns).to_markdown(index=False)]
+        columns = [study for study in config.studies if study in set(rows["study"])]
+        marked = {study: f"{study} *" for study in config.earlier}
+        parts += [f"## {paper}", _verdicts(rows, columns).rename(columns=marked).to_markdown(index=False)]
     return "\n\n".join([*parts, EFFECTS, _effects(found)]) + "\n"
 
 
