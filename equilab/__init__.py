@@ -1,21 +1,114 @@
-"""equilab: one-step and equilibrium generators on one teacher, one data path, one metric and one cost currency."""
+"""equilab: one-step and equilibrium generators on one teacher, one data path, one metric and one cost currency.
+
+>>> import equilab
+>>> model = equilab.load("results/distill/get-m")
+>>> samples = model.sample(16, label=3, seed=0, iterations=6)
+>>> equilab.show(samples)
+"""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
+    from equilab import published, style
+    from equilab.core.config import UserError
     from equilab.sampling import Generator, Samples
     from equilab.tables import Results
 
 __version__ = "0.1.0"
+__all__ = [
+    "Generator",
+    "Results",
+    "Samples",
+    "UserError",
+    "load",
+    "published",
+    "published_numbers",
+    "push",
+    "results",
+    "show",
+    "style",
+]
+
+# where the names lead that are no functions of this module; each is imported when it is first asked for
+ELSEWHERE = {
+    "Generator": "equilab.sampling",
+    "Results": "equilab.tables",
+    "Samples": "equilab.sampling",
+    "UserError": "equilab.core.config",
+    "published": "",
+    "style": "",
+}
+
+
+def load(
+    path: Path | str,
+    *,
+    seed: int | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    vae: Path | str | None = None,
+) -> Generator:
+    """Return a trained run as a model that draws images, by the path of its folder.
+
+    The folder is that of a run ("results/distill/get-m"; its first seed, or `seed`), of one of its seeds, of the teacher, or
+    one that was given away, here or on the Hugging Face Hub ("hf://owner/name"); a file of weights, such as a snapshot,
+    will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of
+    the autoencoder of a model that makes latents, where its study does not say it.
+
+    >>> equilab.load("results/distill/get-m").sample(16, label=3, iterations=6)
+
+    Raises: UserError if the weights are missing or damaged.
+    """
+    from equilab.sampling.opening import open_run  # torch, which takes seconds
+
+    return open_run(path, seed=seed, device=device, precision=precision, vae=vae)
+
+
+def push(path: Path | str, name: str) -> str:
+    """Put a run on the Hugging Face Hub under "owner/name", with a card that says what it is; return its address.
+
+    `path` is the folder of a run, or one that `python -m equilab card` wrote, whose card may have been edited.
+
+    >>> equilab.push("results/distill/get-m", "owner/get-digits")
+
+    Raises: UserError if there are no weights, there is no network, or the hub does not let you write there.
+    """
+    import tempfile
+
+    from equilab.card import give
+    from equilab.sampling.hub import checked_name, upload
+
+    checked_name(name)
+    if (Path(path) / "config.json").exists():
+        return upload(Path(path), name)
+    with tempfile.TemporaryDirectory() as folder:
+        give(path, Path(folder))
+        return upload(Path(folder), name)
+
+
+def show(samples: Samples | np.ndarray, columns: int | None = None) -> None:
+    """Show samples of a model, or images (N, C, H, W) uint8, side by side in a notebook.
+
+    >>> equilab.show(model.sample(16))
+    """
+    from IPython.display import Image, display
+
+    from equilab.sampling.pictures import grid, png
+
+    display(Image(png(grid(getattr(samples, "images", samples), columns))))
 
 
 def results(folder: Path | str = "results") -> Results:
     """Return a study's results folder as tidy tables: runs, settings, snapshots, costs.
+
+    >>> equilab.results("results").runs[["of", "seed", "parameters", "fd_train"]]
 
     Raises: UserError if it holds no evaluated run.
     """
@@ -27,6 +120,8 @@ def results(folder: Path | str = "results") -> Results:
 def published_numbers(name: str) -> pd.DataFrame:
     """Return a table of the papers' numbers by its name, such as "get_runs" (the CSV files of equilab/claims).
 
+    >>> equilab.published_numbers("get_runs")
+
     Raises: UserError naming the nearest, if there is none of that name.
     """
     from equilab.claims import published
@@ -34,20 +129,15 @@ def published_numbers(name: str) -> pd.DataFrame:
     return published(name)
 
 
-def load(of: str, seed: int = 0, study: Path | str = ".") -> Generator:
-    """Return a trained run of a study with its weights, by its folder below results/: "distill/get-m", "teacher".
+def __getattr__(name: str) -> Any:
+    """Return what is imported when it is first asked for."""
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module 'equilab' has no attribute {name!r}")
+    place = ELSEWHERE[name]
+    return (
+        getattr(importlib.import_module(place), name) if place else importlib.import_module(f"equilab.{name}")
+    )
 
-    Raises: UserError if the weights are missing or damaged.
-    """
-    from equilab.sampling import load  # torch, which takes seconds
 
-    return load(of, seed, study=study)
-
-
-def sample(generator: Generator, count: int = 16, seed: int = 0, setting: Any = None) -> Samples:
-    """Return images (B, C, H, W) in -1..1 of a trained run, at a setting of `equilab.sampling.settings`, by default that at which the
-    study scores it first; with the solutions of an implicit network.
-
-    Raises: UserError if no setting is given and the study has none for the run.
-    """
-    return generator.make(count, seed, setting)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

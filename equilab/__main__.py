@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -33,10 +34,9 @@ def _answered(arguments: list[str] | None) -> int:
     prepare_process()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["import"]:
-            from equilab.published import importing
-
-            return importing.command(arguments[1:])
+        if arguments and arguments[0] in OWN:
+            module, _ = OWN[arguments[0]]
+            return importlib.import_module(module).command(arguments[1:])
         given = _arguments(arguments)
         return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
     except UserError as error:
@@ -56,7 +56,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {IMPORT}")
+    own = "; or ".join(f"{name}: {what} ({name} --help)" for name, (_, what) in OWN.items())
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {own}")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
     parser.add_argument(
         "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
@@ -145,7 +146,13 @@ def plan(given: argparse.Namespace) -> int:
     return 0
 
 
-IMPORT = "import: read published weights into results (import --help)"
+# commands with arguments of their own: the module of each, and what it does
+OWN = {
+    "sample": ("equilab.sampling.command", "draw images from a run"),
+    "score": ("equilab.score", "score a folder or file of images"),
+    "card": ("equilab.card", "write a run as a folder to give away"),
+    "import": ("equilab.published.importing", "read published weights into results"),
+}
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
 
 
@@ -191,7 +198,8 @@ def _run(job: Job) -> None:
     from equilab.study import module_of
 
     with locked(job.name):
-        module_of(job.stage).run(job.read(job.stage, job.run, job.seed), job)
+        config = job.read(job.stage, job.run, job.seed)
+        module_of(job.stage, config).run(config, job)
 
 
 def _print_plan(job: Job) -> None:
@@ -204,7 +212,7 @@ def _print_plan(job: Job) -> None:
 
     config = job.read(job.stage, job.run, job.seed)
     print(yaml.safe_dump({job.name: plain(config)}, sort_keys=False), end="")
-    plan, speed = module_of(job.stage).plan(config, job)(), speed_of(job)
+    plan, speed = module_of(job.stage, config).plan(config, job)(), speed_of(job)
     if plan.note:
         print(plan.note)
     print(f"# parameters: {plan.parameters:,}" if plan.parameters else "# parameters: none")

@@ -69,7 +69,7 @@ WORKS = (
     Work("GET-T/2", "studies/get-paper", "distill", "get-t", CIFAR),
     Work("GET-M/2", "studies/get-paper", "distill", "get-m", CIFAR),
     Work("ViT-B/2", "studies/get-paper", "distill", "vit-b", CIFAR),
-    Work("DDPM++", "studies/get-paper", "teacher", None, CIFAR),
+    Work("DDPM++", "studies/cifar10", "teacher", None, CIFAR),
     Work("DiT-S/2, 28 blocks", "studies/fpdm-paper", "diffusion", "dit", LATENTS, S2),
     Work("FPDM-S/2, 24 iterations", "studies/fpdm-paper", "diffusion", "fpdm", LATENTS, S2),
 )

@@ -9,14 +9,15 @@ from typing import Any
 from equilab import dvc
 from equilab.claims.comparisons import check_comparisons
 from equilab.core.config import UserError, failures, nearest
-from equilab.graph import OTHERS, STAGES
+from equilab.graph import GENERATORS, OTHERS, STAGES
 from equilab.study import Replicate, Sections, config_of, job_of, module_of, refuse_other_code
 
 
 def mistakes(sections: Sections) -> list[str]:
     """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
     those who build the networks can tell."""
-    return failures(_readings(sections)) or failures(_plans(sections))
+    found = failures([partial(_refuse_nothing, sections)]) or failures(_readings(sections))
+    return found or failures(_plans(sections))
 
 
 def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
@@ -41,6 +42,14 @@ def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], 
 def _read(sections: Sections, stage: str, run: str | None) -> None:
     config_of(sections, stage, run)
     sections.families(stage, run)
+
+
+def _refuse_nothing(sections: Sections) -> None:
+    if sections.absent and not any(map(sections.has, GENERATORS)):
+        raise UserError(
+            f"{sections.where}: none of the published files that it evaluates is there; place any of them in its folder, as "
+            f"docs/checkpoints.md says ({', '.join(sections.absent)}), then run `python -m equilab graph`"
+        )
 
 
 def _refuse_unknown(sections: Sections, name: str) -> None:
@@ -79,4 +88,5 @@ def _plan(sections: Sections, stage: str, run: str | None) -> None:
     seed = None if run is None else sections.seeds(stage, run)[0]
     job = job_of(sections, stage, Replicate(run, seed))
     device_of(job)
-    module_of(stage).plan(job.read(stage, run, seed), job)
+    config = job.read(stage, run, seed)
+    module_of(stage, config).plan(config, job)

@@ -12,7 +12,7 @@ import yaml
 from equilab.core import code, files
 from equilab.core.config import UserError, mapping
 from equilab.core.job import folder_of
-from equilab.graph import STAGES
+from equilab.graph import GENERATORS, STAGES
 from equilab.study import CODE, Replicate, Sections, listings, read
 
 HEADER = """# Written by `python -m equilab graph` from params.yaml. A stage depends on the modules that it imports, on its part of
@@ -37,6 +37,9 @@ def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
     params = {"study": {key: study.get(key) for key in ("device", "seed", _threads(stage))}}
     params[stage] = sections.frozen(stage, job)[0]
     params |= {name: sections.values[name] for name in STAGES[stage].params if name in sections.values}
+    if path := sections.published(stage).get(job.run):
+        file = sections.folder / path
+        params["weights"] = files.sha256_of(file) if file.is_file() else None
     text = json.dumps(params, indent=1, default=str) + "\n"
     return {_params_file(stage, job.item): text, **listings(sections, stage, job.run)}
 
@@ -92,10 +95,13 @@ def graph(sections: Sections) -> dict[str, Any]:
     root = "${study.root}"
     sources = [f"{root}/{file.relative_to(code.PACKAGE.parent).as_posix()}" for file in code.files()]
     notebooks = [f"{root}/notebooks/{run}.ipynb" for run in _runs(sections, "notebook")]
+    weights = [
+        path for name in filter(sections.has, GENERATORS) for path in sections.published(name).values()
+    ]
     stages = {
         "code": {
             "cmd": "python -m equilab code",
-            "deps": ["params.yaml", *sources, *notebooks],
+            "deps": ["params.yaml", *sources, *notebooks, *dict.fromkeys(weights)],
             "outs": [_kept(CODE)],
         }
     }

@@ -99,7 +99,8 @@ def _plans(sections: Sections, stage: str) -> list[tuple[Job, Plan, float]]:
     for replicate in sections.jobs(stage):
         job = job_of(sections, stage, replicate)
         if replicate.run not in known:
-            known[replicate.run] = module_of(stage).plan(job.read(stage, *replicate), job)()
+            config = job.read(stage, *replicate)
+            known[replicate.run] = module_of(stage, config).plan(config, job)()
         plans.append((job, known[replicate.run], _left(job, known[replicate.run])))
     return plans
 
@@ -113,7 +114,7 @@ def _left(job: Job, plan: Plan) -> float:
         config = plain(job.read(job.stage, job.run, job.seed))
         return 0.0 if not summary.exists() or read_json(summary).get("config", config) == config else 1.0
     state = Path(".equilab/scratch", job.name, "state.safetensors")
-    if not state.exists():
+    if not state.exists() or not plan.images:
         return 1.0
     from equilab.models.checkpoint import read_metadata
 

@@ -14,12 +14,14 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from equilab.core import code, config
+from equilab.core.absent import absent_runs, without
 from equilab.core.config import Params, UserError, nearest
 from equilab.core.job import Distinct, Job, Seed, Study, checked_name
 from equilab.graph import GENERATORS, STAGES
 from equilab.models.registry import FAMILIES
 
 CODE = "results/code"  # what the stages depend on besides the results of others
+PUBLISHED = "equilab.published.stage"  # runs jobs whose weights are published ones, whatever their stage
 
 
 class Replicate(NamedTuple):
@@ -53,6 +55,7 @@ class Sections:
     values: Mapping[str, Any]
     where: str  # the file, for messages
     folder: Path  # the study's, absolute
+    absent: tuple[str, ...] = ()  # files of published weights that are not there, and whose runs are left out
 
     @cached_property
     def study(self) -> Study:
@@ -150,6 +153,14 @@ class Sections:
         frozen = {("seed" if key == "seeds" else key): value for key, value in entry.items()}
         return {**frozen, "seed": job.seed}, path
 
+    def published(self, stage: str) -> dict[str | None, str]:
+        """Return the files of published weights that runs of a stage have in place of their training, by run (None: it has none)."""
+        if stage not in GENERATORS:
+            return {}
+        runs = [None] if STAGES[stage].jobs == "one" else self.runs(stage)
+        said = {run: self.entry(stage, run)[0].get("published") for run in runs}
+        return {run: str(source.get("path")) for run, source in said.items() if isinstance(source, dict)}
+
     def families(self, stage: str, run: str | None = None) -> list[str]:
         """Return the names of the families whose code a stage runs, or one of its runs.
 
@@ -174,11 +185,13 @@ class Sections:
 
 
 def read(params: Path) -> Sections:
-    """Return the sections of a params file.
+    """Return the sections of a params file, without runs whose published weights are optional and not there.
 
     Raises: UserError if it is missing, or no YAML of sections.
     """
-    return Sections(config.read(params), str(params), params.absolute().parent)
+    folder, sections = params.absolute().parent, config.read(params)
+    absent = absent_runs(sections, folder)
+    return Sections(without(sections, absent), str(params), folder, tuple(absent.values()))
 
 
 def open_study(params: Path) -> Sections:
@@ -237,12 +250,15 @@ def config_of(sections: Sections, stage: str, run: str | None = None, seed: int 
     if run is not None and seed is None:
         seed = sections.seeds(stage, run)[0]
     entry, path = sections.frozen(stage, Replicate(run, seed))
-    return config.parse(module_of(stage).Config, entry, path)
+    if stage in GENERATORS and "published" in entry:
+        return config.parse(importlib.import_module(PUBLISHED).config_class(stage), entry, path)
+    return config.parse(importlib.import_module(STAGES[stage].module).Config, entry, path)
 
 
-def module_of(stage: str) -> ModuleType:
-    """Return the module of a stage."""
-    return importlib.import_module(STAGES[stage].module)
+def module_of(stage: str, config: Any) -> ModuleType:
+    """Return the module that runs a job of a stage."""
+    published = getattr(config, "published", None)
+    return importlib.import_module(PUBLISHED if published else STAGES[stage].module)
 
 
 def jobs_of(sections: Sections, stage: str, run: str | None, seed: int | None) -> list[Replicate]:
@@ -266,7 +282,8 @@ def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str
     if stage == "notebook":
         modules = code.of_script(cells(notebook_file(sections, str(run))))
         return {f"{CODE}/notebook/{run}.txt": code.listing([STAGES[stage].module, *modules])}
-    found = {f"{CODE}/{stage}.txt": code.listing([STAGES[stage].module])}
+    modules = [STAGES[stage].module, *([PUBLISHED] if sections.published(stage) else [])]
+    found = {f"{CODE}/{stage}.txt": code.listing(modules)}
     for name in sections.families(stage, run):
         found[f"{CODE}/families/{name}.txt"] = code.listing([FAMILIES[name].partition(":")[0]])
     return found

@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
+from equilab.core.absent import absent_runs, without
 from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
@@ -77,8 +78,10 @@ class Results:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        """The sections of the study's params.yaml."""
-        return read(self.folder.parent / "params.yaml")
+        """The sections of the study's params.yaml, without runs whose published weights are optional and not there."""
+        study = self.folder.parent
+        sections = read(study / "params.yaml")
+        return without(sections, absent_runs(sections, study))
 
     @property
     def study(self) -> str:
@@ -134,7 +137,7 @@ class Results:
             named = {"stage": summary["stage"], **_named(about), "nimg": _seen(summary)}
             rows.append({**named, **counted, "teacher_calls": calls, **config, "folder": path.parent})
         table = pd.DataFrame(rows)
-        table["train_flops"] = table["train_flops_image"] * table["nimg"]
+        table["train_flops"] = table["train_flops_image"].astype(float) * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
         table = table.drop(
             columns=[name for name in table if table[name].isna().all()]
@@ -450,6 +453,8 @@ class Results:
         consistency distillation (a step of Heun's method; two steps in its published form) and in progressive distillation (two
         steps, of the student before where there is one), never for the loss of a GAN."""
         config = summary["config"]
+        if "published" in config:  # trained elsewhere
+            return float("nan")
         if summary["stage"] == "distill":
             sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
             return float(config["pairs"] * sampler.nfe)

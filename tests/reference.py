@@ -60,7 +60,7 @@ def hashed_model(family: str, image: tuple[int, int, int], classes: int, sizes: 
     shapes = {key: state[ours].shape for key, ours in names.items() if key != "pos_embed"}
     table = sine_cosine_table(sizes["width"], image[1] // sizes["patch"], image[2] // sizes["patch"])
     weights = hashed_weights(shapes) | {"pos_embed": table}
-    return published.load(family, weights, heads=sizes["heads"], **config)
+    return published.load(family, weights, heads=sizes["heads"], **config).model
 
 
 def hashed_unet(family: str, net: UNet):
@@ -71,7 +71,7 @@ def hashed_unet(family: str, net: UNet):
     taps = torch.tensor({2: [1.0, 1.0], 4: [1.0, 3.0, 3.0, 1.0]}[side])
     kernel = taps.outer(taps)[None, None] / taps.sum() ** 2
     weights = hashed_weights({key: shape for key, shape in shapes.items() if key not in filters})
-    return published.load(family, weights | dict.fromkeys(filters, kernel))
+    return published.load(family, weights | dict.fromkeys(filters, kernel)).model
 
 
 # the published U-Nets by their data, without architecture, dropout and augmentation
@@ -94,7 +94,7 @@ def stored_denoiser(name: str) -> tuple[dict[str, Tensor], EDM, Tensor | None]:
     config = {"head_channels": 8} if name == "edm_adm" else {}
     one_hot = values.get("in.class_labels")
     label = None if one_hot is None else one_hot.argmax(1)
-    return values, published.load("edm", weights_of(values), **config), label
+    return values, published.load("edm", weights_of(values), **config).model, label
 
 
 def published_diffusion(prediction: str, zero_terminal_snr: bool, variance: str = "learned") -> Diffusion:

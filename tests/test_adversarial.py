@@ -88,7 +88,7 @@ def test_all_losses_and_their_gradients_do_not_depend_on_how_a_batch_is_split():
 
 def test_losses_and_gradients_are_the_published_ones_over_the_number_of_samples():
     t, _ = golden("gdd_ncsnpp")
-    model, (discriminate, ws) = published.load("gdd", weights_of(t)), toy(t)
+    model, (discriminate, ws) = published.load("gdd", weights_of(t)).model, toy(t)
     loss = 3 * adversarial.generator_loss(discriminate(model.generate(t["in.z_generator"], None).image, None))
     close(loss, t["out.ns.G.loss"], 1e-5)
     loss.backward()

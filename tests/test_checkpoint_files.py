@@ -125,7 +125,7 @@ def test_a_file_as_its_authors_write_it_gives_the_reference_values_of_the_averag
     values, _ = golden(name)
     path = tmp_path / "published"
     write(path, weights_of(values))
-    close(*compared(published.load(family, path, **config), values), 2e-5)
+    close(*compared(published.load(family, path, **config).model, values), 2e-5)
     assert "the weights under ema are read, not those under" in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_every_format_gives_the_reference_values(family, way, tmp_path, capsys):
     values, _ = golden(name)
     path = tmp_path / "weights"
     WAYS[way](path, weights_of(values))
-    model = published.load(family, path, **config)
+    model = published.load(family, path, **config).model
     close(*compared(model, values), 2e-5)
     assert capsys.readouterr().err == ""
 
@@ -148,7 +148,7 @@ def test_every_format_gives_the_reference_values(family, way, tmp_path, capsys):
 def test_weights_of_half_the_precision_are_read_as_float32(dtype, legacy, tmp_path):
     weights = {key: value.to(dtype) for key, value in weights_of(golden("vit_cond")[0]).items()}
     torch.save(weights, tmp_path / "vit.pt", _use_new_zipfile_serialization=not legacy)
-    model = published.load("vit", tmp_path / "vit.pt", heads=2)
+    model = published.load("vit", tmp_path / "vit.pt", heads=2).model
     for key, ours in vit.published_keys(model).items():
         assert torch.equal(model.state_dict()[ours], weights[key].float())
 
@@ -157,7 +157,7 @@ def test_weights_of_half_the_precision_are_read_as_float32(dtype, legacy, tmp_pa
 def test_nvidias_pickles_of_every_protocol_give_the_same_weights(protocol, tmp_path):
     weights = weights_of(golden("edm_ncsnpp")[0])
     authors.nvidia(tmp_path / "edm.pkl", weights, "EDMPrecond", protocol, sigma_data=0.25)
-    model = published.load("edm", tmp_path / "edm.pkl")
+    model = published.load("edm", tmp_path / "edm.pkl").model
     assert model.sigma_data == 0.25
     for key, value in model.net.state_dict().items():
         assert torch.equal(value, weights[f"model.{key}"])
@@ -169,7 +169,7 @@ def test_a_training_checkpoint_of_a_named_model_needs_no_config(legacy, tmp_path
     for family, name in {"get": "GET-T/2", "vit": "ViT-XL/8", "dit": "DiT-XL/4"}.items():
         weights = weights_of(golden(FILES[family][0])[0])
         authors.training(path, weights, {"model": name}, legacy=legacy)
-        model = published.load(family, path, **({} if family == "get" else {"heads": 4}))
+        model = published.load(family, path, **({} if family == "get" else {"heads": 4})).model
         assert model.stack[0].attn.heads == 4
     authors.training(path, weights_of(golden("fpdm_tiny")[0]), {"model": "DiT-S/2"}.items(), legacy=legacy)
     with pytest.raises(UserError, match="fpdm needs pre_post_timestep"):
@@ -179,10 +179,8 @@ def test_a_training_checkpoint_of_a_named_model_needs_no_config(legacy, tmp_path
 def test_the_settings_in_a_file_count_where_none_are_given(tmp_path):
     weights = weights_of(golden("gdd_ncsnpp")[0])
     authors.nvidia(tmp_path / "gdd.pkl", weights, "GDDPrecond", eps=0.001, sigma_data=0.25)
-    told, given = (
-        published.load("gdd", tmp_path / "gdd.pkl"),
-        published.load("gdd", tmp_path / "gdd.pkl", sigma_min=0.01),
-    )
+    told = published.load("gdd", tmp_path / "gdd.pkl").model
+    given = published.load("gdd", tmp_path / "gdd.pkl", sigma_min=0.01).model
     assert (told.sigma_min, told.sigma_data, told.sigmas) == (0.001, 0.25, (80.0,))
     assert (given.sigma_min, given.sigma_data) == (0.01, 0.25)
 
@@ -212,7 +210,7 @@ def test_reading_takes_no_more_than_twice_the_memory_of_the_file(way, tmp_path):
     else:
         WAYS[way](path, net.state_dict())
     tracemalloc.start()
-    model = published.load("edm", path)
+    model = published.load("edm", path).model
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert torch.equal(model.net.map_layer0.weight, net.map_layer0.weight)

@@ -20,7 +20,7 @@ FORWARD, GRADIENT = 2e-5, 1e-4
 
 def load():
     tensors, _ = golden("dit_tiny")
-    return published.load("dit", weights_of(tensors), heads=2), tensors
+    return published.load("dit", weights_of(tensors), heads=2).model, tensors
 
 
 def drawn():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import golden, weights_of
+from test_sampling import study  # noqa: F401, a fixture
 
 from equilab import __main__, graph
 from equilab.claims.claim import Claim
@@ -20,7 +21,7 @@ from equilab.tables import Results
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = (*graph.STAGES, *__main__.COMMANDS, "import")
+COMMANDS = (*graph.STAGES, *__main__.COMMANDS, *__main__.OWN)
 
 
 def blocks(page, language):
@@ -56,8 +57,8 @@ def test_commands_exist(page):
         assert target in targets, f"{page.name} names `make {target}`, the Makefile does not"
     for command in re.findall(r"-m equilab ([a-z]+)", commands):
         assert command in COMMANDS, f"{page.name} names the command {command}, which is none"
-    for study in re.findall(r"studies/([a-z0-9-]+)", commands):
-        assert (ROOT / "studies" / study / "params.yaml").exists(), f"{page.name} names the study {study}"
+    for name in re.findall(r"studies/([a-z0-9-]+)", commands):
+        assert (ROOT / "studies" / name / "params.yaml").exists(), f"{page.name} names the study {name}"
 
 
 @each_page
@@ -73,10 +74,16 @@ def test_the_readme_names_every_page():
 
 
 def test_the_python_of_the_readme_runs_on_the_committed_results():
-    (code,) = blocks(ROOT / "README.md", "python")
+    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "equilab.results" in block)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "distill/get-m" in done.stdout
+
+
+def test_the_three_lines_of_the_readme_draw_images(study, capsys):  # noqa: F811
+    (code,) = (block for block in blocks(ROOT / "README.md", "python") if "equilab.load" in block)
+    exec(code.replace("results/distill/get-m", str(study / "results/distill/get")), {})
+    assert "(16, 1, 8, 8) 1 [" in capsys.readouterr().out
 
 
 def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
@@ -115,7 +122,7 @@ def test_the_docs_name_every_key_of_a_claim_and_every_table_of_results():
 def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
     page = ROOT / "docs/checkpoints.md"
     (load,) = blocks(page, "python")
-    command = re.search(r"^python -m equilab (.*)$", page.read_text(), re.M)[1]
+    command = re.search(r"^python -m equilab (import .*)$", page.read_text(), re.M)[1]
     checkpoint = {"ema": weights_of(golden("get_uncond")[0]), "args": argparse.Namespace(batch=1)}
     torch.save(checkpoint, tmp_path / "GET-M.pth")
     monkeypatch.chdir(tmp_path)
@@ -123,8 +130,8 @@ def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):
     assert (tmp_path / "results/imported/get-m-theirs/weights.safetensors").exists()
     names = {}
     exec(load.replace("heads=6", "heads=2"), names)
-    assert names["image"].shape == (16, *names["model"].image)
-    assert names["solution"].z.shape == names["init"].shape
+    assert names["samples"].images.shape == (16, *names["model"].run.shape)
+    assert names["samples"].iterations.tolist() == [6] * 16
 
 
 def test_the_citation_is_complete():

@@ -95,7 +95,7 @@ def test_samples_are_the_runs_at_its_headline_setting(study):
     setting = configs.parse(
         Solve, configs.read(study / "params.yaml")["evaluate"]["get"]["solver"][0], "solver"
     )
-    images = get.sample(get.inputs(0, np.arange(50), setting), setting).image
+    images = get.generate(get.inputs(0, np.arange(50), setting), setting).image
     kept = np.load(study / "results/evaluate/get/1/samples.npy")
     assert kept.shape == (100, 1, 8, 8) and kept.dtype == np.uint8
     assert np.abs(kept[:50] / 127.5 - 1 - images.clamp(-1, 1).numpy()).max() < 0.01
@@ -181,7 +181,8 @@ def test_what_cannot_be_evaluated_is_refused_before_work(study, tmp_path, stage,
     with pytest.raises(UserError) as error:
         sections = open_study(tmp_path / "params.yaml")
         job = job_of(sections, stage, Replicate(run, sections.seeds(stage, run)[0] if run else None))
-        module_of(stage).plan(job.read(stage, run, job.seed), job)
+        config = job.read(stage, run, job.seed)
+        module_of(stage, config).plan(config, job)
     assert key in str(error.value)
 
 

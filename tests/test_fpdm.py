@@ -28,7 +28,9 @@ FORWARD, GRADIENT = 2e-5, 1e-4
 
 def load(pre_post_timestep):
     tensors, _ = golden("fpdm_tiny")
-    return published.load("fpdm", weights_of(tensors), heads=2, pre_post_timestep=pre_post_timestep), tensors
+    return published.load(
+        "fpdm", weights_of(tensors), heads=2, pre_post_timestep=pre_post_timestep
+    ).model, tensors
 
 
 def drawn(batch, **change):

@@ -52,7 +52,7 @@ def test_coefficients_agree_with_the_published_ones():
 @torch.no_grad()
 def test_the_generator_agrees_with_the_published_one():
     t, _ = golden("gdd_ncsnpp")
-    model, noise = published.load("gdd", weights_of(t)), t["in.z_generator"]
+    model, noise = published.load("gdd", weights_of(t)).model, t["in.z_generator"]
     image, solution = model.generate(noise, None)
     assert solution is None
     close(image, t["out.one_step"], 1e-5)
@@ -143,7 +143,7 @@ def test_shares_of_the_blocks_are_those_of_table_2(facts):
 
 def test_gdd_i_freezes_the_published_parameters_and_the_others_learn():
     t, metadata = golden("gdd_ncsnpp")
-    model = published.load("gdd", weights_of(t))
+    model = published.load("gdd", weights_of(t)).model
     gdd.prepare(model.net, "gdd_i")
     trained = {name.replace("net.", "model.", 1) for name, p in model.named_parameters() if p.requires_grad}
     frozen = {
@@ -158,7 +158,7 @@ def test_gdd_i_freezes_the_published_parameters_and_the_others_learn():
 @pytest.mark.parametrize("variant", ["gdd_i", "gdd"])
 def test_a_variant_trains_the_published_number_of_parameters(variant):
     t, _ = golden("gdd_ncsnpp")
-    model = published.load("gdd", weights_of(t))
+    model = published.load("gdd", weights_of(t)).model
     gdd.prepare(model.net, variant)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == t[f"out.{variant}.n_trainable"]
 

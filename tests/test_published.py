@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import golden, weights_of
 
+import equilab
 from equilab import published
 from equilab.core.config import UserError
 from equilab.models.checkpoint import load_network
@@ -41,8 +42,8 @@ def test_weights_that_do_not_fit_are_refused_with_the_nearest_key(change, config
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "model.", "module._orig_mod.model."])
 def test_what_keys_begin_with_does_not_matter(prefix):
-    one = published.load("get", GET, heads=2)
-    other = published.load("get", {prefix + key: value for key, value in GET.items()}, heads=2)
+    one = published.load("get", GET, heads=2).model
+    other = published.load("get", {prefix + key: value for key, value in GET.items()}, heads=2).model
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
     assert not one.training and all(parameter.requires_grad for parameter in one.parameters())
@@ -50,7 +51,7 @@ def test_what_keys_begin_with_does_not_matter(prefix):
 
 def test_a_model_does_not_share_the_memory_of_the_weights_that_it_is_made_of():
     weights = {key: value.clone() for key, value in GET.items()}
-    model = published.load("get", weights, heads=2)
+    model = published.load("get", weights, heads=2).model
     torch.nn.init.zeros_(model.final.linear.bias)
     assert set(weights) == set(GET)
     assert torch.equal(weights["final_layer.linear.bias"], GET["final_layer.linear.bias"])
@@ -112,13 +113,20 @@ def test_an_imported_network_is_read_as_one_that_a_stage_trained(
     torch.save(weights, f"{file}.pt")
     assert importing.command([name, f"{file}.pt", "--out", "theirs", *config]) == 0
     path = tmp_path / "results/imported/theirs/weights.safetensors"
-    assert capsys.readouterr().out == f"{path.relative_to(tmp_path)}\n"
+    told = capsys.readouterr().out
+    assert told.startswith(f"{path.relative_to(tmp_path)}\n") and "kind: " in told
     network, about = load_network(path)
     keys = family(name).published.keys(network)
     for key, value in weights.items():
         assert torch.equal(network.state_dict()[keys[key.removeprefix("model.")]], value)
     assert about["family"] == name and about["published"]["file"] == f"{file}.pt"
-    assert about["config"].get("sigma_data") == {"edm": 0.25, "gdd": 0.5}.get(name)
+    assert about.get("sigma_data") == {"edm": 0.25, "gdd": 0.5}.get(name)
+    model = equilab.load("results/imported/theirs", device="cpu")
+    if name != "fpdm":  # which makes latents
+        assert model.sample(2, **({"steps": 2} if name == "edm" else {})).images.shape == (
+            2,
+            *model.run.shape,
+        )
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,19 @@ HEAVY = {
     "timm": ["equilab.models.feature_networks"],
     "diffusers": ["equilab.data.latents"],
     "datasets": ["equilab.data.hub"],
+    "huggingface_hub": ["equilab.sampling.hub"],
 }
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["check", "dvc", "planning", "study", "graph"],
+    ["card", "check", "dvc", "planning", "score", "study", "graph"],
     ["stages", "bench"],
     ["tables", "claims", "style"],
+    ["published"],
     ["sampling"],
     ["training"],
     ["metrics"],
-    ["data", "published"],
+    ["data"],
     ["models"],
     ["diffusion"],
     ["solvers"],
@@ -252,6 +254,11 @@ def test_what_is_listed_to_run_at_once_needs_only_what_is_listed_before():
                 )
             made += outputs
         before += made
+
+
+@pytest.mark.parametrize("params", STUDIES, ids=lambda params: params.parent.name)
+def test_every_study_has_an_order_in_which_its_runs_are_made(params):
+    assert dvc.waves(study.read(params))
 
 
 EXECUTED = [path for study in current_studies() for path in sorted(study.glob("results/notebook/*/*.ipynb"))]

@@ -6,11 +6,9 @@ import functools
 import numpy as np
 import pytest
 import torch
-import yaml
 from entries import CLASSES, ENTRIES, FPDM, IMAGE, drawn
 from torch.utils.flop_counter import FlopCounterMode
 
-import equilab
 from equilab.core import config as configs
 from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
@@ -67,7 +65,7 @@ def study(tmp_path_factory):
         config = parsed(of)
         net = drawn(config)
         about = {"image": IMAGE, "classes": CLASSES, "sigma_data": 0.75, "nimg": 64, "parameters": 1}
-        about |= {"stage": stage, "family": config.family.name, "config": plain(config)}
+        about |= {"stage": stage, "run": name, "family": config.family.name, "config": plain(config)}
         place = folder / "results" / stage
         place = place / name / "0" if name else place
         save_tensors(place / "weights.safetensors", net.state_dict(), about)
@@ -82,7 +80,7 @@ def generator(study):
 
 
 def made(generator, setting, indices, **how):
-    return generator.sample(generator.inputs(0, indices, setting), setting, **how)
+    return generator.generate(generator.inputs(0, indices, setting), setting, **how)
 
 
 @pytest.mark.parametrize("of", ENTRIES)
@@ -97,19 +95,6 @@ def test_every_kind_of_run_makes_images_at_the_cost_that_it_says(generator, of):
     iterations = sum(int(solution.iterations.sum()) for solution in samples.solutions)
     assert iterations == (cost["iterations"] or 0)
     assert (cost["block_evals"] is None) == (of in ("teacher", "consistency/cd", "progressive/pd"))
-
-
-def test_the_front_door_loads_and_samples_at_the_setting_of_the_study(study, generator):
-    params = {"evaluate": {"get": {"of": "distill/get", "solver": [{**ITERATE, "iterations": 2}]}}}
-    (study / "params.yaml").write_text(yaml.safe_dump(params))
-    get = equilab.load("distill/get", study=study)
-    samples = equilab.sample(get, 3)
-    assert samples.image.shape == (3, *IMAGE) and samples.solutions[0].iterations.tolist() == [2] * 3
-    expected = made(generator("distill/get"), solve(iterations=2), np.arange(3)).image
-    torch.testing.assert_close(samples.image, expected, rtol=0, atol=0)
-    assert equilab.sample(equilab.load("distill/vit", study=study), 2).image.shape == (2, *IMAGE)
-    with pytest.raises(UserError, match="evaluates no teacher; give a setting"):
-        equilab.sample(equilab.load("teacher", study=study))
 
 
 @pytest.mark.parametrize("of", ENTRIES)
@@ -199,7 +184,7 @@ def test_an_implicit_generator_starts_where_its_setting_says(generator):
     zeros, noise = (get.inputs(0, np.arange(3), solve(init=init)) for init in ("zeros", "noise"))
     assert zeros.init is None and noise.init.shape == (3, 16, 16)
     torch.testing.assert_close(zeros.noise, noise.noise, rtol=0, atol=0)
-    few = [get.sample(inputs, solve(iterations=1)).image for inputs in (zeros, noise)]
+    few = [get.generate(inputs, solve(iterations=1)).image for inputs in (zeros, noise)]
     assert not torch.allclose(*few)
 
 

@@ -28,7 +28,7 @@ def small_get(classes, **changes):
 
 def load(family, name):
     tensors, _ = golden(f"{family}_{name}")
-    return published.load(family, weights_of(tensors), heads=HEADS), tensors, tensors.get("in.y")
+    return published.load(family, weights_of(tensors), heads=HEADS).model, tensors, tensors.get("in.y")
 
 
 @pytest.mark.parametrize("name", ["uncond", "cond"])

@@ -170,9 +170,14 @@ def _settings(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     ] or [{}]
 
 
-def _optimisation(sections: Mapping[str, Any], of: str) -> Mapping[str, Any]:
+def _optimisation(sections: Mapping[str, Any], of: str, path: str) -> Mapping[str, Any]:
     stage, _, run = of.partition("/")
-    return (sections[stage][run] if run else sections[stage])["optimisation"]
+    entry = sections[stage][run] if run else sections[stage]
+    if "optimisation" not in entry:
+        raise UserError(
+            f"{path}: the weights of {of} are published ones, without snapshots; name a run that is trained here"
+        )
+    return entry["optimisation"]
 
 
 def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:
@@ -182,7 +187,7 @@ def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> Non
         raise UserError(
             f"{path}: snapshots of {point.run} are counted from the first student of its chain; compare its end"
         )
-    optimisation = _optimisation(sections, point.run)
+    optimisation = _optimisation(sections, point.run, path)
     kept = [*optimisation["snapshots"], optimisation["nimg"]]
     if point.at["nimg"] not in kept:
         raise UserError(
@@ -192,7 +197,7 @@ def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> Non
 
 def _check_reached(sections: Mapping[str, Any], point: Point, path: str) -> None:
     position(sections, point, path)
-    optimisation = _optimisation(sections, point.run)
+    optimisation = _optimisation(sections, point.run, path)
     if point.at or not optimisation["snapshots"]:
         raise UserError(
             f"{path}: name a run with snapshots, and no setting: it is followed along its training"

@@ -9,8 +9,9 @@ from tqdm import tqdm
 from equilab.core.process import is_first
 
 
-def bar(what: str, total: int, unit: str = "img", done: int = 0) -> tqdm:
-    """Return a progress bar on stderr; where that is no terminal it writes a line every ten seconds."""
+def bar(what: str, total: int, unit: str = "img", done: int = 0, delay: int = 0) -> tqdm:
+    """Return a progress bar on stderr, of what takes more than `delay` seconds; where that is no terminal it writes a line every
+    ten seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         desc=what,
@@ -20,6 +21,7 @@ def bar(what: str, total: int, unit: str = "img", done: int = 0) -> tqdm:
         unit_scale=True,
         dynamic_ncols=terminal,
         ncols=None if terminal else 90,
+        delay=delay,
         mininterval=0.2 if terminal else 10,
         file=None if terminal else _Lines(),
         disable=not is_first(),

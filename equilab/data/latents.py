@@ -33,6 +33,7 @@ from equilab.data.images import to_float, to_uint8
 from equilab.models.checkpoint import checksum
 
 SHARD = 1024  # latents in a file
+DECODED = 8  # latents through a VAE at once, where params do not say
 
 
 class Config(Params):
@@ -206,13 +207,27 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
             f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
         )
 
-    @torch.inference_mode()
-    def decode(image: Tensor) -> Tensor:
-        parts = image.reshape(-1, *shape).split(config.batch)
-        parts = [to_uint8(vae.decode(part).clamp(-1, 1)) for part in parts]
-        return torch.cat(parts).reshape(*image.shape[:-3], *job.image)
+    return Pixels(job.image, partial(_decoded, vae, config.batch))
 
-    return Pixels(job.image, decode)
+
+def decoder(folder: Path, shape: tuple[int, ...], device: torch.device) -> Pixels:
+    """Return how latents of a shape become pixels by the VAE in a folder.
+
+    Raises: UserError if there is no such VAE, or it makes other latents.
+    """
+    about = _read_config(folder)
+    grows = 2 ** (len(about.block_out_channels) - 1)
+    image = (about.out_channels, *(size * grows for size in shape[1:]))
+    vae = open_vae(Config(vae=str(folder), shape=shape, batch=DECODED), image, device)
+    return Pixels(image, partial(_decoded, vae, DECODED))
+
+
+@torch.inference_mode()
+def _decoded(vae: VAE, batch: int, latent: Tensor) -> Tensor:
+    """Return the pixels of latents (..., C, H, W), uint8."""
+    parts = latent.flatten(0, -4).split(batch)
+    images = torch.cat([to_uint8(vae.decode(part).clamp(-1, 1)) for part in parts])
+    return images.reshape(*latent.shape[:-3], *images.shape[1:])
 
 
 def open_vae(config: Config, image: tuple[int, ...], device: torch.device | str = "cpu") -> VAE:

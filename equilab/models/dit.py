@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, Real
@@ -142,13 +143,38 @@ class DiT(nn.Module):
         return len(self.stack)
 
 
-def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
+def from_published(
+    weights: Mapping[str, Tensor],
+    *,
+    heads: int,
+    prediction: str = "noise",
+    zero_terminal_snr: bool = False,
+) -> Described:
     """Return the DiT whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
     """
     image, classes, sizes = published_sizes(weights, "blocks.0")
-    return Described(image, classes, {**sizes, "heads": heads}, {})
+    diffusion = published_diffusion(sizes, classes, prediction, zero_terminal_snr)
+    return Described(image, classes, {**sizes, "heads": heads}, diffusion)
+
+
+def published_diffusion(
+    sizes: Mapping[str, Any], classes: int, prediction: str, zero_terminal_snr: bool
+) -> dict[str, Any]:
+    """Return the diffusion that published DiTs and FPDMs are trained in, as params say it.
+
+    Source: DiT (Peebles and Xie 2023), section 4; FPDM (Bai and Melas-Kyriazi 2024), section 4.1.
+    """
+    diffusion = {
+        "timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "zero_terminal_snr": zero_terminal_snr,
+        "prediction": prediction,
+        "variance": "learned" if sizes["learned_variance"] else "large",
+    }
+    return {"label_dropout": 0.1 if classes else 0.0, "diffusion": diffusion}
 
 
 def published_sizes(

@@ -138,7 +138,14 @@ class FPDM(nn.Module):
         return len(self.pre) + iterations + len(self.post)
 
 
-def from_published(weights: Mapping[str, Tensor], *, heads: int, pre_post_timestep: bool) -> Described:
+def from_published(
+    weights: Mapping[str, Tensor],
+    *,
+    heads: int,
+    pre_post_timestep: bool,
+    prediction: str = "v",
+    zero_terminal_snr: bool = True,
+) -> Described:
     """Return the FPDM whose sizes the published `weights` have.
 
     Raises: ValueError for weights without the tensors that determine the sizes.
@@ -147,7 +154,9 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int, pre_post_timest
     del sizes["depth"]
     for name in ("pre", "post"):
         sizes[name] = len({key.split(".")[1] for key in weights if key.startswith(f"blocks_{name}.")})
-    return Described(image, classes, {**sizes, "heads": heads, "pre_post_timestep": pre_post_timestep}, {})
+    sizes |= {"heads": heads, "pre_post_timestep": pre_post_timestep}
+    diffusion = dit.published_diffusion(sizes, classes, prediction, zero_terminal_snr)
+    return Described(image, classes, sizes, diffusion)
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:

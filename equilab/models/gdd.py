@@ -181,7 +181,8 @@ def from_published(
     """
     teacher = precond.from_published(weights, head_channels=head_channels, sigma_data=sigma_data)
     levels = {"sigma_min": float(sigma_min), "sigmas": [float(sigma_max)]}
-    return teacher._replace(settings=teacher.settings | levels)
+    student = {"start": "teacher", "freeze": "gdd", **levels}  # what was frozen, the weights do not tell
+    return teacher._replace(settings=teacher.settings | {"student": student})
 
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +206,6 @@ FAMILY = Family(
         precond.published_keys,
         ("enc.", "dec.", "map_layer0."),
         published_config,
-        GDD,
         "GDDPrecond",
     ),
 )

@@ -140,7 +140,6 @@ FAMILY = Family(
         published_keys,
         ("enc.", "dec.", "map_layer0."),
         published_config,
-        EDM,
         "EDMPrecond",
     ),
 )

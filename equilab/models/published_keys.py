@@ -16,7 +16,7 @@ class Described(NamedTuple):
     image: tuple[int, int, int]  # with `classes` and `sizes`, what its family's network is built with
     classes: int
     sizes: dict[str, Any]
-    settings: dict[str, Any]  # what makes the model of the network, where that is more than the network
+    settings: dict[str, Any]  # what params say of such a model beside its network
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Published:
     keys: Callable[[nn.Module], dict[str, str]]  # network -> {published key: our key}
     signs: tuple[str, ...]  # beginnings of keys that all weights of the family have
     config: Callable[[Mapping[str, Any]], dict[str, Any]]  # the authors' settings -> those of `describe`
-    model: Callable[..., nn.Module] | None = None  # (network, **settings); None: the network is the model
     module: str | None = None  # the authors' class around the network; with another it is another model
 
 

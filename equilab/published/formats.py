@@ -16,6 +16,7 @@ from torch import Tensor
 
 from equilab.core.config import UserError
 from equilab.models.checkpoint import KEY
+from equilab.published.files import absent
 from equilab.published.pickles import DAMAGE, Object, Refused
 from equilab.published.tensors import (
     MAGIC,
@@ -64,7 +65,7 @@ def read(path: Path) -> Contents:
         with open(path, "rb") as file:
             start = file.read(512)
     except FileNotFoundError:
-        raise UserError(f"{path} is not there; docs/checkpoints.md says where it is published") from None
+        raise UserError(absent(path)) from None
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a file, and make it readable"

@@ -12,7 +12,7 @@ import yaml
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import checked_name
-from equilab.models.checkpoint import save_tensors
+from equilab.models.checkpoint import read_metadata, save_tensors
 from equilab.published.loading import load_network
 
 FOLDER = Path("results/imported")
@@ -34,13 +34,17 @@ def command(arguments: list[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     path = run(given.family, given.file, given.out or given.file.stem, _config(given.config))
     print(path)
+    print(
+        f"# what params say of such a run:\n{yaml.safe_dump(read_metadata(path)['config'], sort_keys=False)}",
+        end="",
+    )
     return 0
 
 
 def run(family: str, file: Path, name: str, config: Mapping[str, Any]) -> Path:
     """Read published weights and keep them in results/imported/NAME; return their path.
 
-    `equilab.models.checkpoint.load_network` gives the network back, with its image, classes and config.
+    `equilab.load` gives the model back.
 
     Raises: UserError as `equilab.published.load`, or for a name that no run could have.
     """
@@ -49,19 +53,10 @@ def run(family: str, file: Path, name: str, config: Mapping[str, Any]) -> Path:
     except ValueError as error:
         raise UserError(f"--out: {error}") from None
     loaded = load_network(family, file, config)
-    described, weights = loaded.described, loaded.network.state_dict()
-    about = {
-        "stage": loaded.family.stage,
-        "run": name,
-        "family": family,
-        "image": described.image,
-        "classes": described.classes,
-        "config": {"network": {"kind": loaded.family.kind, **described.sizes}, **described.settings},
-        "parameters": sum(each.numel() for each in loaded.network.parameters()),
-        "published": {"file": file.name, "sha256": sha256_of(file), "entry": loaded.entry},
-    }
+    about = loaded.about(name)
+    about["published"] |= {"file": file.name, "sha256": sha256_of(file)}
     path = FOLDER / name / "weights.safetensors"
-    save_tensors(path, weights, about)
+    save_tensors(path, loaded.network.state_dict(), about)
     return path
 
 

@@ -1,12 +1,13 @@
-"""A model filled with published weights: every tensor of the checkpoint is used, and every one of the model filled."""
+"""A network filled with published weights: every tensor of the checkpoint is used, and every one of the network filled."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from equilab.models.published_keys import Described, nearest_key, need
 from equilab.models.registry import FAMILIES
 from equilab.published.formats import Contents, read
 from equilab.published.tensors import StoredTensor
+from equilab.sampling.generators import Generator, from_network
+from equilab.sampling.opening import device_named
 
 PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
 COMPILED = "_orig_mod."  # of torch.compile, at any place in a key
@@ -34,29 +37,60 @@ class Loaded(NamedTuple):
     described: Described
     entry: str | None
 
-    def model(self) -> nn.Module:
-        """Return the family's model of the network, in evaluation mode."""
-        make = self.family.published.model
-        model = self.network if make is None else make(self.network, **self.described.settings)
-        return model.eval()
+    def about(self, name: str | None) -> dict[str, Any]:
+        """Return what a stage would keep with such weights, of a run of this name."""
+        described = self.described
+        sizes = {"kind": self.family.kind, **described.sizes}
+        found = {
+            "stage": self.family.stage,
+            "run": name,
+            "family": self.family.name,
+            "image": described.image,
+            "classes": described.classes,
+            "config": {"network": sizes, "conditional": described.classes > 0, **described.settings},
+            "parameters": sum(each.numel() for each in self.network.parameters()),
+            "published": {"entry": self.entry},
+        }
+        if "sigma_data" in described.settings:
+            found["sigma_data"] = described.settings["sigma_data"]
+        return found
 
 
-def load(family: str, weights: str | Path | Mapping[str, Tensor], **config: Any) -> nn.Module:
+def load(
+    family: str,
+    weights: str | Path | Mapping[str, Tensor],
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32",
+    vae: Path | str | None = None,
+    **config: Any,
+) -> Generator:
     """Return the model of `family` that published weights describe, filled with them, in evaluation mode and float32.
 
     `weights` is a file that the authors published, or a mapping from published key names to tensors. Sizes are those of the
     tensors; what these do not determine comes from the settings in the file, or from `config` (our words: `heads`, ...).
+    `vae` is the folder of the autoencoder of a model that makes latents.
+
+    >>> model = equilab.published.load("get", "GET-M.pth", heads=6)
+    >>> model.sample(16, seed=0, iterations=6).images.shape
+    (16, 3, 32, 32)
 
     Raises: UserError for an unknown family, a file that is damaged, of another family or unsafe, a missing, unexpected or
         misshapen key (with the nearest one), or a `config` entry that the family does not take.
     """
-    return load_network(family, weights, config).model()
+    name = "weights" if isinstance(weights, Mapping) else Path(weights).stem
+    loaded = load_network(family, weights, config)
+    device = device_named(device)
+    generator = from_network(
+        loaded.network.eval(), loaded.about(name), name, device=device, precision=precision
+    )
+    return replace(generator, vae=vae and Path(vae))
 
 
 def load_network(
     family: str, weights: str | Path | Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Loaded:
-    """Return the network of `load` before it is made a model.
+    """Return the network of `load` with what described it.
 
     Raises: UserError as `load` does.
     """

@@ -24,11 +24,21 @@ from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import Step, finish
 from equilab.diffusion.samplers import euler
 from equilab.metrics.counting import Cost, network_on_meta
+from equilab.models.family import Family
 from equilab.models.precond import EDM
-from equilab.sampling.settings import ChainSampler, Sampler, Setting, Solve
+from equilab.sampling.settings import (
+    ChainSampler,
+    FixedPointAlongChain,
+    Sampler,
+    Setting,
+    Solve,
+    iterated,
+    options_of,
+)
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
+from equilab.training.loop import Optimisation
 
 # purposes of random numbers: the same noises for every run
 NOISE, LABEL = "evaluation noise", "evaluation label"
@@ -46,7 +56,7 @@ class Inputs(NamedTuple):
     fresh_noise: Callable[[int], Tensor] | None = None  # of a chain: the unit noise added at each step
 
 
-class Samples(NamedTuple):
+class Outputs(NamedTuple):
     """Images in -1..1, float32, and what was done for them."""
 
     image: Float[Tensor, "*k b c h w"]  # one more dimension where iterates or all steps were asked for
@@ -64,7 +74,6 @@ class Run(ABC):
     setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing
     listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "" where it takes none
     latent: ClassVar[bool] = False  # works in latents where the study has them
-    paired: ClassVar[bool] = False  # trained on the teacher's pairs
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
 
     def __init__(
@@ -81,6 +90,21 @@ class Run(ABC):
         self.family = config.family
         self._count = count
 
+    @property
+    def optimisation(self) -> Optimisation | None:
+        """How it was trained; None where its weights are published ones."""
+        return getattr(self.config, "optimisation", None)
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The counts of images at which its weights were kept along its training."""
+        return self.optimisation.snapshots if self.optimisation else ()
+
+    @property
+    def pairs(self) -> int | None:
+        """On how many of the study's pairs it was trained; None of what is not trained on pairs."""
+        return getattr(self.config, "pairs", None)
+
     @cached_property
     def counted(self) -> Cost:
         """Parameters and FLOPs, counted by shape."""
@@ -92,12 +116,21 @@ class Run(ABC):
         Raises: ValueError saying what does not fit.
         """
 
+    @classmethod
+    def options(cls, family: Family) -> list[str]:
+        """Return the names of what can be set, one by one, where runs of a family are sampled."""
+        return options_of(cls.setting) if cls.setting else []
+
+    def usual(self) -> Setting | None:
+        """Return the setting of the paper, for a run of which a study says none; None where there is nothing to set."""
+        return None
+
     def model(self, net: nn.Module, metadata: dict[str, Any]) -> nn.Module:
         """Return what `sample` calls: the trained network, or what the run makes of it by what was kept with its weights."""
         return net
 
     @abstractmethod
-    def sample(self, model: nn.Module, inputs: Inputs, setting: Any, return_iterates: bool) -> Samples:
+    def sample(self, model: nn.Module, inputs: Inputs, setting: Any, return_iterates: bool) -> Outputs:
         """Return the images of `inputs.noise`; with `return_iterates`, those of all iterates or steps (K, B, C, H, W)."""
 
     def inputs(
@@ -145,7 +178,7 @@ class Run(ABC):
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network on the meta device, without numbers."""
+        """The network, on the meta device where it has no numbers."""
         return network_on_meta(self.config.network, self.shape, self.classes)
 
 
@@ -153,6 +186,14 @@ class Teacher(Run):
     """A denoiser of noise levels, followed by a Sampler."""
 
     setting, listed = Sampler, "sampler"
+
+    def usual(self):
+        """Return Heun's method in 18 steps, in 40 for images larger than 32 x 32.
+
+        Source: EDM, tables 1 and 2.
+        """
+        steps = 18 if max(self.shape[1:]) <= 32 else 40
+        return Sampler(method="heun", steps=steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 
     def model(self, net, metadata):
         """Return the denoiser that the network is."""
@@ -168,23 +209,21 @@ class Teacher(Run):
         return setting.nfe
 
 
-def _followed(steps: Iterator[Step], return_iterates: bool) -> Samples:
+def _followed(steps: Iterator[Step], return_iterates: bool) -> Outputs:
     """Return where the steps of a sampler of noise levels lead; with `return_iterates`, its states after all of them."""
     if return_iterates:
-        return Samples(torch.stack([step.x.float() for step in steps]))
-    return Samples(finish(steps).x.float())
+        return Outputs(torch.stack([step.x.float() for step in steps]))
+    return Outputs(finish(steps).x.float())
 
 
 class OneStep(Run):
     """One forward pass of an explicit network."""
 
-    paired = True
-
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, which are the one iterate there is."""
         image = model(inputs.noise, inputs.label).image.float()
-        return Samples(image[None] if return_iterates else image)
+        return Outputs(image[None] if return_iterates else image)
 
 
 class ImplicitOneStep(OneStep):
@@ -193,12 +232,21 @@ class ImplicitOneStep(OneStep):
     setting, listed = Solve, "solver"
     can_diverge = True
 
+    def usual(self):
+        """Return as many plain iterations as in training, from where they start there; of published weights 6, from noise.
+
+        Source: GET (Geng 2023), section 4.
+        """
+        trained = getattr(self.config, "equilibrium", None)
+        count, init = (trained.iterations, trained.init) if trained else (6, "noise")
+        return iterated(count).model_copy(update={"init": init})
+
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or those of all iterates."""
         solver = setting.solver(record=return_iterates)
         image, solution = model(inputs.noise, inputs.label, inputs.init, solver, return_iterates)
-        return Samples(image.float(), (solution,))
+        return Outputs(image.float(), (solution,))
 
     def inputs(self, seed, indices, setting, device, net):
         """Return what images are made from, with the state to start from where the setting draws it."""
@@ -223,7 +271,7 @@ class Student(Run):
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
         """Return the images, or those that are predicted at all steps."""
-        return Samples(model(inputs.noise, inputs.label, return_iterates).image.float())
+        return Outputs(model(inputs.noise, inputs.label, return_iterates).image.float())
 
     def nfe(self, setting: None) -> int:
         """Return the calls of the network for an image: one for each noise level that it steps through."""
@@ -257,6 +305,41 @@ class Denoiser(Run):
     setting, listed = ChainSampler, "chain"
     latent = True
     can_diverge = True
+
+    @classmethod
+    def options(cls, family):
+        """Return the names of what can be set; without a fixed point, nothing of one."""
+        return options_of(ChainSampler, without=() if family.implicit else ("fixed_point",))
+
+    def usual(self):
+        """Return 250 steps of DDPM; of an implicit network 28 of DDIM, of 8 iterations each.
+
+        Source: DiT (Peebles and Xie 2023), section 4; FPDM (Bai and Melas-Kyriazi 2024), table 1, for 280 blocks.
+        """
+        clamp = not self.in_latents
+        if not self.family.implicit:
+            steps = min(250, self.config.diffusion.timesteps)
+            return ChainSampler(
+                method="ddpm", steps=steps, eta=None, clamp=clamp, guidance=None, fixed_point=None
+            )
+        steps = min(28, self.config.diffusion.timesteps)
+        along = FixedPointAlongChain(
+            blocks=steps * (self.network.blocks(0) + 8),
+            budget="constant",
+            reuse=True,
+            method="iterate",
+            tolerance=0.0,
+            memory=None,
+            mixing=None,
+        )
+        return ChainSampler(
+            method="ddim", steps=steps, eta=0.0, clamp=clamp, guidance=None, fixed_point=along
+        )
+
+    @property
+    def in_latents(self) -> bool:
+        """Whether what it makes cannot be an image: it has neither one channel nor three."""
+        return self.shape[0] not in (1, 3)
 
     def check(self, setting: ChainSampler) -> None:
         """Refuse a setting that does not fit the network, or whose blocks are too few.
@@ -296,7 +379,7 @@ class Denoiser(Run):
                 images.append(step.image.float())
             solutions.extend(step.solutions)
         image = torch.stack(images) if return_iterates else step.x.float()
-        return Samples(image, tuple(solutions), step.diverged)
+        return Outputs(image, tuple(solutions), step.diverged)
 
     def _steps(self, model, inputs: Inputs, setting: ChainSampler):
         """Return the sampler, started: it yields a Step a step."""
@@ -339,7 +422,7 @@ class Denoiser(Run):
         return self._iterations(setting) * setting.nfe // setting.steps
 
 
-def solver_statistics(samples: Samples) -> Float64[Tensor, "b 3"]:
+def solver_statistics(samples: Outputs) -> Float64[Tensor, "b 3"]:
     """Return what the solver did for each image: iterations of all calls, mean relative residual of the calls' last
     applications, and whether any call diverged (1) or none (0)."""
     batch = samples.image.shape[-4]

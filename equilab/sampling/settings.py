@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from equilab.core.config import Params
+from equilab.core.config import Params, UserError, parse, plain
 from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
 
-__all__ = ["ChainSampler", "FixedPointAlongChain", "Guidance", "Sampler", "Setting", "Solve"]
+__all__ = [
+    "ChainSampler",
+    "FixedPointAlongChain",
+    "Guidance",
+    "Sampler",
+    "Setting",
+    "Solve",
+    "changed",
+    "options_of",
+]
 
 Method = Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -111,3 +121,42 @@ class ChainSampler(Params):
 
 
 Setting = Sampler | Solve | ChainSampler
+
+# what is within a group of a setting: an option's name, as tables have it, and the group and the key that it is of
+GROUPED = {
+    "guidance_scale": ("guidance", "scale"),
+    "guidance_channels": ("guidance", "channels"),
+    "solver": ("fixed_point", "method"),
+    **{key: ("fixed_point", key) for key in FixedPointAlongChain.model_fields if key != "method"},
+}
+
+
+def options_of(kind: type[Setting], without: tuple[str, ...] = ()) -> list[str]:
+    """Return the names of what can be set of a kind of setting, one by one, but for the groups `without`."""
+    groups = {group for group, _ in GROUPED.values()}
+    found = [name for name in kind.model_fields if name not in groups]
+    for name, (group, _) in GROUPED.items():
+        if group in kind.model_fields and group not in without:
+            found.append(name)
+    return found
+
+
+def changed(setting: Setting, options: Mapping[str, Any]) -> Setting:
+    """Return a setting with other values of some of its `options_of`.
+
+    Raises: UserError with a sentence for each value that cannot be.
+    """
+    values = plain(setting)
+    for name, value in options.items():
+        if name in values:
+            values[name] = value
+        else:
+            group, key = GROUPED[name]
+            values[group] = {**(values[group] or {}), key: value}
+    try:
+        return parse(type(setting), values, "option")
+    except UserError as error:
+        sentences = str(error)
+    for name, (group, key) in GROUPED.items():
+        sentences = sentences.replace(f"option.{group}.{key}:", f"option.{name}:")
+    raise UserError(sentences)

@@ -226,7 +226,7 @@ def _along_iterations(
     """Solve an implicit generator; its steps are its iterations."""
     setting = iterated(config.iterations)
     inputs = generator.inputs(job.study.seed, indices, setting)
-    (solution,) = generator.sample(inputs, setting, return_iterates=True).solutions
+    (solution,) = generator.generate(inputs, setting, return_iterates=True).solutions
     for step, change in enumerate(_changes(solution).values(), 1):
         activity.update(step, float(step + 1), {"state": change})
 

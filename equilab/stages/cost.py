@@ -113,11 +113,12 @@ def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
         for iterations in config.iterations if run.family.implicit else (None,):
             columns = {"what": "call", **run.counts(1, iterations)}
             yield Measurement(columns, partial(_calling, iterations))
-        yield _denoiser_training(run)
+        if run.optimisation:
+            yield _denoiser_training(run)
         return
     for setting in _settings(config, run):
         yield Measurement({"what": "sample", **run.cost(setting)}, partial(_sampling, setting))
-    if isinstance(run, OneStep):
+    if isinstance(run, OneStep) and run.optimisation:
         yield from _generator_training(run)
 
 
@@ -130,17 +131,18 @@ def _settings(config: Config, run: Run) -> list[Sampler | Solve | None]:
 
 def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return the call that samples a batch."""
-    return partial(generator.sample, inputs, setting)
+    return partial(generator.generate, inputs, setting)
 
 
 def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return a call of a denoiser of timesteps, halfway, at so many iterations of its fixed point."""
-    batch = diffusion.example(generator.run.config, inputs.noise, inputs.label)
+    middle = generator.run.config.diffusion.timesteps // 2
+    t = torch.full((len(inputs.noise),), middle, device=generator.device)
     applied = None if iterations is None else diffusion.Iterations(0, iterations)
 
     @torch.inference_mode()
     def call() -> None:
-        diffusion.output_of(generator.net, batch.noise, batch.t, batch.label, applied)
+        diffusion.output_of(generator.net, inputs.noise, t, inputs.label, applied)
 
     return call
 

@@ -59,13 +59,13 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     def count() -> Plan:
         samples = images = job.read("evaluator").samples
-        if run.paired:
+        if run.pairs is not None:
             held_out = job.read("pairs").held_out
-            images += held_out + min(held_out, run.config.pairs)
+            images += held_out + min(held_out, run.pairs)
         flops = [run.cost(setting)["flops"] for setting in config.settings]
-        along_training = flops[0] * len(run.config.optimisation.snapshots)
+        along_training = flops[0] * len(run.snapshots)
         disk = samples * int(np.prod(job.image))
-        made = images * (len(flops) + len(run.config.optimisation.snapshots))
+        made = images * (len(flops) + len(run.snapshots))
         return Plan(run.counted.parameters, float(sum(flops) + along_training) * images, disk, images=made)
 
     return count
@@ -102,9 +102,9 @@ def run(config: Config, job: Job) -> None:
     weights_at = partial(load, config.of, job.seed, config=trained, device=device, precision=config.precision)
     generator = weights_at()
     pixels = latents.pixels(job, generator.run.shape, generator.run.latent, device)
-    pairs = _pairs(job) if generator.run.paired else None
+    pairs = None if generator.run.pairs is None else _pairs(job)
     _check_inputs(config, job, generator, pairs)
-    snapshots = trained.optimisation.snapshots
+    snapshots = generator.run.snapshots
     # the headline's images, those that are being made, and the rest
     require_disk(job.out, 3 * count * int(np.prod(pixels.shape)))
     work = (len(config.settings) + len(snapshots)) * count
@@ -226,7 +226,7 @@ class _Evaluation:
         images = np.load(path, mmap_mode="r+")
         statistics = torch.zeros(self.count, 3, dtype=torch.float64)
         for indices in list(batches(self.count, self.config.batch))[rank() :: world()]:
-            made = generator.sample(generator.inputs(self.seed, indices, setting), setting)
+            made = generator.generate(generator.inputs(self.seed, indices, setting), setting)
             images[indices] = self.pixels.decode(made.image).cpu().numpy()
             statistics[indices] = solver_statistics(made)
             self.progress.update(len(indices))
@@ -245,7 +245,7 @@ class _Evaluation:
         if self.pairs is None:
             return {}
         held_out = self.pairs.held_out
-        trained = min(held_out, generator.run.config.pairs)
+        trained = min(held_out, generator.run.pairs)
         return {
             "l1_held_out": self._mean_error(generator, setting, 0, held_out),
             "l1_train": self._mean_error(generator, setting, held_out, trained),
@@ -258,6 +258,6 @@ class _Evaluation:
             noise, image, label = to_device(self.pairs.read(chosen + first), generator.device)
             inputs = generator.inputs(self.seed, chosen, setting)
             inputs = inputs._replace(noise=noise, label=label if generator.run.classes else None)
-            made = generator.sample(inputs, setting)
+            made = generator.generate(inputs, setting)
             error += (made.image - image).abs().mean(dim=(1, 2, 3)).double().sum().item()
         return error / count

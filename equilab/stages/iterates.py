@@ -49,7 +49,7 @@ def _solved(setting: Solve, batch: int, seed: int, generator: Generator, pixels:
     setting = setting.model_copy(update={"iterations": TRACE})
     images, traces = [], []
     for indices in batches(TRACED, batch):
-        made = generator.sample(generator.inputs(seed, indices, setting), setting, return_iterates=True)
+        made = generator.generate(generator.inputs(seed, indices, setting), setting, return_iterates=True)
         images.append(pixels.decode(made.image[:, :SHOWN]).cpu().numpy())  # (K, B, C, H, W)
         traces.append(trace(made.solutions[0]))
     found = {}
@@ -86,14 +86,14 @@ def _steps(setting: Any, batch: int, seed: int, generator: Generator, pixels: Pi
     """Return the images (K, SHOWN, C, H, W) of all sampling steps, one without steps."""
     images = []
     for indices in batches(SHOWN, batch):
-        made = generator.sample(generator.inputs(seed, indices, setting), setting, return_iterates=True)
+        made = generator.generate(generator.inputs(seed, indices, setting), setting, return_iterates=True)
         images.append(pixels.decode(made.image).cpu().numpy())  # (K, B, C, H, W)
     return np.concatenate(images, 1)
 
 
 def _shown(setting: Sampler, seed: int, generator: Generator, pixels: Pixels) -> np.ndarray:
     """Return the images (SHOWN, C, H, W) at a setting."""
-    made = generator.sample(generator.inputs(seed, np.arange(SHOWN), setting), setting)
+    made = generator.generate(generator.inputs(seed, np.arange(SHOWN), setting), setting)
     return pixels.decode(made.image).cpu().numpy()
 
 
@@ -103,7 +103,7 @@ def _chain(setting: ChainSampler, batch: int, seed: int, generator: Generator, p
     each iteration of each step, nan where less than half of the samples made it."""
     images, diverged, residuals = [], [], []
     for indices in batches(TRACED, batch):
-        made = generator.sample(generator.inputs(seed, indices, setting), setting)
+        made = generator.generate(generator.inputs(seed, indices, setting), setting)
         images.append(pixels.decode(made.image[:SHOWN]).cpu().numpy())
         diverged.append(made.diverged.cpu().numpy())
         residuals.append([_residuals(solution, len(indices)) for solution in made.solutions])

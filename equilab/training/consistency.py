@@ -19,10 +19,14 @@ from equilab.training import loop, onestep
 from equilab.training.onestep import ConsistencyLoss
 
 
-class Config(onestep.Config, ConsistencyLoss):
-    """An entry of the params section `consistency`."""
+class Model(onestep.Model):
+    """What sampling needs to know of a generator of this stage."""
 
     stage = "consistency"
+
+
+class Config(onestep.Config, Model, ConsistencyLoss):
+    """An entry of the params section `consistency`."""
 
     @model_validator(mode="after")
     def _levels_fit(self):

@@ -78,8 +78,8 @@ class FixedPoint(Params):
         return Iterations(self.no_grad_iterations / 2, (1 + self.grad_iterations) / 2)
 
 
-class Config(loop.Trained):
-    """An entry of the params section `diffusion`."""
+class Model(loop.Model):
+    """What sampling needs to know of a denoiser of discrete timesteps."""
 
     stage = "diffusion"
 
@@ -87,6 +87,22 @@ class Config(loop.Trained):
     conditional: bool
     label_dropout: float = Field(ge=0, lt=1)  # share of images whose class is hidden, for guidance
     diffusion: Diffusion
+
+    @model_validator(mode="after")
+    def _predicts(self):
+        learned = self.network.arguments.get("learned_variance", False)
+        if learned != (self.diffusion.variance == "learned"):
+            raise ValueError(
+                "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
+            )
+        if self.label_dropout and not self.conditional:
+            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
+        return self
+
+
+class Config(Model):
+    """An entry of the params section `diffusion`."""
+
     weight: Literal["uniform", "published"]  # of the squared error at each timestep
     fixed_point: FixedPoint | None  # null for explicit networks
     seed: Seed  # of this run: its weights, the order of its images, what it draws
@@ -99,17 +115,10 @@ class Config(loop.Trained):
                 "fixed_point must be given for networks with a fixed point and null for others "
                 f"(network.kind is {self.network.kind})"
             )
-        learned = self.network.arguments.get("learned_variance", False)
-        if learned != (self.diffusion.variance == "learned"):
-            raise ValueError(
-                "network.learned_variance must be true where diffusion.variance is learned, and false elsewhere"
-            )
         if self.weight == "published" and self.diffusion.prediction == "noise":
             raise ValueError(
                 "weight published is for v; set weight to uniform where diffusion.prediction is noise"
             )
-        if self.label_dropout and not self.conditional:
-            raise ValueError(f"label_dropout is {self.label_dropout}, but conditional is false; set it to 0")
         return self
 
 
@@ -223,21 +232,25 @@ def solver_of(iterations: Iterations) -> Callable:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""
-    net, loss = config.on_meta(image, classes), loss_of(config)
+    net = config.on_meta(image, classes)
     x, label = inputs_on_meta(image, config.conditional)
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     count = parameters(net)
 
-    def update(iterations: Iterations | None) -> int:
-        return flops(lambda: loss(net, Batch(x, x, t, label, iterations)).backward())
+    def predict(iterations: int) -> None:
+        output_of(net, x, t, label, Iterations(0, iterations))
 
+    def update(iterations: Iterations | None) -> int:
+        return flops(lambda: loss_of(config)(net, Batch(x, x, t, label, iterations)).backward())
+
+    call = work(predict) if config.family.implicit else Work(flops(lambda: output_of(net, x, t, label, None)))
+    if not isinstance(config, Config):
+        return Cost(count, count, call, None)
     if config.fixed_point is None:
-        call = Work(flops(lambda: output_of(net, x, t, label, None)))
         return Cost(count, count, call, float(update(None)))
-    call = work(lambda iterations: output_of(net, x, t, label, Iterations(0, iterations)))
     once = update(Iterations(0, 1))
     no_grad, grad = update(Iterations(1, 1)) - once, update(Iterations(0, 2)) - once  # of an iteration more
     mean = config.fixed_point.mean()

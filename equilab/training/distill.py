@@ -42,13 +42,18 @@ class Equilibrium(Params):
         return self
 
 
-class Config(loop.Trained):
-    """An entry of the params section `distill`."""
+class Model(loop.Model):
+    """What sampling needs to know of a one-step generator."""
 
     stage = "distill"
 
     network: Network
     conditional: bool  # on the pairs' classes
+
+
+class Config(Model):
+    """An entry of the params section `distill`."""
+
     equilibrium: Equilibrium | None  # null for explicit networks
     pairs: int = Field(ge=1, le=10**10)  # the first so many training pairs are used
     loss: Literal["l1", "l2"]
@@ -152,7 +157,7 @@ def solver_of(config: Equilibrium) -> Callable:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the generator, counted on the meta device; its image is a whole one.
 
     An update is counted as its gradient takes it: what is recomputed counts again, what has no gradient has no backward
@@ -162,17 +167,16 @@ def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     noise, label = inputs_on_meta(image, config.conditional)
     count, batch = parameters(net), Batch(noise, noise, label, None)
 
-    def update(config: Config) -> int:
-        return flops(lambda: loss_of(config)(net, batch).backward())
-
-    if config.equilibrium is None:
-        return Cost(count, count, Work(flops(lambda: net(noise, label))), update(config))
-
     def generate(iterations: int) -> None:
         net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
 
-    generated = work(generate)
-    if config.equilibrium.gradient != "implicit":
+    def update(config: Config) -> int:
+        return flops(lambda: loss_of(config)(net, batch).backward())
+
+    generated = work(generate) if config.family.implicit else Work(flops(lambda: net(noise, label)))
+    if not isinstance(config, Config):
+        return Cost(count, count, generated, None)
+    if config.equilibrium is None or config.equilibrium.gradient != "implicit":
         return Cost(count, count, generated, update(config))
     jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})  # the same, but for the adjoint
     adjoint = config.equilibrium.iterations * generated.per_iteration

@@ -62,15 +62,19 @@ class Consistency(ConsistencyLoss):
     weight: float = Field(ge=1e-6, le=1e6)
 
 
-class Config(onestep.Config):
+class Model(onestep.Model):
+    """What sampling needs to know of a generator of this stage."""
+
+    stage = "gan"
+
+
+class Config(onestep.Config, Model):
     """An entry of the params section `gan`.
 
     The losses do not depend on how a batch is split over devices and accumulation. Both discriminators do, as published: the
     heads over feature networks normalise over the micro-batch of a process, StyleGAN2's takes a deviation over it; and ADA
     follows each micro-batch. So `optimisation.micro_batch` and the number of processes are part of the training.
     """
-
-    stage = "gan"
 
     discriminator: Discriminator
     # feature networks: "study", or those of equilab.models.feature_networks
@@ -401,13 +405,13 @@ def collapsed(config: Config, row: loop.Row) -> Halt | None:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
     """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 
     R1, which comes once in an interval, is left out. `features` builds the feature network that the study trains; where the
     discriminator sees that network and it is not given, updates are not counted.
     """
-    if STUDY_FEATURES in config.features and features is None:
+    if not isinstance(config, Config) or (STUDY_FEATURES in config.features and features is None):
         return onestep.cost(config, image, classes, None)
     return onestep.cost(config, image, classes, _update_flops(config, image, classes, features))
 

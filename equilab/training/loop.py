@@ -102,10 +102,10 @@ class Optimisation(Params):
         return self
 
 
-class Trained(Params):
-    """What the configs of all runs that make images share, which have a `network` and are `conditional` or not."""
+class Model(Params):
+    """What sampling needs to know of every run that makes images, which has a `network` and is `conditional` or not."""
 
-    stage: ClassVar[Stage]  # that trains them
+    stage: ClassVar[Stage]  # that trains it
 
     @property
     def family(self) -> Family:

@@ -147,22 +147,31 @@ def check_metric(loss: ConsistencyLoss, image: tuple[int, ...], place: str) -> N
         raise UserError(f"{place}.metric is lpips, which takes 3 channels, not {image[0]}; set it to squared")
 
 
-class OfTeacher(loop.Trained):
-    """What the entries of all students of the teacher share."""
+class OfTeacher(loop.Model):
+    """What sampling needs to know of any student of the teacher."""
 
     network: Network  # the teacher's
     conditional: bool  # as the teacher
+
+
+class Trained(OfTeacher):
+    """What the entries of all students of the teacher share."""
+
     seed: Seed  # of this run: the order of its images, what it draws
     optimisation: Optimisation
 
 
-class Config(OfTeacher):
-    """What the entries of the params sections `gan` and `consistency` share."""
+class Model(OfTeacher):
+    """What sampling needs to know of a generator of few steps."""
 
     student: Student
 
 
-def check(config: OfTeacher, job: Job) -> None:
+class Config(Trained, Model):
+    """What the entries of the params sections `gan` and `consistency` share."""
+
+
+def check(config: Trained, job: Job) -> None:
     """Refuse a student that is not the study's teacher.
 
     Raises: UserError naming the key that differs.
@@ -193,7 +202,7 @@ def build(config: Config, job: Job, data: Dataset) -> tuple[nn.Module, EDM]:
 
 
 def networks(
-    config: OfTeacher, job: Job, data: Dataset, folder: Path, trained: Params
+    config: Trained, job: Job, data: Dataset, folder: Path, trained: Params
 ) -> tuple[nn.Module, EDM]:
     """Return a student's network with its teacher's weights, and the teacher, which was trained as `trained` says.
 
@@ -212,13 +221,13 @@ def networks(
     return own.to(device), EDM(net, sigma_data=job.read("teacher").sigma_data).to(device)
 
 
-def untrained(config: OfTeacher, data: Dataset) -> nn.Module:
+def untrained(config: Trained, data: Dataset) -> nn.Module:
     """Return a student's network as it is drawn by its seed."""
     classes = config.classes_of(data.classes)
     return loop.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
 
 
-def student(config: Config, net: nn.Module, sigma_data: float) -> gdd.GDD:
+def student(config: Model, net: nn.Module, sigma_data: float) -> gdd.GDD:
     """Return the generator that a U-Net is."""
     return gdd.GDD(
         net, sigma_data=sigma_data, sigma_min=config.student.sigma_min, sigmas=config.student.sigmas
@@ -235,7 +244,7 @@ def about(teacher: EDM, shape: tuple[int, ...], classes: int, cost: Cost) -> dic
     }
 
 
-def table(config: Config, image: tuple[int, ...], classes: int) -> str:
+def table(config: Model, image: tuple[int, ...], classes: int) -> str:
     """Return which groups of layers are trained and which are frozen, as lines of text."""
     lines = [f"# {'group':<16}{'parameters':>12}{'share':>8}"]
     for row in gdd.table(on_meta(config, image, classes)):
@@ -244,7 +253,7 @@ def table(config: Config, image: tuple[int, ...], classes: int) -> str:
     return "\n".join(lines)
 
 
-def cost(config: Config, image: tuple[int, ...], classes: int, train_flops_image: int | None) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int, train_flops_image: int | None) -> Cost:
     """Return the cost of a student, counted on the meta device; its image is a whole one, of all its steps."""
     net = on_meta(config, image, classes)
     noise, label = inputs_on_meta(image, config.conditional)
@@ -253,7 +262,7 @@ def cost(config: Config, image: tuple[int, ...], classes: int, train_flops_image
     return Cost(count, parameters(net), Work(work), train_flops_image)
 
 
-def on_meta(config: Config, image: tuple[int, ...], classes: int) -> nn.Module:
+def on_meta(config: Model, image: tuple[int, ...], classes: int) -> nn.Module:
     """Return the student's network on the meta device, its layers frozen.
 
     Raises: UserError if its sizes do not fit.

@@ -27,15 +27,20 @@ def _teacher(name: str) -> str:
     return name
 
 
-class Config(onestep.OfTeacher):
-    """An entry of the params section `progressive`."""
+class Model(onestep.OfTeacher):
+    """What sampling needs to know of a student that takes steps of Euler's method."""
 
     stage = "progressive"
+
+    levels: Levels  # between which the student's steps lead
+
+
+class Config(onestep.Trained, Model):
+    """An entry of the params section `progressive`."""
 
     teacher: Annotated[
         str, AfterValidator(_teacher)
     ]  # teacher, or progressive/RUN: a student of twice the steps
-    levels: Levels  # between which the student's steps lead
     weight: Literal[tuple(losses.SNR_WEIGHTS)]  # of a noise level in the loss
 
     @property

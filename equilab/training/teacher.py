@@ -25,14 +25,19 @@ from equilab.training.loop import Optimisation
 Network = network("teacher")
 
 
-class Config(loop.Trained):
-    """The params section `teacher`."""
+class Model(loop.Model):
+    """What sampling needs to know of a denoiser of noise levels."""
 
     stage = "teacher"
 
     network: Network
     conditional: bool  # on the data's classes
     sigma_data: float = Field(ge=1e-3, le=1e3)  # standard deviation of the images in -1..1
+
+
+class Config(Model):
+    """The params section `teacher`."""
+
     sigma_mean: float = Field(ge=-10, le=10)  # of log sigma in training
     sigma_std: float = Field(ge=1e-3, le=10)
     optimisation: Optimisation
@@ -92,15 +97,12 @@ def loss_of(config: Config) -> loop.Loss:
 
 
 @loop.counted_once
-def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
+def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
     net = config.on_meta(image, classes)
     x, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
-    count = parameters(net)
-    return Cost(
-        count,
-        count,
-        Work(flops(lambda: net(x, sigma, label))),
-        flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward()),
-    )
+    count, update = parameters(net), None
+    if isinstance(config, Config):
+        update = flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward())
+    return Cost(count, count, Work(flops(lambda: net(x, sigma, label))), update)

@@ -1,0 +1,80 @@
+"""Samples as files: a grid to look at, an image a file, or what the evaluators of this field read."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+
+from equilab.core.config import UserError
+from equilab.core.files import write, write_arrays
+from equilab.sampling.samples import Samples
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = 64  # pixels: smaller images are enlarged in a grid, a whole number of times
+GAP = 2  # pixels between images
+
+
+def grid(images: UInt8[np.ndarray, "n c h w"], columns: int | None = None) -> Image.Image:
+    """Return images side by side in one picture, row by row; by default in as many rows as columns."""
+    count, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    times = max(1, SIDE // max(height, width))
+    large = images.repeat(times, 2).repeat(times, 3)  # (N, C, H, W)
+    missing = -count % columns
+    padded = np.pad(large, ((0, missing), (0, 0), (0, GAP), (0, GAP)), constant_values=255)
+    rows = [
+        np.concatenate(row, 2) for row in np.split(padded, len(padded) // columns)
+    ]  # (C, H, columns W) each
+    return picture(np.concatenate(rows, 1)[:, :-GAP, :-GAP])
+
+
+def require_place(out: Path) -> None:
+    """Refuse a place for samples that `save` could not write, before they are made.
+
+    Raises: UserError saying which places can be.
+    """
+    if out.suffix not in (".png", ".npz", ""):
+        raise UserError(
+            f"{out} is none of GRID.png, ARRAYS.npz and a folder for an image a file; give one of these"
+        )
+    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give a new folder, or remove it")
+
+
+def save(samples: Samples, out: Path) -> None:
+    """Write samples: NAME.png is a grid; NAME.npz holds `arr_0`, the images (N, H, W, C), and their classes, if they have any, as
+    `arr_1`; a name without a suffix is a folder of a PNG for each image.
+
+    Raises: UserError if it cannot be written.
+    Source: the layout of .npz is that of guided-diffusion (Dhariwal 2021), whose evaluator and others read it.
+    """
+    require_place(out)
+    if out.suffix == ".npz":
+        arrays = {"arr_0": samples.images.transpose(0, 2, 3, 1), "arr_1": samples.labels}
+        write_arrays(out, {name: array for name, array in arrays.items() if array is not None})
+    elif out.suffix:
+        write(out, png(grid(samples.images)))
+    else:
+        for number, image in enumerate(samples.images):
+            write(out / f"{number:06d}.png", png(picture(image)))
+
+
+def png(image: Image.Image) -> bytes:
+    """Return a picture as a file of PNG."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def picture(image: UInt8[np.ndarray, "c h w"]) -> Image.Image:
+    """Return an image, grey or of three channels, as Pillow has it."""
+    from PIL import Image
+
+    return Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))

@@ -1,0 +1,160 @@
+"""`sample` writes what others read, `score` reads what others write; each mistake is a sentence."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from smoke import write_study
+from test_front_door import results  # noqa: F401, a fixture
+from test_sampling import study  # noqa: F401, a fixture
+
+from equilab import __main__
+from equilab.core.config import UserError, plain
+from equilab.models.checkpoint import save_tensors
+from equilab.sampling import command, opening
+from equilab.score import score
+from equilab.study import config_of, read
+
+GET = "distill/get"
+
+
+@pytest.fixture
+def sample(results, capsys):  # noqa: F811
+    """Return a call of the command on the GET; it gives what was printed."""
+
+    def call(*arguments, of=GET):
+        assert command.command([str(results / of), "--device", "cpu", *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_samples_are_a_grid_a_folder_or_what_evaluators_read(sample, results, tmp_path):  # noqa: F811
+    for out in ("grid.png", "arrays.npz", "folder"):
+        told = sample("--count", 5, "--out", tmp_path / out, "--seed", 2, "--iterations", 4)
+        assert "5 images of distill/get, nfe 1, 4 iterations each" in told
+    expected = opening.open_run(results / GET).sample(5, seed=2, iterations=4)
+    with np.load(tmp_path / "arrays.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"].transpose(0, 3, 1, 2), expected.images)
+        assert np.array_equal(arrays["arr_1"], expected.labels)
+    images = [np.array(Image.open(path)) for path in sorted((tmp_path / "folder").iterdir())]
+    assert np.array_equal(images, expected.images[:, 0])
+    assert Image.open(tmp_path / "grid.png").size[0] > 3 * 60
+
+
+def test_options_are_given_by_their_names_with_values_as_in_params(sample, tmp_path):
+    out = tmp_path / "a.npz"
+    told = sample(
+        "--out", out, "--count=2", "--label", "3,4", "--steps=2", "--blocks", 12, of="diffusion/fpdm"
+    )
+    assert "nfe 2, 8 iterations each" in told
+    with np.load(out) as arrays:
+        assert arrays["arr_1"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--out", "a.jpg"], "a.jpg is none of GRID.png"),
+        (["--out", "full"], "full is there already"),
+        (["--out", "a.png", "--iterations"], "--iterations is no --OPTION with a value"),
+        (["--out", "a.png", "six"], "six is no --OPTION"),
+        (["--out", "a.png", "--iteration", "6"], "did you mean 'iterations'"),
+        (["--out", "a.png", "--label", "12"], "label is 12"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(
+    results,  # noqa: F811
+    arguments,
+    sentence,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert __main__.main(["sample", str(results / GET), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The smoke study with its data and an evaluator that was not trained."""
+    folder = write_study(tmp_path_factory.mktemp("study"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert __main__.main(["data"]) == 0
+    config = config_of(read(folder / "params.yaml"), "evaluator")
+    about = {"stage": "evaluator", "image": [1, 8, 8], "classes": 10, "config": plain(config)}
+    tensors = config.network.build((1, 8, 8), 10).state_dict()
+    save_tensors(folder / "results/evaluator/weights.safetensors", tensors, about)
+    return folder
+
+
+@pytest.fixture
+def scored(evaluated, tmp_path, monkeypatch):
+    """Return the scores of images in a file that a function writes."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name: score(tmp_path / name, evaluated / "params.yaml")
+
+
+def test_the_same_images_score_the_same_however_they_are_kept(evaluated, scored, tmp_path, capsys):
+    images = np.load(evaluated / "results/data/test_images.npy")[:60]
+    np.save(tmp_path / "images.npy", images)
+    np.savez(tmp_path / "images.npz", images.transpose(0, 2, 3, 1))
+    for number, image in enumerate(images):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        Image.fromarray(image[0]).save(tmp_path / f"folder/{number:03d}.png")
+    first = scored("images.npy")
+    assert {"fd_train", "fd_test", "kid_train", "kid_test", "precision", "recall"} <= first.keys()
+    assert first["n_samples"] == 60 and first["fd_test"] < first["fd_train"]
+    assert "the study scores 100 images of a run, these are 60" in capsys.readouterr().err
+    for other in ("images.npz", "folder"):
+        assert scored(other) == pytest.approx(first, rel=1e-6)
+
+
+def write(name, images):
+    """Return what writes a file of images."""
+    return lambda folder: (np.save if name.endswith(".npy") else np.savez)(folder / name, images)
+
+
+def picture(mode):
+    def write(folder):
+        for number in range(12):
+            Image.new(mode, (8, 8)).save(folder / f"{number}.png")
+
+    return write
+
+
+GREY = np.zeros((20, 1, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "sentence"),
+    [
+        ("a.npy", write("a.npy", GREY[:7]), "holds 7 images, scores need 10 or more"),
+        ("a.npy", write("a.npy", GREY.astype(float)), "holds float64 .* scores uint8"),
+        ("a.npz", write("a.npz", np.zeros((20, 16, 16, 3), np.uint8)), r"holds uint8 \(20, 3, 16, 16\)"),
+        ("a.npz", lambda folder: np.savez(folder / "a.npz", images=GREY), "has no arr_0"),
+        ("a.npz", lambda folder: (folder / "a.npz").write_bytes(b"PK nothing"), "a.npz cannot be read"),
+        ("a.npy", lambda folder: None, "a.npy cannot be read"),
+        ("", picture("RGB"), "in .* is refused: such images are not as data.image says"),
+        ("", picture("RGBA"), "is refused: such images are neither 8-bit grey nor RGB"),
+        ("", lambda folder: None, "holds no image"),
+        ("nowhere", lambda folder: None, "IMAGES .* is not there"),
+    ],
+)
+def test_images_that_cannot_be_scored_are_told(scored, tmp_path, name, make, sentence):
+    make(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        scored(name)
+
+
+def test_a_study_without_an_evaluator_is_told(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(folder)
+    assert __main__.main(["data"]) == 0
+    np.save("a.npy", GREY)
+    with pytest.raises(UserError, match="evaluator/weights.safetensors"):
+        score(tmp_path / "a.npy", folder / "params.yaml")

@@ -1,0 +1,170 @@
+"""Three lines: a model by its path, samples of it, and what is said where that cannot be."""
+
+import inspect
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import golden, weights_of
+from PIL import Image
+from test_sampling import CHAIN, ENTRIES, HEUN, IMAGE, ITERATE, study  # noqa: F401, a fixture
+
+import equilab
+from equilab.core.config import UserError
+
+SETTINGS = {"teacher": {"sampler": [HEUN]}, "distill/get": {"solver": [{**ITERATE, "iterations": 2}]}}
+SETTINGS |= {
+    "diffusion/fpdm": {"chain": [CHAIN]},
+    "diffusion/dit": {"chain": [{**CHAIN, "fixed_point": None}]},
+}
+
+
+@pytest.fixture(scope="module")
+def results(study):  # noqa: F811
+    """The results of a study that evaluates its runs."""
+    entries = {of.replace("/", "-"): {"of": of, **SETTINGS.get(of, {})} for of in ENTRIES}
+    (study / "params.yaml").write_text(yaml.safe_dump({"study": {"name": "toy"}, "evaluate": entries}))
+    return study / "results"
+
+
+def model(results, of, **how):
+    return equilab.load(results / of, device="cpu", **how)
+
+
+@pytest.mark.parametrize("of", ENTRIES)
+def test_three_lines_make_images_of_every_family_whatever_the_batch(results, of):
+    found = model(results, of)
+    samples, parts = found.sample(6, seed=3), found.sample(6, seed=3, batch=4)
+    assert samples.images.shape == (6, *IMAGE) and samples.images.dtype == np.uint8
+    assert abs(samples.images.astype(int) - parts.images).max() <= 1
+    assert np.array_equal(samples.labels, parts.labels) and len(samples) == 6
+    assert samples.nfe == {"teacher": 5, "consistency/cd": 2, "progressive/pd": 3}.get(
+        of, 4 if "diffusion" in of else 1
+    )
+    assert not np.array_equal(samples.images, found.sample(6, seed=4).images)
+    if of in ("distill/get", "diffusion/fpdm"):
+        assert samples.residuals.shape == (6, samples.iterations[0]) and (samples.residuals > 0).all()
+        assert samples.iterations.tolist() == [2 if of == "distill/get" else 12] * 6
+    else:
+        assert samples.iterations is None and samples.residuals is None
+
+
+def test_the_first_images_are_those_of_the_evaluation(results):
+    get = model(results, "distill/get")
+    inputs = get.inputs(0, np.arange(3), get.setting)
+    expected = get.pixels.decode(get.generate(inputs, get.setting).image).numpy()
+    assert np.array_equal(get.sample(3).images, expected)
+
+
+def test_a_label_is_of_all_images_or_of_each(results):
+    get = model(results, "distill/get")
+    assert get.sample(3, label=7).labels.tolist() == [7, 7, 7]
+    each = get.sample(3, label=[1, 7, 2])
+    assert each.labels.tolist() == [1, 7, 2]
+    assert np.array_equal(each.images[1], get.sample(3, label=torch.tensor([1, 7, 2])).images[1])
+    assert np.array_equal(each.images[1], get.sample(3, label=7).images[1])
+    for label in (10, -1, [1, 2], np.ones(3)):
+        with pytest.raises(UserError, match="^label is"):
+            get.sample(3, label=label)
+    with pytest.raises(UserError, match="knows no classes; leave it out"):
+        equilab.published.load("get", weights_of(golden("get_uncond")[0]), heads=2).sample(2, label=1)
+
+
+def test_options_change_the_setting_by_their_names(results):
+    get, fpdm = model(results, "distill/get"), model(results, "diffusion/fpdm")
+    assert get.sample(2, iterations=5, method="anderson", memory=3, mixing=1.0).iterations.tolist() == [5, 5]
+    assert fpdm.sample(2, steps=2, blocks=10, budget="decreasing").iterations.tolist() == [6, 6]
+    guided = fpdm.sample(2, guidance_scale=2.0, guidance_channels="all")
+    assert guided.nfe == 8 and guided.iterations.tolist() == [24, 24]
+    assert fpdm.sample(2, solver="anderson", memory=2, mixing=0.5).nfe == 4
+    assert model(results, "teacher").sample(1, steps=2).nfe == 3
+
+
+@pytest.mark.parametrize(
+    ("of", "options", "sentence"),
+    [
+        ("distill/get", {"iteration": 3}, "GET takes no option 'iteration'; did you mean 'iterations'"),
+        ("distill/vit", {"iterations": 3}, "iterations is an option of GET, not of ViT, which takes none"),
+        ("distill/get", {"guidance_scale": 3.0}, "guidance_scale is an option of FPDM, DiT, not of GET"),
+        ("diffusion/dit", {"blocks": 30}, "blocks is an option of FPDM, not of DiT"),
+        ("consistency/cd", {"colour": 1}, "CD takes no option 'colour'; it takes none"),
+        ("distill/get", {"iterations": 0}, "option.iterations"),
+        ("distill/get", {"init": "zero"}, "did you mean 'zeros'"),
+        ("diffusion/fpdm", {"guidance_scale": 2.0}, "option.guidance_channels: missing"),
+        ("diffusion/fpdm", {"blocks": 3}, "FPDM: blocks is 3, but 4 steps"),
+        ("distill/get", {"count": 0}, "count is 0; give a whole number from 1 on"),
+        ("distill/get", {"batch": 0}, "batch is 0"),
+        ("distill/get", {"seed": -1}, "seed is -1; give a whole number from 0 on"),
+    ],
+)
+def test_an_option_that_cannot_be_is_told_with_the_remedy(results, of, options, sentence):
+    with pytest.raises(UserError) as error:
+        model(results, of).sample(**{"count": 2, **options})
+    assert sentence in str(error.value)
+
+
+def test_a_path_leads_to_a_run_a_seed_or_a_file(results, tmp_path):
+    run = results / "distill/get"
+    for path in (run, run / "0", run / "0/weights.safetensors", run / "0/snapshots/0000000008.safetensors"):
+        found = equilab.load(path, device="cpu")
+        assert found.run.of == "distill/get" and found.setting.iterations == 2
+    assert equilab.load(run / "0/snapshots/0000000008.safetensors").metadata["nimg"] == 8
+    shutil.copytree(run / "0", tmp_path / "given")  # outside of any study
+    assert equilab.load(tmp_path / "given", device="cpu").sample(2).iterations.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("path", "how", "sentence"),
+    [
+        ("distill/gte", {}, "distill/gte is not there; give the folder of a run"),
+        ("distill", {}, "is not the folder of a run (it holds get, vit)"),
+        ("distill/get", {"seed": 3}, "has no seed 3; it has 0"),
+        ("distill/get", {"device": "tpu"}, "device is 'tpu'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told(results, path, how, sentence):
+    with pytest.raises(UserError) as error:
+        equilab.load(results / path, **how)
+    assert sentence in str(error.value)
+
+
+def test_weights_that_are_not_there_yet_are_named(tmp_path):
+    (tmp_path / "get").mkdir()
+    (tmp_path / "get/summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"get/weights\.safetensors is not there"):
+        equilab.load(tmp_path / "get")
+
+
+def test_latents_are_no_images_without_what_decodes_them():
+    weights = weights_of(golden("dit_tiny")[0])
+    model = equilab.published.load("dit", weights, heads=2)
+    if model.run.in_latents:
+        with pytest.raises(UserError, match="vae=FOLDER"):
+            model.sample(1, steps=1)
+
+
+def test_samples_are_shown_side_by_side(results, monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    samples = model(results, "distill/get").sample(6)
+    equilab.show(samples)
+    equilab.show(samples.images, columns=6)
+    square, row = (Image.open(io.BytesIO(picture.data)).size for picture in shown)
+    assert square[0] > square[1] > row[1] and row[0] > 2 * row[1]  # three columns of two rows, and six of one
+
+
+def test_what_can_be_imported_is_listed_typed_and_documented():
+    assert set(equilab.__all__) <= set(dir(equilab))
+    functions = {name: found for name, found in vars(equilab).items() if inspect.isfunction(found)}
+    for name in functions.keys() & set(equilab.__all__):
+        hints, documented = inspect.get_annotations(functions[name]), functions[name].__doc__
+        assert hints.keys() >= {*inspect.signature(functions[name]).parameters, "return"}, name
+        assert ">>>" in documented, name
+    assert equilab.Samples.__doc__ and equilab.Generator.sample.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = equilab.lod
