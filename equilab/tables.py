@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from equilab.claims.comparisons import Comparison, Point, check_comparisons, position
-from equilab.core.config import UserError, nearest, parse, read, read_json
-from equilab.diffusion.settings import Sampler
+from equilab.core.config import UserError, nearest, read, read_json
 from equilab.models.family import family
 
 # counts in the summary of a training, where it has them
@@ -272,8 +271,7 @@ class Results:
         consistency distillation (a step of Heun's method), never for the loss of a GAN."""
         config = summary["config"]
         if summary["stage"] == "distill":
-            sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
-            return float(config["pairs"] * sampler.nfe)
+            return float(config["pairs"] * _calls(self.params["pairs"]["sampler"]))
         if summary["stage"] == "consistency" or config.get("consistency"):
             return 2.0 * summary["nimg"]
         return 0.0 if summary["stage"] == "gan" else float("nan")
@@ -321,6 +319,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
     return flat
+
+
+def _calls(sampler: Mapping[str, Any]) -> int:
+    """Return the network evaluations of an image: Heun's method evaluates twice a step, but for the last."""
+    return 2 * sampler["steps"] - 1 if sampler["method"] == "heun" else sampler["steps"]
 
 
 def _residual_ratios(path: Path, settings: int) -> list[float]:
