@@ -25,7 +25,9 @@ def write_study(folder, runs, **sections):
     params = {
         "study": {"name": "made by hand"},
         "teacher": {},
-        "pairs": {"sampler": {"method": "heun", "steps": 18}},
+        "pairs": {
+            "sampler": {"method": "heun", "steps": 18, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+        },
     }
     params |= {"evaluate": {}, **sections}
     results = folder / "results"
