@@ -310,7 +310,7 @@ def test_safetensors_that_were_cut_short_are_said_to_be(length, tmp_path):
 def test_a_folder_and_a_file_that_is_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         published.load("get", tmp_path, heads=2)
-    with pytest.raises(UserError, match="is not there; docs/checkpoints.md says where"):
+    with pytest.raises(UserError, match="is not there; docs/checkpoints.md says"):
         published.load("get", tmp_path / "nowhere.pt", heads=2)
 
 

@@ -469,10 +469,7 @@ def test_every_declared_comparison_serves_a_claim():
 def test_every_claim_is_about_a_comparison_of_some_study():
     """A name that no study knows would leave the claim out of all without a word."""
     declared = {name for path in STUDIES for name in read(path)["comparisons"]}
-    nowhere = {
-        "additive conditioning against none"
-    }  # no study trains a ViT without classes on a teacher with them
-    assert {claim.comparison for claim in read_claims()} - declared == nowhere
+    assert {claim.comparison for claim in read_claims()} <= declared
 
 
 @pytest.mark.slow
