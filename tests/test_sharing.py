@@ -142,5 +142,5 @@ def test_what_beside_the_weights_is_damaged_is_told(results, tmp_path):  # noqa:
     with pytest.raises(UserError, match=r"config\.json: setting\.iterations"):
         equilab.load(tmp_path / "given")
     path.write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         equilab.load(tmp_path / "given")
