@@ -88,6 +88,7 @@ class Subject:
         endless = 1_000_000 * size  # images, without a report on the way
         changes = {"batch": size, "micro_batch": size, "precision": name, "snapshots": []}
         changes |= {"nimg": endless, "report_nimg": endless}
+        changes |= {"decay": "none", "decay_start_nimg": 0, "warmup_nimg": 0}
         entry["network"] = entry["network"] | work.sizes
         entry["optimisation"] = entry["optimisation"] | changes
         self.config = config.parse(KINDS[work.stage].training.Config, entry, work.network)

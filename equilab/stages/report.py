@@ -169,7 +169,10 @@ def _run(study: Results, of: str) -> str:
     first = next(iter(summaries.values()))
     config = {key: value for key, value in first["config"].items() if key != "seed"}
     pictures = [_samples(study.samples(of, seed), f"images of seed {seed}") for seed in rows["seed"]]
-    origin = [{"seed": seed, **each["environment"], **each["inputs"]} for seed, each in summaries.items()]
+    origin = [
+        {"seed": seed, **each.get("environment", {}), **each.get("inputs", {})}
+        for seed, each in summaries.items()
+    ]
     at = study.folder / of
     alone = f"<p>Fewer than {SEEDS} seeds give no interval.</p>" if len(rows) < SEEDS else ""
     return "\n".join(
