@@ -65,7 +65,7 @@ class Claim(Params):
     cost: Column | None = None  # of cheaper
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
     margin: Annotated[float, Field(ge=0)] = (
-        0.0  # of cheaper and no worse: relatively so much worse is as good
+        0.0  # of cheaper and no worse: relatively so much worse counts as good
     )
     hypotheses: Hypotheses
 

@@ -162,8 +162,8 @@ def unreadable(path: Path, reason: object = "") -> UserError:
     writes it."""
     if not path.exists():
         return UserError(f"{path} is not there; run {writer(path)} first")
-    told = " ".join(str(reason).split())
-    return UserError(f"{path} is damaged{f' ({told})' if told else ''}; run {writer(path)} again")
+    details = " ".join(str(reason).split())
+    return UserError(f"{path} is damaged{f' ({details})' if details else ''}; run {writer(path)} again")
 
 
 def writer(path: Path) -> str:
@@ -174,6 +174,8 @@ def writer(path: Path) -> str:
     while "results" in folders:
         folders = folders[folders.index("results") + 1 :]
     stage, *run = folders or ["claims"]  # which alone writes beside the folders of stages
+    if stage == "imported":
+        return "`python -m equilab import`"
     seed = ["--seed", run.pop()] if len(run) == 2 else []
     return f"`{' '.join(['python -m equilab', stage, *run, *seed])}`"
 

@@ -76,7 +76,7 @@ def run(config: Any, job: Job) -> None:
     if rank() != 0:
         return
     path = Path(config.published.path)
-    loaded = load_network(config.published.family, path, _told(config))
+    loaded = load_network(config.published.family, path, _not_in_the_file(config))
     _check(config, job, loaded)
     about = loaded.about(job.run) | label_counts(job) | {"config": config, "nimg": 0}
     about["published"] |= {"file": path.name, "sha256": sha256_of(path)}
@@ -101,7 +101,7 @@ def _data(config: Any, job: Job) -> tuple[tuple[int, ...], int]:
     return shape, config.classes_of(job.classes)
 
 
-def _told(config: Any) -> dict[str, Any]:
+def _not_in_the_file(config: Any) -> dict[str, Any]:
     """Return what params say of the network that the tensors do not tell."""
     describe = inspect.signature(config.family.published.describe).parameters
     return {key: value for key, value in config.network.arguments.items() if key in describe}

@@ -130,8 +130,10 @@ def _write(name: str, title: str, head: str, judged: list[tuple[Claim, Outcome]]
     parts = [f"# {title}", head, markdown(found), hypotheses(judged), end]
     write(path, "\n\n".join(part for part in parts if part) + "\n")
     counts = found["verdict"].value_counts()
-    told = ", ".join(f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if verdict in counts)
-    print(f"{path}: {len(found)} claims judged{f': {told}' if told else ''}")
+    found_words = ", ".join(
+        f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if verdict in counts
+    )
+    print(f"{path}: {len(found)} claims judged{f': {found_words}' if found_words else ''}")
 
 
 def markdown(found: pd.DataFrame) -> str:

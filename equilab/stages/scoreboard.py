@@ -120,12 +120,12 @@ def together(verdicts: Mapping[str, str]) -> str:
     studies: dict[str, list[str]] = {}
     for study, verdict in verdicts.items():
         studies.setdefault(verdict, []).append(study)
-    told = [verdict for verdict in (HOLDS, FAILS, DEPENDS, INCONCLUSIVE) if verdict in studies]
-    parts = [f"{verdict} in {_listed(studies[verdict])}" for verdict in told]
+    given = [verdict for verdict in (HOLDS, FAILS, DEPENDS, INCONCLUSIVE) if verdict in studies]
+    parts = [f"{verdict} in {_listed(studies[verdict])}" for verdict in given]
     sentence = "; ".join(parts or [f"too few seeds in {_listed(studies[NONE])}"]) + "."
-    if HOLDS in told and FAILS in told:
+    if HOLDS in given and FAILS in given:
         return f"The studies disagree: {sentence}"
-    if HOLDS not in told and FAILS not in told:
+    if HOLDS not in given and FAILS not in given:
         return f"Open: {sentence}"
     return sentence[0].upper() + sentence[1:]
 

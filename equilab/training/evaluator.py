@@ -68,5 +68,5 @@ def run(config: Config, job: Job) -> None:
     floor = scorer.floor(config.samples, job.study.seed)
     write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
     accuracy = summary.get("accuracy_test")
-    told = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
-    print(f"evaluator: {told}; the floor of scores is that of {config.samples:,} real images")
+    network = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
+    print(f"evaluator: {network}; the floor of scores is that of {config.samples:,} real images")

@@ -178,10 +178,6 @@ def _study_features(config: Config, job: Job) -> Spec | None:
     return features.network
 
 
-def _classes(config: Config, classes: int) -> int:
-    return classes if config.conditional else 0
-
-
 def run(config: Config, job: Job) -> None:
     """Train the student against a discriminator; write its averaged weights, snapshots and log.
 
@@ -212,7 +208,7 @@ def run(config: Config, job: Job) -> None:
     if machine.rank() == 0:
         print(onestep.table(config, shape, data.classes))
     counted = cost(config, shape, data.classes, _study_features(config, job))
-    about = onestep.about(teacher, shape, _classes(config, data.classes), counted)
+    about = onestep.about(teacher, shape, config.classes_of(data.classes), counted)
     loop.train(
         job,
         config,
@@ -249,7 +245,7 @@ def build_discriminator(
 
     Raises: UserError if it cannot take the images.
     """
-    given = (image, _classes(config, classes))
+    given = (image, config.classes_of(classes))
     discriminator = config.discriminator.build(*((networks, *given) if networks else given))
     return AugmentedDiscriminator(discriminator, config.augment, config.adaptive)
 
@@ -275,7 +271,7 @@ def _networks_on_meta(
 
 def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
     """Return the batch at these positions; all that is random in it is a function of (seed, position)."""
-    seed, shape, classes = config.seed, data.images.shape[1:], _classes(config, data.classes)
+    seed, shape, classes = config.seed, data.images.shape[1:], config.classes_of(data.classes)
     items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
     # "critic" is the discriminator; renaming a purpose would draw other numbers
     drawn = positions, shape, classes, data.label_counts
