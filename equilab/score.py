@@ -55,8 +55,8 @@ def score(path: Path, params: Path) -> dict[str, float]:
         raise UserError(f"{path} holds {count} images, scores need {SPLITS} or more; give more")
     if count != config.samples:
         print(
-            f"equilab: the study scores {config.samples:,} images of a run, these are {count:,}; scores of fewer images are "
-            "worse, compare those of as many",
+            f"equilab: the study scores {config.samples:,} images of a run, these are {count:,}; only scores of equally many "
+            "images can be compared",
             file=sys.stderr,
         )
     scorer = Scorer(folder_of("evaluator"), folder_of("data"), CACHE, device_of(job), config)

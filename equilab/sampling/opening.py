@@ -29,8 +29,8 @@ def open_run(
     """Return the run in a folder as a model that draws images, at the setting at which its study scores it first.
 
     `path` is the folder of a run or of one of its seeds, or a file of weights, such as a snapshot; of several seeds the
-    first is taken, or `seed`. "hf://owner/name" is a folder on the Hugging Face Hub. `vae` is the folder of the autoencoder of a model that makes latents, if its study does not
-    say it.
+    first is taken, or `seed`. "hf://owner/name" is a folder on the Hugging Face Hub. `vae` is the folder of the autoencoder
+    of a model that makes latents, if its study does not say it.
 
     Raises: UserError if there are no weights, or they are damaged.
     """
@@ -80,7 +80,7 @@ def device_named(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device is {name!r}, which torch has not ({str(error).splitlines()[0]}); give cpu, cuda or auto"
+            f"device is {name!r}, which torch does not have here ({str(error).splitlines()[0]}); give cpu, cuda or auto"
         ) from None
 
 
