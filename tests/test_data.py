@@ -131,6 +131,38 @@ def test_held_out_images_are_not_trained_on(tmp_path):
     assert len(test.images) == 5
 
 
+def test_a_box_filter_takes_means_of_whole_pixels_of_the_square_in_the_middle():
+    image = np.zeros((1, 4, 7), np.uint8)
+    image[0, :, 1:5] = [[0, 1, 10, 20], [0, 1, 30, 40], [255, 255, 1, 1], [255, 255, 1, 2]]
+    # means 0.5, 25, 255 and 1.25; a column is cut off at the left, two are at the right
+    np.testing.assert_array_equal(data.reduce_by_box(image, 2), [[[1, 25], [255, 1]]])
+    np.testing.assert_array_equal(data.reduce_by_box(image[:, :, 1:5], 4), image[:, :, 1:5])
+
+
+def test_a_box_filter_is_that_of_pillow():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    theirs = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BOX)).astype(int)
+    ours = data.reduce_by_box(pixels.transpose(2, 0, 1), 16).transpose(1, 2, 0)
+    assert np.abs(theirs - ours).max() <= 1  # it rounds after each direction
+
+
+def test_images_are_reduced_as_they_are_read_and_the_recipe_is_kept(tmp_path):
+    files, pixels = colour_files()
+    source = write_folder(tmp_path / "images", files)
+    out = run(folder(source, test_path=source, image=[3, 2, 2], resize="box"))
+    reduced = [data.reduce_by_box(pixels[i].transpose(2, 0, 1), 2) for i in (0, 2, 4, 1, 3, 5)]  # by name
+    np.testing.assert_array_equal(data.load(out, "train", verify=True).images, reduced)
+    assert config.read_json(out / "meta.json", "resize")["resize"] == "box"
+
+
+def test_what_a_box_filter_cannot_reduce_is_refused(tmp_path):
+    source = write_zip(tmp_path / "images.zip", colour_files()[0])
+    with pytest.raises(UserError, match="data.resize"):
+        run(folder(source, test=2, image=[3, 3, 3], resize="box"))
+    with pytest.raises(UserError, match="image"):
+        folder(source, test=2, image=[3, 2, 4], resize="box")
+
+
 @pytest.mark.parametrize("labels", [None, "absent"])
 def test_images_without_labels_have_no_classes_and_no_label_files(labels, tmp_path):
     files, _ = colour_files(labels=labels)

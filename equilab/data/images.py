@@ -53,7 +53,8 @@ class Config(Params):
     `test`). `path`, `test_path`: relative to the study's folder. `test`: images held out for the test split, drawn by the
     study's seed. `image`: (channels, height, width); `classes`: 0 for images without labels; the stage compares both with
     what it finds. `labels`: how those of generated images are drawn, from all classes alike or as frequently as training
-    images have them; null without classes.
+    images have them; null without classes. `resize`: "box" reduces images to the size that `image` says as they are read,
+    by `reduce_by_box`; without it they have that size.
     """
 
     source: Literal["digits", "cifar10", "folder", "datasets"]
@@ -64,6 +65,7 @@ class Config(Params):
     classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
     datasets: Datasets | None
     labels: Literal["uniform", "frequency"] | None
+    resize: Literal["box"] | None = None
 
     @model_validator(mode="after")
     def _reads(self):
@@ -81,6 +83,8 @@ class Config(Params):
             raise ValueError(
                 "labels says how classes are drawn: give it where there are any, and null where classes is 0"
             )
+        if self.resize is not None and self.image[1] != self.image[2]:
+            raise ValueError("resize makes square images: give image one height and width, or remove resize")
         return self
 
 
@@ -132,6 +136,24 @@ def to_uint8(image: Float[Any, ...]) -> UInt8[Any, ...]:
             "images hold pixels that are not numbers: what made them has diverged; train its run again at a lower lr"
         )
     return level.clip(0, 255).astype(np.uint8) if as_array else level.clip(0, 255).byte()
+
+
+def reduce_by_box(image: UInt8[np.ndarray, "c h w"], side: int) -> UInt8[np.ndarray, "c s s"]:
+    """Return the square in the middle of an image, each pixel the mean of the k x k pixels that it takes the place of.
+
+    A mean is rounded to the nearest level, halves up. What is left over of the longer side is cut off alike at both ends, an
+    odd pixel at the far one.
+
+    Raises: RefusedError if the shorter side is not a whole number k of times `side`.
+    """
+    height, width = image.shape[1:]
+    square = min(height, width)
+    if square < side or square % side:
+        raise RefusedError("multiple", f"{height} x {width} pixels to {side} x {side}")
+    top, left, k = (height - square) // 2, (width - square) // 2, square // side
+    boxes = image[:, top : top + square, left : left + square].reshape(-1, side, k, side, k)
+    sums = boxes.sum(axis=(2, 4), dtype=np.uint32)
+    return ((2 * sums + k * k) // (2 * k * k)).astype(np.uint8)
 
 
 def load(folder: Path, split: str, verify: bool = False) -> Dataset:
@@ -221,6 +243,8 @@ def run(config: Config, job: Job) -> None:
     }
     if config.labels == "frequency":
         meta["label_counts"] = np.bincount(labels["train"]).tolist()
+    if config.resize is not None:
+        meta["resize"] = config.resize
     if (names := splits["train"][0].classes) is not None:
         meta["class_names"] = names
     write_json(job.out / "meta.json", meta)
@@ -304,7 +328,7 @@ def _write_splits(config: Config, splits: Splits, place: Path) -> dict[str, str]
     for split, (images, items) in splits.items():
         file = place / f"{split}_images.npy"
         with bar(f"data: {split}", len(items)) as progress:
-            rows = _rows(images, items.tolist(), config.image, refusals, seen, progress)
+            rows = _rows(images, items.tolist(), config, refusals, seen, progress)
             sha256[file.name] = _write_images(file, (len(items), *config.image), rows)
     refusals.check(sum(len(items) for _, items in splits.values()))
     train, test = np.split(np.array(seen), [len(splits["train"][1])])
@@ -319,7 +343,7 @@ def _write_splits(config: Config, splits: Splits, place: Path) -> dict[str, str]
 def _rows(
     images: Images,
     indices: Iterable[int],
-    shape: tuple[int, ...],
+    config: Config,
     refusals: Refusals,
     seen: array,
     progress: tqdm,
@@ -331,7 +355,9 @@ def _rows(
     for index in indices:
         try:
             image = images.read(index)
-            if image.shape != shape:
+            if config.resize is not None:
+                image = reduce_by_box(image, config.image[1])
+            if image.shape != config.image:
                 raise RefusedError("shape", list(image.shape))
         except RefusedError as refused:
             refusals.add(images.names[index], refused)

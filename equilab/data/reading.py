@@ -49,6 +49,8 @@ REFUSALS = {
     "transparent": "have transparency; convert them to RGB on a background of your choice",
     "mode": "are neither 8-bit grey nor RGB; convert them to one of these",
     "shape": "are not as data.image says; correct the key, or make all of one size and number of channels",
+    "multiple": "cannot be reduced by whole pixels, as data.resize says; give images whose shorter side is a multiple of the side "
+    "in data.image, or another data.image",
     "unlabelled": f"have no label in {LABELS}; list every image once, or remove it to train without labels",
     "absent": f"are labelled in {LABELS} but no images that are there; list those that are, and no others",
     "relabelled": f"are labelled more than once in {LABELS}; list every image once",
