@@ -191,6 +191,7 @@ def short(value: int | float, digits: int = 3) -> str:
     """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
     if np.isinf(value):
         return "never"
+    value = float(f"{value:.{digits}g}")  # 999.9k is 1M
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{unit}"
