@@ -19,7 +19,8 @@ from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
-from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.core.config import UserError, nearest, parse, read_json, unreadable
+from equilab.core.like import read
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
