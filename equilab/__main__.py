@@ -159,6 +159,8 @@ OWN = {
     "sample": ("equilab.sampling.command", "draw images from a run"),
     "score": ("equilab.score", "score a folder or file of images"),
     "card": ("equilab.card", "write a run as a folder to give away"),
+    "compare": ("equilab.compare", "compare the results here with committed ones"),
+    "doctor": ("equilab.doctor", "look at this machine and this installation"),
     "import": ("equilab.published.importing", "read published weights into results"),
 }
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
