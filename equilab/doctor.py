@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import locale
 import os
@@ -95,14 +96,12 @@ def torch_pair() -> str:
 
     remedy = "install the pinned pair again: rm -r .venv && make study"
     try:
-        import torchvision
-        from torchvision.ops import nms
-
-        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # of its compiled part, which is built for one torch
+        operations = importlib.import_module("torchvision.ops")
+        operations.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # compiled for one version of torch
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise Trouble(f"torchvision does not fit torch {torch.__version__} ({reason}); {remedy}") from None
-    return f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    return f"torch {torch.__version__}, torchvision {importlib.metadata.version('torchvision')}"
 
 
 def gpu() -> str:

@@ -223,11 +223,13 @@ def text(sections: Sections) -> str:
 def write(study: Path) -> Path:
     """Write dvc.yaml beside a study's params.yaml, and the settings of DVC; return its path.
 
-    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds.
+    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds. Settings that
+    are there, which may name a remote, stay.
     """
     root = code.PACKAGE.parent
     for name in (".dvc/config", ".dvc/.gitignore", ".dvc/plots/runs.json", ".dvcignore"):
-        files.write(study / name, (root / name).read_text(encoding="utf-8"))
+        if name != ".dvc/config" or not (study / name).exists():
+            files.write(study / name, (root / name).read_text(encoding="utf-8"))
     files.write(study / "dvc.yaml", text(read(study / "params.yaml")))
     return study / "dvc.yaml"
 
