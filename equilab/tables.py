@@ -268,6 +268,12 @@ class Results:
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
     @cached_property
+    def trivial(self) -> dict[str, float]:
+        """The distances of a model that makes the mean training image, and nothing else; none if the evaluator has not measured them."""
+        path = self.folder / "evaluator" / "summary.json"
+        return read_json(path).get("trivial", {}) if path.exists() else {}
+
+    @cached_property
     def comparisons(self) -> dict[str, Comparison]:
         """What the study's params.yaml declares to be compared."""
         return check_comparisons(self.params)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from equilab.core import config
-from equilab.core.config import UserError, did_you_mean, shown
+from equilab.core.config import UserError, did_you_mean, failures, shown
 
 LIKE, SHARED = "like", "shared"  # SHARED: the section of groups that no stage reads, and others are like
 MOST_VALUES, MOST_LEVELS = (
@@ -32,11 +33,18 @@ def written_out(sections: Mapping[str, Any], where: str) -> dict[str, Any]:
     A group within a group goes on with the keys of its counterpart, unless it says `like` itself or is of another `kind`.
     Whatever else is given, null and lists among them, replaces. `where` is the file, for messages.
 
-    Raises: UserError for a `like` that leads nowhere or back to itself, and for a `shared` group that nothing is like.
+    Raises: UserError with a sentence for each `like` that leads nowhere or back to itself, or for a group of `shared` that nothing
+    is like.
     """
     likes = _Likes(sections, where)
+    entries = [
+        (name, key) for name, section in sections.items() if isinstance(section, dict) for key in section
+    ]
+    checks = [partial(likes.value, sections[name][key], (name, key)) for name, key in entries if key != LIKE]
+    checks += [partial(likes.value, section, (name,)) for name, section in sections.items()]
+    if mistakes := failures(checks) or failures([likes.refuse_unused]):
+        raise UserError("\n".join(mistakes))
     found = {name: likes.value(section, (name,)) for name, section in sections.items()}
-    likes.refuse_unused()
     _refuse_growth(found, where)
     found.pop(SHARED, None)
     return found
@@ -107,12 +115,14 @@ class _Likes:
     def _opened(self, path: tuple) -> Iterator[None]:
         """Refuse to begin with a group that is begun already: it is like itself."""
         if path in self.open:
-            circle = [_dotted(each) for each in (*self.open[self.open.index(path) :], path)]
-            said = f"{circle[0]} is like {', which is like '.join(circle[1:])}"
+            circle = list(map(_dotted, self.open[self.open.index(path) :]))
+            start = circle.index(min(circle))  # the same sentence, wherever it is entered
+            names = [*circle[start:], *circle[: start + 1]]
+            said = f"{names[0]} is like {', which is like '.join(names[1:])}"
             raise UserError(f"{self.where}: {said}; give one of them its own keys")
         if len(self.open) >= MOST_LEVELS:
             raise UserError(
-                f"{self._told(path)}: too many groups are each like the next; name the first of them"
+                f"{self.where}: more than {MOST_LEVELS} groups are each like the next; be like the last"
             )
         self.open.append(path)
         try:
