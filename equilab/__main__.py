@@ -66,6 +66,14 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="train with another value of a key of the run (optimisation.lr=1e-3), any number of them; needs --out",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="train into a folder of its own")
     return parser.parse_args(arguments)
 
 
@@ -151,6 +159,8 @@ OWN = {
     "sample": ("equilab.sampling.command", "draw images from a run"),
     "score": ("equilab.score", "score a folder or file of images"),
     "card": ("equilab.card", "write a run as a folder to give away"),
+    "compare": ("equilab.compare", "compare the results here with committed ones"),
+    "doctor": ("equilab.doctor", "look at this machine and this installation"),
     "import": ("equilab.published.importing", "read published weights into results"),
 }
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
@@ -160,15 +170,22 @@ def stage(given: argparse.Namespace) -> int:
     """Run the jobs of a stage that are asked for, one after another, or say what they would cost."""
     from equilab.dvc import require_recorded
     from equilab.study import job_of, jobs_of, open_study
+    from equilab.trying import tries
 
     sections = open_study(given.params)
+    out = given.out and Path(os.path.relpath(given.out, given.params.absolute().parent))
     os.chdir(given.params.absolute().parent)
     asked = jobs_of(sections, given.stage, given.run, given.seed)
-    require_recorded(sections, given.stage, asked)
-    jobs = [job_of(sections, given.stage, each) for each in asked]
+    if given.set or out:
+        jobs = tries(sections, given.stage, asked, given.set, out)
+    else:
+        require_recorded(sections, given.stage, asked)
+        jobs = [job_of(sections, given.stage, each) for each in asked]
     for job in jobs:
         job.read(job.stage, job.run, job.seed)  # refuses mistakes of a later one before the first begins
     _join_processes(jobs[0])
+    if out and not given.dry_run:
+        jobs[0].begin()
     for job in jobs:
         if given.dry_run:
             _print_plan(job)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Measurement, Timer
 
-from equilab.core import config
+from equilab.core import config, like
 from equilab.core.code import PACKAGE
 from equilab.core.files import write, write_table
 from equilab.core.machine import precision
@@ -79,7 +79,7 @@ class Subject:
     """A work on a device in one precision: its config, its network with random weights, noise and labels."""
 
     def __init__(self, work: Work, device: torch.device, name: str):
-        self.sections = config.read(ROOT / work.study / "params.yaml")
+        self.sections = like.read(ROOT / work.study / "params.yaml")
         self.device, self.precision = device, name
         section, size = self.sections[work.stage], work.batch[device.type]
         entry = dict(section[work.run] if work.run else section)

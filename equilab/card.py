@@ -13,8 +13,9 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-from equilab.core.config import UserError, plain, read
+from equilab.core.config import UserError, plain
 from equilab.core.files import write, write_json
+from equilab.core.like import read
 from equilab.sampling import Generator
 from equilab.sampling.hub import FILES
 from equilab.sampling.opening import find_weights, open_run, study_of

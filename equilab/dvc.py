@@ -18,8 +18,10 @@ from equilab.study import CODE, Replicate, Sections, listings, read
 HEADER = """# Written by `python -m equilab graph` from params.yaml. A stage depends on the modules that it imports, on its part of
 # params.yaml and on the results that it reads. `study.root` leads to the repository. The stage `code` checks params.yaml, and
 # writes the modules of each stage as one file and the params of each job as another, on which the stages depend: DVC reads a
-# list of modules, and YAML, anew for every run, for seconds. What a stage wrote stays until it writes anew (persist).
+# list of modules, and YAML, anew for every run, for seconds. What a stage wrote stays until it writes anew (persist). At the end
+# stand the files that `dvc metrics` shows, and the charts of `dvc plots`.
 """
+METRICS = "results/metrics"
 
 
 def code_files(sections: Sections) -> dict[str, str]:
@@ -111,7 +113,52 @@ def graph(sections: Sections) -> dict[str, Any]:
         else:
             items = {job.item: _item(sections, stage, job) for job in sections.jobs(stage)}
             stages[stage] = {"foreach": items, "do": _entry(sections, stage)}
-    return {"stages": stages}
+    return {
+        "stages": stages,
+        "metrics": [METRICS] if sections.has("claims") else [],
+        "plots": plots(sections),
+    }
+
+
+def plots(sections: Sections) -> list[dict[str, Any]]:
+    """Return the charts of `dvc plots`, by images seen: the loss of what is trained, and distances along training, the runs of a
+    stage in one chart, the first seed of each."""
+    evaluator = sections.values.get("evaluator") or {}
+    distance = "fid_train" if evaluator.get("network") is None else "fd_train"
+    found = []
+    for stage in filter(sections.has, STAGES):
+        if "log.csv" in STAGES[stage].committed:
+            logs = {folder / "log.csv": "loss" for folder in _first_seeds(sections, stage)}
+            found.append(_chart(f"{stage}: loss", logs, "loss"))
+    for stage in filter(sections.has, GENERATORS):
+        curves = {folder / "curve.csv": distance for folder in _evaluated(sections, stage)}
+        if curves:
+            found.append(_chart(f"{stage}: {distance}", curves, "distance to training images"))
+    return found
+
+
+def _first_seeds(sections: Sections, stage: str) -> list[Path]:
+    """Return the results folders of a stage's runs, of each that of its first seed."""
+    jobs = {job.run: job for job in reversed(sections.jobs(stage))}
+    return [folder_of(stage, *job) for job in reversed(jobs.values())]
+
+
+def _evaluated(sections: Sections, stage: str) -> list[Path]:
+    """Return the folders of `evaluate` of those runs of a stage that keep snapshots."""
+    names = [run for run in _runs(sections, "evaluate") if sections.source("evaluate", run)[0] == stage]
+    kept = []
+    for name in names:
+        entry = sections.entry(*sections.source("evaluate", name))[0]
+        if (entry.get("optimisation") or {}).get("snapshots"):
+            kept.append(folder_of("evaluate", name, sections.seeds("evaluate", name)[0]))
+    return kept
+
+
+def _chart(title: str, columns: dict[Path, str], label: str) -> dict[str, Any]:
+    """Return a chart of columns of CSV files over the images seen, as DVC has it."""
+    y = {path.as_posix(): column for path, column in columns.items()}
+    words = {"title": title, "x_label": "images seen", "y_label": label, "template": "runs"}
+    return {title: {"x": "nimg", "y": y, **words}}
 
 
 def _runs(sections: Sections, stage: str) -> list[str]:
@@ -142,13 +189,9 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
     reads = [path for path, of in about.reads if not of or sections.has(of)]
     needed = [_params_file(stage, item), *_code(sections, stage), *reads, *_of_studies(sections, stage)]
     entry = {"cmd": command, "deps": list(dict.fromkeys(needed))}
-    if about.cached:
-        entry["outs"] = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
-    committed = [os.path.normpath(f"{out}/{file}") for file in about.committed]
-    for kind, is_metric in (("plots", False), ("metrics", True)):
-        if named := [file for file in committed if file.endswith(".json") == is_metric]:
-            entry[kind] = [_kept(file, cache=False) for file in named]
-    return entry
+    cached = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
+    committed = [_kept(os.path.normpath(f"{out}/{file}"), cache=False) for file in about.committed]
+    return {**entry, "outs": cached + committed}
 
 
 def _of_studies(sections: Sections, stage: str) -> list[str]:
@@ -180,11 +223,13 @@ def text(sections: Sections) -> str:
 def write(study: Path) -> Path:
     """Write dvc.yaml beside a study's params.yaml, and the settings of DVC; return its path.
 
-    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds.
+    Every study is a repository of DVC's own, which at each start reads all graphs of a repository, for seconds. Settings that
+    are there, which may name a remote, stay.
     """
     root = code.PACKAGE.parent
-    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
-        files.write(study / name, (root / name).read_text(encoding="utf-8"))
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvc/plots/runs.json", ".dvcignore"):
+        if name != ".dvc/config" or not (study / name).exists():
+            files.write(study / name, (root / name).read_text(encoding="utf-8"))
     files.write(study / "dvc.yaml", text(read(study / "params.yaml")))
     return study / "dvc.yaml"
 

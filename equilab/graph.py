@@ -117,7 +117,7 @@ STAGES = {
     "claims": Stage(
         "equilab.stages.claims",
         reads=TABLES,
-        committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md"),
+        committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md", "../metrics"),
         params=("comparisons",),
     ),
     "scoreboard": Stage(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from equilab.core import code, config
+from equilab.core import code, config, like
 from equilab.core.absent import absent_runs, without
 from equilab.core.config import Params, UserError, nearest
 from equilab.core.job import Distinct, Job, Seed, Study, checked_name
@@ -50,7 +50,7 @@ class Seeds(Params):
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of a study's params as YAML gives them, and what they say of runs, seeds and families."""
+    """The sections of a study's params, each `like` written out, and what they say of runs, seeds and families."""
 
     values: Mapping[str, Any]
     where: str  # the file, for messages
@@ -189,7 +189,7 @@ def read(params: Path) -> Sections:
 
     Raises: UserError if it is missing, or no YAML of sections.
     """
-    folder, sections = params.absolute().parent, config.read(params)
+    folder, sections = params.absolute().parent, like.read(params)
     absent = absent_runs(sections, folder)
     return Sections(without(sections, absent), str(params), folder, tuple(absent.values()))
 

@@ -19,7 +19,8 @@ from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
-from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.core.config import UserError, nearest, parse, read_json, unreadable
+from equilab.core.like import read
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
@@ -265,6 +266,12 @@ class Results:
         training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
         about = read_json(self.folder / "evaluator" / "summary.json", "floor")
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
+
+    @cached_property
+    def trivial(self) -> dict[str, float]:
+        """The distances of a model that makes the mean training image, and nothing else; none if the evaluator has not measured them."""
+        path = self.folder / "evaluator" / "summary.json"
+        return read_json(path).get("trivial", {}) if path.exists() else {}
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from equilab import __main__
-from equilab.core import config
+from equilab.core import like
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "studies/smoke/params.yaml"
@@ -16,13 +16,13 @@ SMOKE = ROOT / "studies/smoke/params.yaml"
 
 def current_studies():
     """Return the folders of the studies whose committed results are of their params as they are."""
-    listed = config.read(ROOT / "params.yaml")["scoreboard"]
+    listed = like.read(ROOT / "params.yaml")["scoreboard"]
     return [ROOT / folder for name, folder in listed["studies"].items() if name not in listed["earlier"]]
 
 
 def sections():
     """Return smoke's params, for a study in any folder."""
-    params = config.read(SMOKE)
+    params = like.read(SMOKE)
     params["study"]["root"] = str(ROOT)
     return params
 

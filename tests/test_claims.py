@@ -1,6 +1,7 @@
 """Claims: four tests against closed forms, declared comparisons, and a claim that YAML alone adds."""
 
 import contextlib
+import json
 import pathlib
 from types import SimpleNamespace
 
@@ -182,6 +183,20 @@ def test_a_claim_is_added_in_yaml_alone_and_listed_where_it_is_compared(tmp_path
     assert judge(other, found, 0.95) is None
 
 
+def test_of_a_run_that_is_no_better_than_the_mean_image_nothing_is_concluded(tmp_path):
+    """As after a training of four updates."""
+    runs = {"distill/get": {"fd": FD}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+    results = write_study(tmp_path, runs, comparisons=COMPARISONS)
+    (claim,) = claims_of(tmp_path / "claims", CLAIM)
+    path = results / "evaluator/summary.json"
+    for limit, verdict in ((3.0, HOLDS), (1.5, NONE), (0.5, NONE)):
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps({**about, "trivial": {"fd_train": limit, "fd_test": limit}}))
+        outcome = judge(claim, equilab.results(results), 0.95)
+        assert outcome.verdict == verdict
+        assert ("mean image" in outcome.effect) == (verdict == NONE)
+
+
 def test_references_that_disagree_are_said_to(tmp_path):
     runs = {"distill/get": {"fd": FD, "held_out": 9.0}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
     found = equilab.results(write_study(tmp_path, runs, comparisons=COMPARISONS))
@@ -239,7 +254,11 @@ def test_readings_of_activity_must_agree():
 
     def judged(rms):
         results = SimpleNamespace(
-            comparisons={claim.comparison: None}, compare=lambda _: found.assign(pairs_rms=rms)
+            comparisons={claim.comparison: None},
+            compare=lambda _: found.assign(pairs_rms=rms),
+            distance="fd_train",
+            runs=pd.DataFrame({"of": ["gan/gdd"], "fd_train": [5.0]}),
+            trivial={},
         )
         return judge(claim, results, 0.95)
 

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 from smoke import ROOT, SMOKE, called, refused, run, write_study
 
 from equilab import __main__, dvc, graph, study
-from equilab.core import config, files
+from equilab.core import config, files, like
 from equilab.core.config import Params, UserError
 
 STUDIES = [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))]
@@ -460,7 +460,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", ["a;touch PWNED", "$(touch PWNED)", "../../evil", "/evil", "a.b", "a@b", "a b", "-x", "ü", "<b>", "", "a" * 200])  # fmt: skip
 def test_a_name_that_is_no_word_is_refused(name, tmp_path, monkeypatch, capsys):
     folder = write_study(tmp_path)
-    params = config.read(folder / "params.yaml")
+    params = like.read(folder / "params.yaml")
     params["distill"][name] = params["distill"]["vit"]
     params["notebook"][name] = {"parameters": {}}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

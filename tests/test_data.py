@@ -33,7 +33,7 @@ from pictures import (
 from PIL import Image
 
 from equilab import __main__
-from equilab.core import config
+from equilab.core import like
 from equilab.core.config import UserError
 from equilab.data import images as data
 from equilab.data import reading
@@ -498,7 +498,7 @@ def small_study(place, **changes):
         "relative",
         "activation",
     )
-    entries = {key: {"dit": config.read(smoke.SMOKE)[key]["dit"]} for key in ("diffusion", "evaluate")}
+    entries = {key: {"dit": like.read(smoke.SMOKE)[key]["dit"]} for key in ("diffusion", "evaluate")}
     entries |= {"cost.runs": ["diffusion/dit"], "comparisons": {}, **dict.fromkeys(absent, ...)}
     return smoke.write_study(place, entries | {f"data.{key}": value for key, value in changes.items()})
 

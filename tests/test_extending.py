@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from equilab.core import config
+from equilab.core import like
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,7 +149,7 @@ def repository(tmp_path_factory):
 
 def params():
     """Return the smoke study with the two toys, and little beside them."""
-    smoke = config.read(ROOT / "studies/smoke/params.yaml")
+    smoke = like.read(ROOT / "studies/smoke/params.yaml")
     vit, dit = smoke["distill"]["vit"], smoke["diffusion"]["dit"]
     chain = {**smoke["evaluate"]["dit"]["chain"][0], "fixed_point": None}
     plain = {key: smoke["evaluate"]["vit"][key] for key in ("batch", "precision")}

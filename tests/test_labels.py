@@ -9,7 +9,7 @@ import smoke
 from pictures import encoded, write_folder
 
 from equilab import __main__
-from equilab.core import config
+from equilab.core import config, like
 from equilab.data import images as data
 from equilab.data.pairset import PairSet
 from equilab.sampling import load
@@ -51,13 +51,13 @@ def test_pairs_players_and_samples_draw_labels_as_frequently_as_training_images_
     inputs = load("teacher").inputs(0, np.arange(1000), None)
     assert 0.06 < inputs.label.double().mean() < 0.14
     loaded = data.load(Path("results/data"), "train")
-    entry = config.read(Path("params.yaml"))["gan"]
+    entry = like.read(Path("params.yaml"))["gan"]
     name = next(iter(entry))
     keys = {("seed" if key == "seeds" else key): value for key, value in entry[name].items()} | {"seed": 0}
     batch = gan.batch_of(config.parse(gan.Config, keys, "gan"), loaded, range(1000))
     assert 0.06 < batch.generator_label.double().mean() < 0.14
     assert 0.06 < batch.discriminator_label.double().mean() < 0.14
-    sections = config.read(Path("params.yaml"))
+    sections = like.read(Path("params.yaml"))
     sections["data"]["labels"] = "uniform"
     smoke.write_study(study, {"data": sections["data"]})
     assert __main__.main(["distill", "vit"]) == 2

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from smoke import called, keep, refused
 
 from equilab import __main__, dvc
-from equilab.core import config, rng
+from equilab.core import like, rng
 from equilab.data import images as data
 from equilab.data import latents
 from equilab.study import open_study
@@ -154,7 +154,7 @@ def test_the_vae_that_decodes_is_the_one_that_encoded(trained_study, capsys, vae
     net = AutoencoderKL.from_pretrained(vae)
     net.decoder.conv_out.bias.data += 1
     net.save_pretrained("other")
-    sections = config.read(Path("params.yaml"))
+    sections = like.read(Path("params.yaml"))
     sections["latents"]["vae"] = "other"
     keep(sections)
     assert "was made by another VAE than other holds; run `python -m equilab latents` again" in refused(
@@ -221,7 +221,7 @@ def test_the_graph_has_the_stages_of_the_study_alone(study):
     ],
 )
 def test_a_vae_that_is_missing_or_does_not_fit_is_named(study, capsys, change, command, sentence):
-    sections, before = config.read(Path("params.yaml")), content()
+    sections, before = like.read(Path("params.yaml")), content()
     sections["latents"] |= change
     keep(sections)
     assert sentence in refused(capsys, *command)
@@ -235,7 +235,7 @@ def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study
     told = refused(capsys, "diffusion", "dit")
     assert f"{shard} is damaged" in told and "run `python -m equilab latents` again" in told
     shard.write_bytes(whole)
-    sections = config.read(Path("params.yaml"))
+    sections = like.read(Path("params.yaml"))
     sections["evaluate"]["dit"]["chain"][0]["clamp"] = True
     keep(sections)
     assert "clamp holds images in -1..1, which latents are not; set it to false" in refused(capsys, "check")

@@ -13,7 +13,7 @@ import torch
 from smoke import ROOT, SMOKE, write_study
 
 from equilab import __main__
-from equilab.core import config, rng
+from equilab.core import config, like, rng
 from equilab.core.config import UserError
 from equilab.data.images import to_uint8
 from equilab.data.pairset import NOISE, PairSet
@@ -59,7 +59,7 @@ def test_a_pair_is_a_function_of_its_index(study):
 def test_a_pair_is_what_the_teacher_makes_of_its_noise(study):
     found = PairSet(study / "results/pairs")
     net, about = load_network(study / "results/teacher/weights.safetensors")
-    sampler = config.parse(Sampler, config.read(SMOKE)["pairs"]["sampler"], "pairs.sampler")
+    sampler = config.parse(Sampler, like.read(SMOKE)["pairs"]["sampler"], "pairs.sampler")
     noise, image, label = found.read(np.arange(30))
     last = finish(sampler.start(EDM(net, sigma_data=about["config"]["sigma_data"]), noise, label))
     difference = (to_uint8(last.x).int() - to_uint8(image).int()).abs()

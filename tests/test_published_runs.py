@@ -10,12 +10,12 @@ import yaml
 from smoke import ROOT, write_study
 
 from equilab import __main__, dvc, study
-from equilab.core import config
+from equilab.core import like
 from equilab.models.checkpoint import load_network
 from equilab.published.files import published_files
 
 IMAGE, CLASSES = (1, 8, 8), 10
-SMOKE = config.read(ROOT / "studies/smoke/params.yaml")
+SMOKE = like.read(ROOT / "studies/smoke/params.yaml")
 TRAINING = ("sigma_mean", "sigma_std", "optimisation", "equilibrium", "pairs", "loss")
 
 

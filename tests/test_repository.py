@@ -26,7 +26,7 @@ HEAVY = {
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["card", "check", "dvc", "planning", "score", "study", "graph"],
+    ["card", "check", "compare", "doctor", "dvc", "planning", "score", "study", "graph", "trying"],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["published"],

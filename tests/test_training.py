@@ -10,7 +10,7 @@ from conftest import golden
 from torch import nn
 
 from equilab import study
-from equilab.core import config, files, machine
+from equilab.core import files, like, machine
 from equilab.core.config import UserError
 from equilab.models import checkpoint as state
 from equilab.training.loop import Logged, Optimisation, Run, ema_decay, fit, learning_rate
@@ -228,12 +228,12 @@ def numbers(value, place=()):
 )
 def test_every_number_of_params_has_a_range_that_is_known_before_anything_is_built(stage):
     params = ROOT / "studies/smoke/params.yaml"
-    found = list(numbers(config.read(params)[stage]))
+    found = list(numbers(like.read(params)[stage]))
     assert found
     for place, value in found:
         if "seeds" in place:
             continue  # any number is one
-        sections = config.read(params)
+        sections = like.read(params)
         entry = sections[stage]
         for key in place[:-1]:
             entry = entry[key]

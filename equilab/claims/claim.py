@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,6 +23,7 @@ from equilab.claims.tests import (
     cheaper,
     no_worse,
     ordered,
+    short,
 )
 from equilab.core.config import Params, UserError, near, nearest, parse, read
 
@@ -150,7 +152,21 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
     outcomes = [tested(claim, rows, column, confidence) for column in columns(claim, rows)]
-    return agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
+    outcome = agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
+    return outcome if claim.measure is None or claim.measured else of_trained(outcome, rows["of"], results)
+
+
+def of_trained(outcome: Outcome, compared: Collection[str], results: Results) -> Outcome:
+    """Return an outcome without its verdict if one of the runs compared is no better than a model that makes the mean image."""
+    name, limit = results.distance, results.trivial.get(results.distance, np.inf)
+    runs = results.runs[results.runs["of"].isin(compared)]
+    worst = runs.groupby("of", sort=False)[name].max()  # of its seeds
+    poor = [
+        (of, f"{short(value)}, no better than the mean image ({short(limit)})")
+        for of, value in worst.items()
+        if value >= limit
+    ]
+    return replace(outcome, verdict=NONE, effects=(*outcome.effects, *poor)) if poor else outcome
 
 
 def columns(claim: Claim, rows: pd.DataFrame) -> list[str | None]:

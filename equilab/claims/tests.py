@@ -148,7 +148,7 @@ def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:
         steps.append(rows[rows["pair"] == k + 1].assign(side="runs", pair=k))
     found = _outcome(_ratios(pd.concat(steps), measure, confidence), 1.0, measure)
     points = ", ".join(rows.drop_duplicates("pair")["point"])
-    means = ", ".join(told_apart([_mean(values) for _, values in rows.groupby("pair")[measure]]))
+    means = ", ".join(told_apart([mean(values) for _, values in rows.groupby("pair")[measure]]))
     effects = (points, f"{named(measure)} {means}"), *found.effects
     return Outcome(found.verdict, found.low, found.high, effects, found.seeds)
 
@@ -211,7 +211,7 @@ def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
     points = runs["point"].iloc[0], baseline["point"].iloc[0]
     counted = column in COUNTED + MEMORY
     means = tuple(
-        np.float64(side[column].mean()) if counted else _mean(side[column]) for side in (runs, baseline)
+        np.float64(side[column].mean()) if counted else mean(side[column]) for side in (runs, baseline)
     )
     with np.errstate(divide="ignore", invalid="ignore"):  # a recall of 0
         value = means[0] / means[1] if column in HIGHER else means[1] / means[0]
@@ -254,6 +254,6 @@ def _all(verdicts: Sequence[str]) -> str:
     return next((verdict for verdict in (FAILS, NONE, INCONCLUSIVE) if verdict in verdicts), HOLDS)
 
 
-def _mean(values: pd.Series) -> np.float64:
+def mean(values: pd.Series) -> np.float64:
     """Return the geometric mean; the mean of values that are not all positive."""
     return np.float64(stats.gmean(values) if (values > 0).all() else values.mean())

@@ -84,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises: UserError if it is missing, is not YAML or is not a mapping of sections.
     """
     try:
-        sections = _load(path.read_text(encoding="utf-8"))
+        sections = load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
     except yaml.YAMLError as error:
@@ -97,8 +97,12 @@ def read(path: Path) -> dict[str, Any]:
     return sections
 
 
-def _load(text: str) -> Any:
-    """Return the content of YAML that is nested no deeper, and does not grow by aliases larger, than any params are."""
+def load(text: str) -> Any:
+    """Return the content of YAML.
+
+    Raises: YAMLError if it is none, or nested deeper, or grown by aliases larger, than any params are; what Python says of a
+    value that does not fit its tag.
+    """
     depth, anchors = 0, set()
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from equilab.core.config import UserError, parse, read, read_json
+from equilab.core.config import UserError, parse, read_json
+from equilab.core.like import read
 from equilab.models.checkpoint import load_network
 from equilab.sampling.generators import Generator, from_network
 from equilab.sampling.hub import fetch, is_on_hub

@@ -12,9 +12,9 @@ import pandas as pd
 from pydantic import Field
 
 from equilab.claims.claim import DEPENDS, Claim, judge, read_claims, refuse_mistyped
-from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcome
+from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcome, mean
 from equilab.core.config import Params
-from equilab.core.files import write
+from equilab.core.files import write, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.tables import NotRunError, Results, results
 
@@ -52,7 +52,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 def run(config: Config, job: Job) -> None:
     """Write `results/claims.csv` and `claims.md`, and `measured.csv` and `measured.md` for what rests on seconds or memory; say how
-    many claims are judged how, and what has not run yet.
+    many claims are judged how, and what has not run yet. For `dvc metrics`, write the scores of every run into `results/metrics`.
 
     Raises: UserError if a claim is mistyped, or the results lack what it is about.
     """
@@ -70,6 +70,20 @@ def run(config: Config, job: Job) -> None:
         print(f"claims: comparisons without a claim: {'; '.join(sorted(unclaimed))}")
     if absent:
         print(f"claims: not run yet: {absent}")
+    write_metrics(found, Path("results/metrics"))
+
+
+def write_metrics(found: Results, folder: Path) -> None:
+    """Write the scores of every run at its headline setting, means over its seeds, as a file each: `distill/get-m.json`."""
+    names = [name for name in (found.distance, found.distance.replace("train", "test")) if name in found.runs]
+    written = set()
+    for of, rows in found.runs.groupby("of", sort=False):
+        scores = {name: float(f"{mean(rows[name]):.6g}") for name in names if rows[name].notna().all()}
+        write_json(folder / f"{of}.json", {**scores, "seeds": len(rows)})
+        written.add(folder / f"{of}.json")
+    for path in folder.rglob("*.json"):  # of runs that there were before
+        if path not in written:
+            path.unlink()
 
 
 def judged_claims(found: Results, confidence: float, claims: Sequence[Claim]) -> list[tuple[Claim, Outcome]]:

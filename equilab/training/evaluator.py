@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from equilab.core.config import Params, UserError
@@ -44,8 +45,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 
 def run(config: Config, job: Job) -> None:
-    """Train the classifier on the study's training images; write its weights, its accuracy on the test images, and
-    the floor: the scores of real images.
+    """Train the classifier on the study's training images; write its weights, its accuracy on the test images, the floor: the
+    scores of real images, and what is trivial: the distances of a model that makes their mean, and nothing else.
 
     Raises: UserError if the data are missing, damaged, without labels or too few.
     """
@@ -66,7 +67,10 @@ def run(config: Config, job: Job) -> None:
         return
     scorer = Scorer(job.out, folder_of("data"), CACHE, device_of(job), config)
     floor = scorer.floor(config.samples, job.study.seed)
-    write_json(job.out / "summary.json", {**summary, "samples": config.samples, "floor": floor})
+    mean = np.round(data.images.mean(0)).astype(np.uint8)
+    trivial = scorer.distances(np.repeat(mean[np.newaxis], SPLITS, axis=0))
+    about = {"samples": config.samples, "floor": floor, "trivial": trivial}
+    write_json(job.out / "summary.json", {**summary, **about})
     accuracy = summary.get("accuracy_test")
     network = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
     print(f"evaluator: {network}; the floor of scores is that of {config.samples:,} real images")

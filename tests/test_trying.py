@@ -1,0 +1,81 @@
+"""`--set KEY=VALUE --out FOLDER`: tries of a run, beside the study's results."""
+
+import json
+from pathlib import Path
+
+import pytest
+from smoke import called, refused, write_study
+
+from equilab.models.checkpoint import read_metadata
+from equilab.trying import TRAINED
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study that has its data, current folder."""
+    monkeypatch.chdir(write_study(tmp_path))
+    called("data")
+    return tmp_path
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_try_is_trained_with_what_is_set_and_leaves_the_study_as_it_was(study):
+    before = content("results")
+    setting = ("--set", "optimisation.nimg=320", "--set", "optimisation.snapshots=[]", "--set", "images=all")
+    called("evaluator", *setting, "--out", "results/try1")
+    assert {path: text for path, text in content("results").items() if "try1" not in path.parts} == before
+    config = read_metadata(Path("results/try1/weights.safetensors"))["config"]
+    assert (config["optimisation"]["nimg"], config["images"]) == (320, "all")
+    record = json.loads(Path("results/try1/try.json").read_text())
+    assert record["stage"] == "evaluator" and record["set"]["images"] == "all"
+    assert not list(Path(".equilab/scratch").iterdir())
+
+
+def test_every_stage_that_trains_can_be_tried_and_no_other(study, capsys):
+    assert {"evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency"} <= {*TRAINED}
+    assert "progressive" in TRAINED and "pairs" not in TRAINED
+    assert "pairs does not" in refused(capsys, "pairs", "--set", "count=3", "--out", "x")
+
+
+def test_a_try_of_a_run_has_a_folder_for_each_seed_and_says_its_config(study, capsys):
+    called("distill", "get", "--set", "optimisation.lr=5e-1", "--out", "x", "--dry-run")
+    assert capsys.readouterr().out.count("lr: 0.5") == 2
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("optimisation.lrr=1e-3", "distill.get.optimisation.lrr: unknown key; did you mean 'lr'"),
+        ("optimsation.lr=1e-3", "did you mean 'optimisation'"),
+        ("optimisation.lr=fast", "distill.get.optimisation.lr: expected a number"),
+        ("network.heads=3", "heads"),
+        ("pairs.count=3", "pairs is 200"),
+        ("optimisation.lr", "give a key of the run and its value"),
+        ("optimisation.betas=[0.9", "no value of YAML"),
+        ("seeds=[5]", "--seed"),
+    ],
+)
+def test_what_is_set_is_checked_like_params(setting, words, study, capsys):
+    assert words in refused(capsys, "distill", "get", "--set", setting, "--out", "x", "--dry-run")
+    assert not Path("x").exists()
+
+
+def test_a_try_needs_a_folder_of_its_own(study, capsys):
+    arguments = ("evaluator", "--set", "optimisation.nimg=320")
+    assert "--out FOLDER" in refused(capsys, *arguments)
+    for taken in ("results", "results/distill/get", ".", "results/code"):
+        assert f"--out {taken}:" in refused(capsys, *arguments, "--out", taken)
+    Path("mine").mkdir()
+    Path("mine/a.txt").write_text("a")
+    assert "it holds other files" in refused(capsys, *arguments, "--out", "mine")
+    assert "it is a file" in refused(capsys, *arguments, "--out", "mine/a.txt")
+    called(*arguments, "--out", "x")
+    first = content("x")
+    called(*arguments, "--out", "x")
+    assert content("x") == first
+    told = refused(capsys, "evaluator", "--set", "optimisation.lr=1.0", "--out", "x")
+    assert "optimisation.nimg=320" in told and content("x") == first
