@@ -93,7 +93,7 @@ class Comparison:
             values = {name: np.exp(worst[f"log_{name}"]) for name in ("there", "here")}
             limit = np.exp(limits[worst.name])
             place = {"setting": worst["position"], "score": worst["score"]}
-            rows.append({"of": of, "found": found, **place, **values, "up to": limit, "why": why})
+            rows.append({"of": of, "found": found, **place, **values, "ratio up to": limit, "why": why})
         return pd.DataFrame(rows)
 
     @cached_property
@@ -124,7 +124,7 @@ class Comparison:
         ]
         if len(differing):
             head = f"Of each run the score that lies furthest apart; {self._tolerance()}"
-            parts += [head, differing.to_markdown(index=False, floatfmt=".4g")]
+            parts += [head, differing.to_markdown(index=False, floatfmt=".4g", missingval="–")]
         if len(verdicts):
             parts.append(verdicts.to_markdown(index=False))
         parts.append("reproduced" if self.reproduced else "not reproduced")
@@ -147,36 +147,35 @@ class Comparison:
             return "of one machine class all have to be the same."
         if not np.isfinite(self._spread()).all():
             return f"no run has several seeds, so {UNKNOWN:.0%} pass."
-        return "the tolerance is how far replicates of one run lie apart here, by their seeds."
+        return "the tolerance is how far replicates of one run lie apart, by their seeds."
 
     def _one_class(self) -> bool:
         return machines(self.there) == machines(self.here)
 
-    def _means(self) -> pd.DataFrame:
-        """Return a row for each run, setting and reference: the means of the logarithms over seeds, there and here, and how many."""
-        name = self.there.score.lower()
-        tables = []
+    def _logs(self) -> pd.DataFrame:
+        """Return a row for each score of each replicate at each setting, there and here: its logarithm, and the `place`."""
+        name, tables = self.there.score.lower(), []
         for place, each in (("there", self.there), ("here", self.here)):
             rows = each.settings.melt(["of", "position", "seed"], [f"{name}_train", f"{name}_test"], "score")
-            rows["log"] = np.log(rows["value"].where(rows["value"] > 0))
-            means = rows.groupby(["of", "position", "score"], sort=False)["log"].agg(["mean", "count"])
-            tables.append(means.rename(columns={"mean": f"log_{place}", "count": f"seeds_{place}"}))
-        return tables[0].join(tables[1], how="outer").reset_index()
+            tables.append(rows.assign(log=np.log(rows["value"].where(rows["value"] > 0)), place=place))
+        return pd.concat(tables)
+
+    def _means(self) -> pd.DataFrame:
+        """Return a row for each run, setting and reference: the means of the logarithms over seeds, there and here, and how many."""
+        logs = self._logs().groupby(["of", "position", "score", "place"], sort=False)["log"]
+        found = logs.agg(["mean", "count"]).unstack("place")
+        found.columns = [f"{'log' if kind == 'mean' else 'seeds'}_{place}" for kind, place in found.columns]
+        return found.reset_index()
 
     def _spread(self) -> pd.Series:
         """Return for each reference the standard deviation of the logarithms of scores between the seeds of a run, over all runs
-        that have several; nan if none has."""
-        name = self.there.score.lower()
-        rows = self.there.settings.melt(
-            ["of", "position", "seed"], [f"{name}_train", f"{name}_test"], "score"
-        )
-        rows["log"] = np.log(rows["value"].where(rows["value"] > 0))
-        groups = rows.groupby(["of", "position", "score"])["log"]
-        found = groups.agg(["var", "count"]).dropna().reset_index()
-        found["weight"] = found["count"] - 1
+        that have several, there or here; nan if none has."""
+        groups = self._logs().groupby(["place", "of", "position", "score"])["log"]
+        found = groups.agg(["var", "count"]).reset_index()
+        found["weight"] = (found["count"] - 1).where(found["var"].notna(), 0)
         found["sum"] = found["var"] * found["weight"]
-        sums = found.groupby("score")[["sum", "weight"]].sum().reindex([f"{name}_train", f"{name}_test"])
-        return np.sqrt(sums["sum"] / sums["weight"])
+        sums = found.groupby("score")[["sum", "weight"]].sum()
+        return np.sqrt(sums["sum"] / sums["weight"].where(sums["weight"] > 0))
 
     def _limits(self, both: pd.DataFrame) -> pd.Series:
         """Return how far each pair of mean logarithms may lie apart."""
