@@ -6,7 +6,6 @@ them: `of`, a trained run as params name it ("distill/get-m", or "teacher"), and
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,8 @@ from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
-from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
+from equilab.core.checked import read_arrays, read_table
+from equilab.core.config import UserError, nearest, parse, read, read_json
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
@@ -42,6 +42,13 @@ SETTINGS = (
     "inception_score",
 )
 RUN = ("of", "seed", "family")
+# what is read of files of results
+EVALUATED = {"of": str, "run": str, "seed": int, "family": str}
+TRAINED = {"stage": str, "config": dict[str, Any], "parameters": int, "nimg": int}
+SWEEP = ("nfe", "flops")
+MEASURED = [f"{score}_{split}" for score in ("fd", "fid", "kid") for split in ("train", "test")]
+MEASURED += ["l1_held_out", "l1_train", "precision", "recall", "inception_score"]
+SECONDS = ("seconds", "seconds_min", "seconds_max", "memory_mib")
 COSTS = (
     *RUN,
     "what",
@@ -103,8 +110,8 @@ class Results:
         """
         parts = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
-            sweep = _table(path.with_name("sweep.csv"))
+            about = read_json(path, **EVALUATED)
+            sweep = _sweep(path, about)
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
                 sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
@@ -129,7 +136,7 @@ class Results:
         """
         rows = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
+            about = read_json(path, **EVALUATED)
             summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
@@ -153,11 +160,11 @@ class Results:
         `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
+            about = read_json(path, **EVALUATED)
             summary = self.summary(about["of"], about["seed"])
-            curve = _table(path.with_name("curve.csv"))
+            curve = read_table(path.with_name("curve.csv"), ["nimg"], ["nimg", *MEASURED])
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
-                end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
+                end = _sweep(path, about).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
             curve["nimg"] += _before(summary)
@@ -174,7 +181,7 @@ class Results:
         (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
         not run.
         """
-        table = self._read("cost/cost.csv", COSTS)
+        table = self._read("cost/cost.csv", COSTS, (*RUN, "what", *SECONDS), SECONDS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
@@ -186,7 +193,10 @@ class Results:
 
         Without rows if the stage activation has not run.
         """
-        table = self._joined(self._read("activation/activation.csv", ACTIVATION))
+        numbers = ("depth", "step", "at", "mean", "rms")
+        table = self._joined(
+            self._read("activation/activation.csv", ACTIVATION, (*RUN, "layer", *numbers), numbers)
+        )
         table["part"] = table["layer"].str.split(".").str[0].map({"enc": "encoder", "dec": "decoder"})
         # the encoder begins at the image, the decoder deep inside
         inwards = table["depth"].where(table["part"] == "encoder", -table["depth"])
@@ -252,18 +262,19 @@ class Results:
     def claims(self) -> pd.DataFrame:
         """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
         rows if the stage claims has not run."""
-        return self._read("claims.csv", CLAIMS).fillna("")
+        return self._read("claims.csv", CLAIMS, CLAIMS).fillna("")
 
     @cached_property
     def measured(self) -> pd.DataFrame:
         """The same of claims on seconds and memory."""
-        return self._read("measured.csv", CLAIMS).fillna("")
+        return self._read("measured.csv", CLAIMS, CLAIMS).fillna("")
 
     @cached_property
     def floor(self) -> pd.DataFrame:
         """What real images score, a row for each `measure`: `test`, the held-out images against the training images; `halves`,
         training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
-        about = read_json(self.folder / "evaluator" / "summary.json", "floor")
+        floor = dict[str, dict[str, float]]
+        about = read_json(self.folder / "evaluator" / "summary.json", floor=floor)
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
     @cached_property
@@ -384,7 +395,7 @@ class Results:
         if rows.empty:
             known = ", ".join(sorted(self.runs["of"].unique()))
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
-        return _arrays(rows["folder"].iloc[0] / "iterates.npz")
+        return read_arrays(rows["folder"].iloc[0] / "iterates.npz", "images")
 
     def samples(self, of: str, seed: int = 0) -> np.ndarray:
         """Return the images (N, C, H, W) uint8 that a run's replicate makes of fixed noises, the same for all, at its headline setting.
@@ -402,17 +413,20 @@ class Results:
 
         Raises: UserError if it is missing or damaged.
         """
-        return read_json(self._trained(of, seed) / "summary.json", "stage", "config", "parameters", "nimg")
+        return read_json(self._trained(of, seed) / "summary.json", **TRAINED)
 
     def log(self, of: str, seed: int = 0) -> pd.DataFrame:
         """Return the log of a run's replicate, a row for each report: `nimg`, `loss`, `lr`, and the losses of an adversary.
 
         Raises: UserError if it is missing or damaged.
         """
-        return _table(self._trained(of, seed) / "log.csv")
+        columns = ("nimg", "loss", "lr")
+        return read_table(self._trained(of, seed) / "log.csv", columns, columns)
 
     def _evaluated(self) -> list[Path]:
-        return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
+        """Return what was evaluated, but for what a process left that was killed."""
+        found = sorted(self.folder.glob("evaluate/*/*/metrics.json"))
+        return [path for path in found if not path.parent.name.startswith(".")]
 
     def _trained(self, of: str, seed: int) -> Path:
         return self.folder / of / ("" if of == "teacher" else str(seed))
@@ -433,13 +447,18 @@ class Results:
 
     @cached_property
     def _relative(self) -> pd.DataFrame:
-        return self._read("relative/relative.csv", RELATIVE)
+        return self._read("relative/relative.csv", RELATIVE, RELATIVE[:4], ("seed", "distance"))
 
-    def _read(self, file: str, columns: tuple[str, ...]) -> pd.DataFrame:
-        """Return a table that a stage wrote, with these columns even where it had nothing to write there; one without rows if
-        the stage has not run."""
+    def _read(
+        self, file: str, columns: tuple[str, ...], needed: tuple[str, ...], numbers: tuple[str, ...] = ()
+    ) -> pd.DataFrame:
+        """Return a table that a stage wrote, with these columns even where it had nothing to write there but for those that are
+        `needed`; one without rows if the stage has not run."""
         path = self.folder / file
-        table = _table(path) if path.exists() else pd.DataFrame(columns=list(columns))
+        least = 1 if numbers else 0  # of what is measured there is something
+        table = (
+            read_table(path, needed, numbers, least) if path.exists() else pd.DataFrame(columns=list(columns))
+        )
         return table.reindex(columns=list(dict.fromkeys([*table, *columns])))
 
     def _from_first(self) -> pd.DataFrame:
@@ -481,6 +500,12 @@ def results(folder: Path | str = "results") -> Results:
     if not found._evaluated():
         raise UserError(f"{folder} holds no evaluated run; run `dvc repro`, or give another results folder")
     return found
+
+
+def _sweep(path: Path, about: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the settings at which a replicate was evaluated; `path` is that of its metrics, `about` their content, which says how
+    many settings there are, unless it was written before it did."""
+    return read_table(path.with_name("sweep.csv"), SWEEP, [*SWEEP, *MEASURED], least=about.get("settings", 1))
 
 
 def _named(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -537,7 +562,7 @@ def _images_to(aim: float, curve: pd.DataFrame, column: str) -> float:
 def _residual_ratios(path: Path, settings: int) -> list[float]:
     """Return for each setting of a chain the geometric mean of the last residuals in the less noisy half of its timesteps over that in
     the noisier half; nan where there is no fixed point, or too few steps. The first step, which has nothing to reuse, is left out."""
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     ratios = []
     for k in range(settings):
         ratio = np.nan
@@ -549,22 +574,3 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
             ratio = np.exp(logs[-half:].mean() - logs[1 : 1 + half].mean())
         ratios.append(float(ratio))
     return ratios
-
-
-def _table(path: Path) -> pd.DataFrame:
-    """Return a table that a stage wrote, all of it; an empty one if the stage had nothing to write."""
-    try:
-        text = path.read_text()
-        if text.strip() and not text.endswith("\n"):
-            raise ValueError("cut short")
-        return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except Exception as error:  # a damaged archive raises what its damage leads to
-        raise unreadable(path, error) from None
