@@ -110,7 +110,8 @@ def stages(given: argparse.Namespace) -> int:
 
 def clean(given: argparse.Namespace) -> int:
     """Remove what is left of unfinished runs that params.yaml no longer has, and what it lists as kept where RUN names it."""
-    from equilab.core.files import LOGS, SCRATCH, left_over, locked, remove
+    from equilab.core.edge import LOGS
+    from equilab.core.files import SCRATCH, left_over, locked, remove
     from equilab.graph import STAGES
     from equilab.study import open_study
 

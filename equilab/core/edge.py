@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from equilab.core.config import UserError
-from equilab.core.files import LOGS
+
+LOGS = Path(".equilab/errors")  # of a study: tracebacks, a file each
 
 
 def answered(command: Callable[[], int | None], words: Sequence[str]) -> int:

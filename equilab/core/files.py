@@ -24,7 +24,6 @@ from equilab.core.job import Job
 from equilab.core.process import is_first
 
 SCRATCH = Path(".equilab/scratch")  # of unfinished work, a folder a job
-LOGS = Path(".equilab/errors")  # tracebacks of what nobody foresaw, a file each
 
 
 def write(path: Path, content: bytes | str) -> None:
