@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
 from equilab.core.checked import read_arrays, read_table
-from equilab.core.config import UserError, nearest, parse, read, read_json
+from equilab.core.config import UserError, nearest, parse, read, read_json, unreadable
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
+from equilab.models.registry import FAMILIES
 
 # columns that tables have even where a study has no use for them, or the stage that measures them has not run
 SETTINGS = (
@@ -43,9 +45,18 @@ SETTINGS = (
 )
 RUN = ("of", "seed", "family")
 # what is read of files of results
-EVALUATED = {"of": str, "run": str, "seed": int, "family": str}
-TRAINED = {"stage": str, "config": dict[str, Any], "parameters": int, "nimg": int}
-SWEEP = ("nfe", "flops")
+EVALUATED = {"of": str, "seed": int, "family": Literal[tuple(FAMILIES)], "settings": int | None}
+TRAINED = {
+    "stage": str,
+    "config": Annotated[dict[str, Any], Field(min_length=1)],
+    "nimg": NonNegativeInt,
+    "nimg_before": NonNegativeInt | None,
+    "parameters": NonNegativeInt,
+    "parameters_trained": NonNegativeInt | None,
+    "flops_image": NonNegativeFloat | None,
+    "train_flops_image": NonNegativeFloat | None,
+}
+DISTANCES = ("fd_train", "fid_train")
 MEASURED = [f"{score}_{split}" for score in ("fd", "fid", "kid") for split in ("train", "test")]
 MEASURED += ["l1_held_out", "l1_train", "precision", "recall", "inception_score"]
 SECONDS = ("seconds", "seconds_min", "seconds_max", "memory_mib")
@@ -110,7 +121,7 @@ class Results:
         """
         parts = []
         for path in self._evaluated():
-            about = read_json(path, **EVALUATED)
+            about = self._about(path)
             sweep = _sweep(path, about)
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
@@ -136,7 +147,7 @@ class Results:
         """
         rows = []
         for path in self._evaluated():
-            about = read_json(path, **EVALUATED)
+            about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
@@ -160,15 +171,16 @@ class Results:
         `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
-            about = read_json(path, **EVALUATED)
+            about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
-            curve = read_table(path.with_name("curve.csv"), ["nimg"], ["nimg", *MEASURED])
+            snapshots = summary["config"].get("optimisation", {}).get("snapshots", ())
+            curve = _scored(path.with_name("curve.csv"), ("nimg",), least=len(snapshots))
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
                 end = _sweep(path, about).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
             curve["nimg"] += _before(summary)
-            flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
+            flops = (summary.get("train_flops_image") or np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
@@ -273,7 +285,7 @@ class Results:
     def floor(self) -> pd.DataFrame:
         """What real images score, a row for each `measure`: `test`, the held-out images against the training images; `halves`,
         training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
-        floor = dict[str, dict[str, float]]
+        floor = Annotated[dict[str, dict[str, float]], Field(min_length=1)]
         about = read_json(self.folder / "evaluator" / "summary.json", floor=floor)
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
@@ -413,7 +425,11 @@ class Results:
 
         Raises: UserError if it is missing or damaged.
         """
-        return read_json(self._trained(of, seed) / "summary.json", **TRAINED)
+        path = self._trained(of, seed) / "summary.json"
+        found = read_json(path, **TRAINED)
+        if found["stage"] != of.partition("/")[0]:
+            raise unreadable(path, f"it is of the stage {found['stage']}")
+        return found
 
     def log(self, of: str, seed: int = 0) -> pd.DataFrame:
         """Return the log of a run's replicate, a row for each report: `nimg`, `loss`, `lr`, and the losses of an adversary.
@@ -421,12 +437,21 @@ class Results:
         Raises: UserError if it is missing or damaged.
         """
         columns = ("nimg", "loss", "lr")
-        return read_table(self._trained(of, seed) / "log.csv", columns, columns)
+        least = 0 if "published" in self.summary(of, seed)["config"] else 1  # trained elsewhere
+        return read_table(self._trained(of, seed) / "log.csv", columns, columns, least)
 
     def _evaluated(self) -> list[Path]:
         """Return what was evaluated, but for what a process left that was killed."""
         found = sorted(self.folder.glob("evaluate/*/*/metrics.json"))
         return [path for path in found if not path.parent.name.startswith(".")]
+
+    def _about(self, path: Path) -> dict[str, Any]:
+        """Return what metrics.json says of a replicate, which is that of its folder."""
+        about, (run, seed) = read_json(path, **EVALUATED), path.parts[-3:-1]
+        of = self.params["evaluate"].get(run, about).get("of")
+        if (about["of"], str(about["seed"])) != (of, seed):
+            raise unreadable(path, f"it is of {about['of']}, seed {about['seed']}")
+        return about
 
     def _trained(self, of: str, seed: int) -> Path:
         return self.folder / of / ("" if of == "teacher" else str(seed))
@@ -505,7 +530,18 @@ def results(folder: Path | str = "results") -> Results:
 def _sweep(path: Path, about: Mapping[str, Any]) -> pd.DataFrame:
     """Return the settings at which a replicate was evaluated; `path` is that of its metrics, `about` their content, which says how
     many settings there are, unless it was written before it did."""
-    return read_table(path.with_name("sweep.csv"), SWEEP, [*SWEEP, *MEASURED], least=about.get("settings", 1))
+    return _scored(path.with_name("sweep.csv"), ("nfe", "flops"), about.get("settings") or 1)
+
+
+def _scored(path: Path, numbers: tuple[str, ...], least: int) -> pd.DataFrame:
+    """Return a table with the columns `numbers` and scores; one without rows need not have columns.
+
+    Raises: UserError if it is missing or damaged, or has fewer than `least` rows.
+    """
+    table = read_table(path, (), [*numbers, *MEASURED], least)
+    if len(table) and not (table.columns.intersection(DISTANCES).size and {*numbers} <= {*table}):
+        raise unreadable(path, "it has no scores")
+    return table
 
 
 def _named(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -537,7 +573,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _before(summary: Mapping[str, Any]) -> int:
     """Return the training images that the students before this one saw, in a chain of which each teaches the next."""
-    return summary.get("nimg_before", 0)
+    return summary.get("nimg_before") or 0
 
 
 def _seen(summary: Mapping[str, Any]) -> int:

@@ -67,7 +67,7 @@ def test_a_run_is_a_row_for_each_seed_with_its_config_flattened(study):
         list(get["seed"]) == [0, 1, 2] and set(get["label"]) == {"GET"} and set(get["stage"]) == {"distill"}
     )
     assert list(get["network.width"]) == [8] * 3 and list(get["equilibrium.iterations"]) == [6] * 3
-    assert get["optimisation.snapshots"].iloc[0] == (5,)
+    assert get["optimisation.snapshots"].iloc[0] == (250, 500)
     assert runs["equilibrium.iterations"].isna().sum() == len(runs) - 3  # an explicit model has none
     assert list(get["fd_train"]) == [2.0, 2.2, 2.4]  # the headline's
 

@@ -58,7 +58,7 @@ def read_table(
     path: Path, columns: Collection[str] = (), numbers: Collection[str] = (), least: int = 0
 ) -> pd.DataFrame:
     """Return a table that a stage wrote as CSV, in full: with these columns, in `numbers` nothing but numbers where it has these
-    columns, and at least so many rows. One without rows need not have columns.
+    columns, and at least so many rows.
 
     Raises: UserError if it is missing, damaged, or lacks any of that.
     """
@@ -76,8 +76,9 @@ def read_table(
         raise unreadable(path, error) from None
     if len(table) < least:
         raise unreadable(path, f"it has {len(table)} rows of {least}")
-    if absent := [name for name in columns if name not in table] if text.strip() else []:
-        raise unreadable(path, f"it has no {absent[0]}")
+    for name in columns:
+        if name not in table:
+            raise unreadable(path, f"it has no {name}")
     for name in numbers:
         if name in table and not pd.api.types.is_numeric_dtype(table[name]):
             raise unreadable(path, f"{name} holds what is no number")

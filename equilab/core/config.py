@@ -143,7 +143,8 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_json(path: Path, *keys: str, **types: Any) -> dict[str, Any]:
-    """Return a JSON file of results that has `keys`, and those of `types` with a value of their type, as pydantic knows types.
+    """Return a JSON file of results that has `keys`, and those of `types` with a value of their type, as pydantic knows types;
+    one that may be None may be missing.
 
     Raises: UserError if it is missing, damaged, or lacks one.
     """
@@ -166,10 +167,10 @@ def read_json(path: Path, *keys: str, **types: Any) -> dict[str, Any]:
 def _content(*keys: str, **types: Any) -> type[BaseModel]:
     """Return the model of a JSON file of which these keys are read."""
     settings = ConfigDict(extra="allow", strict=True)
-    fields = {**dict.fromkeys(keys, Any), **types}
-    return create_model(
-        "Content", __config__=settings, **{name: (kind, ...) for name, kind in fields.items()}
-    )
+    fields = dict.fromkeys(keys, (Any, ...))
+    for name, kind in types.items():
+        fields[name] = (kind, None if type(None) in typing.get_args(kind) else ...)
+    return create_model("Content", __config__=settings, **fields)
 
 
 def unreadable(path: Path, reason: object = "") -> UserError:

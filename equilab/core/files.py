@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -55,6 +56,8 @@ def write_together(contents: Mapping[Path, bytes | str]) -> None:
 
 def _write(path: Path, temporary: Path, content: bytes | str) -> None:
     """Write the content of a file into another beside it, down to the disk."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in its place", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
         if not _alive(int(left.name.split(".")[-2])):

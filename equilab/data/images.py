@@ -52,7 +52,7 @@ class Config(Params):
     source: Literal["digits", "cifar10", "folder", "datasets"]
     path: str | None
     test_path: str | None
-    test: PositiveInt | None
+    test: Annotated[int, Field(ge=1, le=10**10)] | None
     image: tuple[Size, Size, Size]
     classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
     datasets: Datasets | None

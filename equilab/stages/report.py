@@ -8,12 +8,12 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from scipy import stats
 
 from equilab.claims.tests import SEEDS, named, short
@@ -64,6 +64,9 @@ class Cell(BaseModel):
     source: str | list[str]
     metadata: dict[str, Any]
     outputs: list[dict[str, Any]] = []
+
+
+Cells = Annotated[list[Cell], Field(min_length=1)]
 
 
 class Config(Params):
@@ -333,7 +336,7 @@ def _notebook(folder: Path) -> tuple[str, dict[str, str]]:
     """
     drawn = {path.read_bytes(): path.stem for path in sorted(folder.glob("*.png"))}
     parts, figures, last = [], {}, []
-    for cell in read_json(folder / f"{folder.name}.ipynb", cells=list[Cell])["cells"]:
+    for cell in read_json(folder / f"{folder.name}.ipynb", cells=Cells)["cells"]:
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
         if cell["cell_type"] == "markdown":
             parts.append(_markdown(source))
