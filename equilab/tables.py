@@ -162,7 +162,7 @@ class Results:
         )  # keys that no run sets
         table = table.merge(self._headline(), on=["of", "seed"])
         table = table.merge(self._rises(), on=["of", "seed"], how="left")
-        table = table.merge(self._from_first(), on=["run", "seed"], how="left")
+        table = table.merge(self._from_first(), on=["of", "seed"], how="left")
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
@@ -267,8 +267,7 @@ class Results:
         Without rows if the stage relative has not run.
         """
         table = self._relative
-        names = self.runs.drop_duplicates("run").set_index("run")["of"]
-        return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
+        return table.assign(first_of=table["first"].map(self._of), second_of=table["second"].map(self._of))
 
     @cached_property
     def claims(self) -> pd.DataFrame:
@@ -470,6 +469,11 @@ class Results:
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
+    @property
+    def _of(self) -> dict[str, str]:
+        """The runs that the entries of `evaluate` are of, by their names."""
+        return {name: entry["of"] for name, entry in self.params["evaluate"].items()}
+
     @cached_property
     def _relative(self) -> pd.DataFrame:
         return self._read("relative/relative.csv", RELATIVE, RELATIVE[:4], ("seed", "distance"))
@@ -490,7 +494,8 @@ class Results:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
         table = self._relative
         table = table[table["first"].isin(table["first"].head(1)) & (table["second"] != table["first"])]
-        return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
+        table = table.assign(of=table["second"].map(self._of)).rename(columns={"distance": "relative"})
+        return table[["of", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in

@@ -370,10 +370,12 @@ def test_check_tells_all_mistakes_that_the_networks_show(tmp_path, capsys, monke
         "distill.get.network.heads": 3,
         "teacher.network.width": 9,
         "relative.runs": ["gdd", "gddd"],
+        "evaluate.get-noise.of": "distill/get",
         "comparisons": {"a against b": {"runs": ["distill/gett"], "baseline": ["distill/vit"]}},
     }
     told = check(write_study(tmp_path, changes), capsys, monkeypatch)
-    for key in ("distill.get.network", "teacher.network", "gddd", "comparisons.a against b"):
+    twice = "get and get-noise are of the same run"
+    for key in ("distill.get.network", "teacher.network", "gddd", "comparisons.a against b", twice):
         assert any(key in sentence for sentence in told), (key, told)
 
 

@@ -25,6 +25,7 @@ from equilab.core.machine import (
     identity,
     precision,
     rank,
+    require_memory,
     to_device,
     total,
     world,
@@ -420,7 +421,12 @@ def _kept(run: Run) -> str:
 
 
 def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
-    """Return a freshly initialised network, a pure function of (seed, purpose)."""
+    """Return a freshly initialised network, a pure function of (seed, purpose).
+
+    Raises: UserError if this machine has less memory than its parameters take, before they take it.
+    """
+    sizes = [parameter.numel() for parameter in network_on_meta(spec, *given).parameters()]
+    require_memory(4 * sum(sizes), f"{spec.path or spec.kind}: a network of {sum(sizes):,} parameters")
     torch.manual_seed(rng.torch_seed(seed, purpose))
     return spec.build(*given).to(memory_format=torch.channels_last)
 
