@@ -19,7 +19,8 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit status; what a user can mend is said in sentences on stderr, with status 2."""
+    """Run a command and return the exit status; what a user can mend is said in sentences on stderr, with status 2; what nobody
+    foresaw in one, with status 1, that names the log of its traceback."""
     try:
         return _answered(arguments)
     except KeyboardInterrupt:
@@ -28,27 +29,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _answered(arguments: list[str] | None) -> int:
-    from equilab.core.config import UserError
+    from equilab.core.edge import answered
     from equilab.core.process import prepare_process
 
     prepare_process()
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
+
+    def command() -> int:
         if arguments and arguments[0] in OWN:
             module, _ = OWN[arguments[0]]
             return importlib.import_module(module).command(arguments[1:])
         given = _arguments(arguments)
         return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"equilab: {line}", file=sys.stderr)
-    except OSError as error:  # what no stage foresaw: a file in the way, a full disk
-        print(
-            f"equilab: {error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk "
-            "space, or run the stage that writes it again",
-            file=sys.stderr,
-        )
-    return 2
+
+    return answered(command, arguments)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -123,24 +117,50 @@ def stages(given: argparse.Namespace) -> int:
 
 
 def clean(given: argparse.Namespace) -> int:
-    """Remove what is left of unfinished runs that params.yaml no longer has."""
-    from equilab.core.files import abandoned, locked, remove
+    """Remove what is left of unfinished runs that params.yaml no longer has, and what it lists as kept where RUN names it."""
+    from equilab.core.edge import LOGS
+    from equilab.core.files import SCRATCH, left_over, locked, remove
     from equilab.graph import STAGES
     from equilab.study import open_study
 
     sections = open_study(given.params)
     os.chdir(given.params.absolute().parent)
     names = {job.name(stage) for stage in filter(sections.has, STAGES) for job in sections.jobs(stage)}
-    found = abandoned(names)
-    for folder in found:
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{folder}: {size / 2**20:,.1f} MiB{'' if given.dry_run else ', removed'}")
+    unfinished = sorted(SCRATCH.glob("*"))
+    kept = [folder for folder in unfinished if folder.name in names - {given.run}]
+    removed = [folder for folder in unfinished if folder not in kept]
+    _refuse_unknown_work(given.run, unfinished)
+    for folder in [*removed, *left_over(Path("results")), *filter(Path.exists, [LOGS])]:
+        print(f"{folder}: {_mebibytes(folder)}{'' if given.dry_run else ', removed'}")
         if not given.dry_run:
-            with locked(folder.name):
+            with locked(_job_that_writes(folder)):
                 remove(folder)
-    if not found:
+    for folder in kept:
+        print(f"{folder}: {_mebibytes(folder)}, kept; `python -m equilab clean {folder.name}` removes it")
+    if not removed:
         print("nothing is left of runs that params.yaml no longer has")
     return 0
+
+
+def _refuse_unknown_work(name: str | None, unfinished: list[Path]) -> None:
+    from equilab.core.config import UserError, nearest
+
+    known = [folder.name for folder in unfinished]
+    if name is not None and name not in known:
+        raise UserError(f"there is no unfinished work of {name!r}{nearest(name, known)}")
+
+
+def _mebibytes(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _job_that_writes(folder: Path) -> str:
+    """Return the name of the job that may be at work in a folder: of scratch, or beside results (results/STAGE/RUN/.SEED.new)."""
+    if folder.parts[0] != "results":
+        return folder.name
+    stage, *run = [*folder.parts[1:-1], folder.stem.removeprefix(".")]
+    return f"{stage}@{'-'.join(run)}" if run else stage
 
 
 def plan(given: argparse.Namespace) -> int:
@@ -211,10 +231,13 @@ def _entered(given: argparse.Namespace) -> Sections:
 
 
 def _run(job: Job) -> None:
-    from equilab.core.files import locked
+    from equilab.core.files import locked, require_replaceable
+    from equilab.graph import STAGES
     from equilab.study import module_of
 
+    about = STAGES[job.stage]
     with locked(job.name):
+        require_replaceable(Path(os.path.normpath(job.out / name)) for name in about.cached + about.committed)
         config = job.read(job.stage, job.run, job.seed)
         module_of(job.stage, config).run(config, job)
 

@@ -27,6 +27,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 from equilab.core import config, like
 from equilab.core.code import PACKAGE
+from equilab.core.edge import answered
 from equilab.core.files import write, write_table
 from equilab.core.machine import precision
 from equilab.core.progress import bar
@@ -291,4 +292,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(answered(main, ["bench"]))

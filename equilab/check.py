@@ -69,10 +69,22 @@ def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
     without memory."""
     yield partial(dvc.waves, sections)
     yield partial(_refuse_other_graph, sections)
+    yield partial(_refuse_evaluated_twice, sections)
     yield partial(_check_claimed, sections)
     for stage in filter(sections.has, STAGES):
         for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
             yield partial(_plan, sections, stage, run)
+
+
+def _refuse_evaluated_twice(sections: Sections) -> None:
+    entries: dict[tuple[str, str | None], str] = {}
+    for run in sections.runs("evaluate"):
+        source = sections.source("evaluate", run)
+        if source in entries:
+            raise UserError(
+                f"{sections.where}: evaluate: {entries[source]} and {run} are of the same run; list its settings in one entry"
+            )
+        entries[source] = run
 
 
 def _check_claimed(sections: Sections) -> None:

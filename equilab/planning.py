@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from equilab.claims.tests import short
+from equilab.core.checked import read_table
 from equilab.core.config import UserError, plain, read_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.progress import bar
@@ -56,10 +58,10 @@ def speed_of(job: Job) -> Speed:
     folder = folder_of("cost")
     if not (folder / "cost.csv").exists() or not (folder / "cost.json").exists():
         return Speed(peak, USUAL_SHARE, {})
-    there = read_json(folder / "cost.json", "environment")["environment"]
-    if there["device"] != environment(job)["device"]:
+    there = read_json(folder / "cost.json", environment=dict[str, Any])["environment"]
+    if there.get("device") != environment(job)["device"]:
         return Speed(peak, USUAL_SHARE, {})
-    costs = pd.read_csv(folder / "cost.csv")
+    costs = read_table(folder / "cost.csv", ("of", "what", "as_trained", "peak_share"), ("peak_share",))
     trained = costs[(costs["what"] == "train") & costs["as_trained"].isin([True])]
     return Speed(peak, float(costs["peak_share"].median()), dict(zip(trained["of"], trained["peak_share"])))
 

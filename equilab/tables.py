@@ -6,24 +6,26 @@ them: `of`, a trained run as params name it ("distill/get-m", or "teacher"), and
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from scipy import stats
 
 from equilab.claims.comparisons import Comparison, Point, Target, check_comparisons, position
 from equilab.core.absent import absent_runs, without
+from equilab.core.checked import read_arrays, read_table
 from equilab.core.config import UserError, nearest, parse, read_json, unreadable
 from equilab.core.like import read
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
+from equilab.models.registry import FAMILIES
 
 # columns that tables have even where a study has no use for them, or the stage that measures them has not run
 SETTINGS = (
@@ -43,6 +45,22 @@ SETTINGS = (
     "inception_score",
 )
 RUN = ("of", "seed", "family")
+# what is read of files of results
+EVALUATED = {"of": str, "seed": int, "family": Literal[tuple(FAMILIES)], "settings": int | None}
+TRAINED = {
+    "stage": str,
+    "config": Annotated[dict[str, Any], Field(min_length=1)],
+    "nimg": NonNegativeInt,
+    "nimg_before": NonNegativeInt | None,
+    "parameters": NonNegativeInt,
+    "parameters_trained": NonNegativeInt | None,
+    "flops_image": NonNegativeFloat | None,
+    "train_flops_image": NonNegativeFloat | None,
+}
+DISTANCES = ("fd_train", "fid_train")
+MEASURED = [f"{score}_{split}" for score in ("fd", "fid", "kid") for split in ("train", "test")]
+MEASURED += ["l1_held_out", "l1_train", "precision", "recall", "inception_score"]
+SECONDS = ("seconds", "seconds_min", "seconds_max", "memory_mib")
 COSTS = (
     *RUN,
     "what",
@@ -104,8 +122,8 @@ class Results:
         """
         parts = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
-            sweep = _table(path.with_name("sweep.csv"))
+            about = self._about(path)
+            sweep = _sweep(path, about)
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
                 sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
@@ -130,7 +148,7 @@ class Results:
         """
         rows = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
+            about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
             counted = {key: summary.get(key) for key in COUNTED}
@@ -145,7 +163,7 @@ class Results:
         )  # keys that no run sets
         table = table.merge(self._headline(), on=["of", "seed"])
         table = table.merge(self._rises(), on=["of", "seed"], how="left")
-        table = table.merge(self._from_first(), on=["run", "seed"], how="left")
+        table = table.merge(self._from_first(), on=["of", "seed"], how="left")
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
@@ -154,15 +172,16 @@ class Results:
         `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
         for path in self._evaluated():
-            about = read_json(path, "of", "seed", "family")
+            about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
-            curve = _table(path.with_name("curve.csv"))
+            snapshots = summary["config"].get("optimisation", {}).get("snapshots", ())
+            curve = _scored(path.with_name("curve.csv"), ("nimg",), least=len(snapshots))
             if curve.empty or curve["nimg"].max() < summary["nimg"]:
-                end = _table(path.with_name("sweep.csv")).head(1).assign(nimg=summary["nimg"])
+                end = _sweep(path, about).head(1).assign(nimg=summary["nimg"])
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
             curve["nimg"] += _before(summary)
-            flops = summary.get("train_flops_image", np.nan) * curve["nimg"]
+            flops = (summary.get("train_flops_image") or np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = pd.concat(parts, ignore_index=True)
         table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
@@ -175,7 +194,7 @@ class Results:
         (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
         not run.
         """
-        table = self._read("cost/cost.csv", COSTS)
+        table = self._read("cost/cost.csv", COSTS, (*RUN, "what", *SECONDS), SECONDS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
     @cached_property
@@ -187,7 +206,10 @@ class Results:
 
         Without rows if the stage activation has not run.
         """
-        table = self._joined(self._read("activation/activation.csv", ACTIVATION))
+        numbers = ("depth", "step", "at", "mean", "rms")
+        table = self._joined(
+            self._read("activation/activation.csv", ACTIVATION, (*RUN, "layer", *numbers), numbers)
+        )
         table["part"] = table["layer"].str.split(".").str[0].map({"enc": "encoder", "dec": "decoder"})
         # the encoder begins at the image, the decoder deep inside
         inwards = table["depth"].where(table["part"] == "encoder", -table["depth"])
@@ -246,25 +268,25 @@ class Results:
         Without rows if the stage relative has not run.
         """
         table = self._relative
-        names = self.runs.drop_duplicates("run").set_index("run")["of"]
-        return table.assign(first_of=table["first"].map(names), second_of=table["second"].map(names))
+        return table.assign(first_of=table["first"].map(self._of), second_of=table["second"].map(self._of))
 
     @cached_property
     def claims(self) -> pd.DataFrame:
         """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
         rows if the stage claims has not run."""
-        return self._read("claims.csv", CLAIMS).fillna("")
+        return self._read("claims.csv", CLAIMS, CLAIMS).fillna("")
 
     @cached_property
     def measured(self) -> pd.DataFrame:
         """The same of claims on seconds and memory."""
-        return self._read("measured.csv", CLAIMS).fillna("")
+        return self._read("measured.csv", CLAIMS, CLAIMS).fillna("")
 
     @cached_property
     def floor(self) -> pd.DataFrame:
         """What real images score, a row for each `measure`: `test`, the held-out images against the training images; `halves`,
         training images against as many others. `n_samples` and `n_reference` are the sizes of both sets, which share no image."""
-        about = read_json(self.folder / "evaluator" / "summary.json", "floor")
+        floor = Annotated[dict[str, dict[str, float]], Field(min_length=1)]
+        about = read_json(self.folder / "evaluator" / "summary.json", floor=floor)
         return pd.DataFrame(about["floor"]).rename_axis("measure").reset_index()
 
     @cached_property
@@ -391,7 +413,7 @@ class Results:
         if rows.empty:
             known = ", ".join(sorted(self.runs["of"].unique()))
             raise UserError(f"{self.folder} holds no evaluated {of!r} of seed {seed}; it has {known}")
-        return _arrays(rows["folder"].iloc[0] / "iterates.npz")
+        return read_arrays(rows["folder"].iloc[0] / "iterates.npz", "images")
 
     def samples(self, of: str, seed: int = 0) -> np.ndarray:
         """Return the images (N, C, H, W) uint8 that a run's replicate makes of fixed noises, the same for all, at its headline setting.
@@ -409,17 +431,33 @@ class Results:
 
         Raises: UserError if it is missing or damaged.
         """
-        return read_json(self._trained(of, seed) / "summary.json", "stage", "config", "parameters", "nimg")
+        path = self._trained(of, seed) / "summary.json"
+        found = read_json(path, **TRAINED)
+        if found["stage"] != of.partition("/")[0]:
+            raise unreadable(path, f"it is of the stage {found['stage']}")
+        return found
 
     def log(self, of: str, seed: int = 0) -> pd.DataFrame:
         """Return the log of a run's replicate, a row for each report: `nimg`, `loss`, `lr`, and the losses of an adversary.
 
         Raises: UserError if it is missing or damaged.
         """
-        return _table(self._trained(of, seed) / "log.csv")
+        columns = ("nimg", "loss", "lr")
+        least = 0 if "published" in self.summary(of, seed)["config"] else 1  # trained elsewhere
+        return read_table(self._trained(of, seed) / "log.csv", columns, columns, least)
 
     def _evaluated(self) -> list[Path]:
-        return sorted(self.folder.glob("evaluate/*/*/metrics.json"))
+        """Return what was evaluated, but for what a process left that was killed."""
+        found = sorted(self.folder.glob("evaluate/*/*/metrics.json"))
+        return [path for path in found if not path.parent.name.startswith(".")]
+
+    def _about(self, path: Path) -> dict[str, Any]:
+        """Return what metrics.json says of a replicate, which is that of its folder."""
+        about, (run, seed) = read_json(path, **EVALUATED), path.parts[-3:-1]
+        of = self.params["evaluate"].get(run, about).get("of")
+        if (about["of"], str(about["seed"])) != (of, seed):
+            raise unreadable(path, f"it is of {about['of']}, seed {about['seed']}")
+        return about
 
     def _trained(self, of: str, seed: int) -> Path:
         return self.folder / of / ("" if of == "teacher" else str(seed))
@@ -438,22 +476,33 @@ class Results:
         rise = kept.last() / kept.min()
         return rise.rename(columns=lambda column: column.replace(name, "rise")).reset_index()
 
+    @property
+    def _of(self) -> dict[str, str]:
+        """The runs that the entries of `evaluate` are of, by their names."""
+        return {name: entry["of"] for name, entry in self.params["evaluate"].items()}
+
     @cached_property
     def _relative(self) -> pd.DataFrame:
-        return self._read("relative/relative.csv", RELATIVE)
+        return self._read("relative/relative.csv", RELATIVE, RELATIVE[:4], ("seed", "distance"))
 
-    def _read(self, file: str, columns: tuple[str, ...]) -> pd.DataFrame:
-        """Return a table that a stage wrote, with these columns even where it had nothing to write there; one without rows if
-        the stage has not run."""
+    def _read(
+        self, file: str, columns: tuple[str, ...], needed: tuple[str, ...], numbers: tuple[str, ...] = ()
+    ) -> pd.DataFrame:
+        """Return a table that a stage wrote, with these columns even where it had nothing to write there but for those that are
+        `needed`; one without rows if the stage has not run."""
         path = self.folder / file
-        table = _table(path) if path.exists() else pd.DataFrame(columns=list(columns))
+        least = 1 if numbers else 0  # of what is measured there is something
+        table = (
+            read_table(path, needed, numbers, least) if path.exists() else pd.DataFrame(columns=list(columns))
+        )
         return table.reindex(columns=list(dict.fromkeys([*table, *columns])))
 
     def _from_first(self) -> pd.DataFrame:
         """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
         table = self._relative
         table = table[table["first"].isin(table["first"].head(1)) & (table["second"] != table["first"])]
-        return table.rename(columns={"second": "run", "distance": "relative"})[["run", "seed", "relative"]]
+        table = table.assign(of=table["second"].map(self._of)).rename(columns={"distance": "relative"})
+        return table[["of", "seed", "relative"]]
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
@@ -490,6 +539,23 @@ def results(folder: Path | str = "results") -> Results:
     return found
 
 
+def _sweep(path: Path, about: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the settings at which a replicate was evaluated; `path` is that of its metrics, `about` their content, which says how
+    many settings there are, unless it was written before it did."""
+    return _scored(path.with_name("sweep.csv"), ("nfe", "flops"), about.get("settings") or 1)
+
+
+def _scored(path: Path, numbers: tuple[str, ...], least: int) -> pd.DataFrame:
+    """Return a table with the columns `numbers` and scores; one without rows need not have columns.
+
+    Raises: UserError if it is missing or damaged, or has fewer than `least` rows.
+    """
+    table = read_table(path, (), [*numbers, *MEASURED], least)
+    if len(table) and not (table.columns.intersection(DISTANCES).size and {*numbers} <= {*table}):
+        raise unreadable(path, "it has no scores")
+    return table
+
+
 def _named(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that say what a row is of."""
     of, name = about["of"], about["family"]
@@ -519,7 +585,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _before(summary: Mapping[str, Any]) -> int:
     """Return the training images that the students before this one saw, in a chain of which each teaches the next."""
-    return summary.get("nimg_before", 0)
+    return summary.get("nimg_before") or 0
 
 
 def _seen(summary: Mapping[str, Any]) -> int:
@@ -544,7 +610,7 @@ def _images_to(aim: float, curve: pd.DataFrame, column: str) -> float:
 def _residual_ratios(path: Path, settings: int) -> list[float]:
     """Return for each setting of a chain the geometric mean of the last residuals in the less noisy half of its timesteps over that in
     the noisier half; nan where there is no fixed point, or too few steps. The first step, which has nothing to reuse, is left out."""
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     ratios = []
     for k in range(settings):
         ratio = np.nan
@@ -556,22 +622,3 @@ def _residual_ratios(path: Path, settings: int) -> list[float]:
             ratio = np.exp(logs[-half:].mean() - logs[1 : 1 + half].mean())
         ratios.append(float(ratio))
     return ratios
-
-
-def _table(path: Path) -> pd.DataFrame:
-    """Return a table that a stage wrote, all of it; an empty one if the stage had nothing to write."""
-    try:
-        text = path.read_text()
-        if text.strip() and not text.endswith("\n"):
-            raise ValueError("cut short")
-        return pd.read_csv(io.StringIO(text)) if text.strip() else pd.DataFrame()
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except Exception as error:  # a damaged archive raises what its damage leads to
-        raise unreadable(path, error) from None

@@ -78,7 +78,13 @@ def write_run(results, of, seed, fd, run):
         "edm" if of == "teacher" else next(each for start, each in FAMILIES.items() if of.startswith(start))
     )
     about = {"of": of, "run": name or of, "seed": seed, "family": family}
-    config = {"pairs": 100, "seed": seed, "optimisation": {"lr": 0.1, "snapshots": [5]}, **run["config"]}
+    snapshots = [row["nimg"] for row in run["curve"]]
+    config = {
+        "pairs": 100,
+        "seed": seed,
+        "optimisation": {"lr": 0.1, "snapshots": snapshots},
+        **run["config"],
+    }
     summary = {
         "stage": stage,
         "run": name or None,

@@ -370,10 +370,12 @@ def test_check_tells_all_mistakes_that_the_networks_show(tmp_path, capsys, monke
         "distill.get.network.heads": 3,
         "teacher.network.width": 9,
         "relative.runs": ["gdd", "gddd"],
+        "evaluate.get-noise.of": "distill/get",
         "comparisons": {"a against b": {"runs": ["distill/gett"], "baseline": ["distill/vit"]}},
     }
     told = check(write_study(tmp_path, changes), capsys, monkeypatch)
-    for key in ("distill.get.network", "teacher.network", "gddd", "comparisons.a against b"):
+    twice = "get and get-noise are of the same run"
+    for key in ("distill.get.network", "teacher.network", "gddd", "comparisons.a against b", twice):
         assert any(key in sentence for sentence in told), (key, told)
 
 
@@ -593,22 +595,36 @@ def test_params_that_are_not_there_are_told(tmp_path):
 
 def test_clean_removes_unfinished_work_of_runs_that_are_gone_and_no_other(tmp_path, monkeypatch, capsys):
     folder = write_study(tmp_path, {"distill.get.seeds": [0]})
-    kept = ["distill@get-0", "evaluate@get-0", "teacher", "pairs"]
+    kept = ["distill@get-0", "evaluate@get-0", "pairs", "teacher"]
     gone = ["distill@get-1", "distill@old-0", ".distill@get-0.removed"]
+    left = Path("results/distill/get/.0.new")
     for name in kept + gone:
         (folder / ".equilab/scratch" / name).mkdir(parents=True)
         (folder / ".equilab/scratch" / name / "state.safetensors").write_bytes(bytes(2**20))
     monkeypatch.chdir(folder)
+    left.mkdir(parents=True)
     assert __main__.main(["clean", "--dry-run"]) == 0
-    listed = capsys.readouterr().out
-    assert all(f"{name}: 1.0 MiB" in listed for name in gone) and not any(
-        f"/{name}:" in listed for name in kept
-    )
+    listed = capsys.readouterr().out.splitlines()
+    assert [line for line in listed if "kept" in line] == [line for line in listed if "clean" in line]
+    for name in kept + gone:
+        (line,) = [line for line in listed if f"/{name}: 1.0 MiB" in line]
+        assert ("kept" in line) == (name in kept)
+    assert any(str(left) in line for line in listed) and left.exists()
     assert sorted(path.name for path in Path(".equilab/scratch").iterdir()) == sorted(kept + gone)
     assert __main__.main(["clean"]) == 0
-    assert sorted(path.name for path in Path(".equilab/scratch").iterdir()) == sorted(kept)
+    assert sorted(path.name for path in Path(".equilab/scratch").iterdir()) == kept and not left.exists()
     capsys.readouterr()
     assert __main__.main(["clean"]) == 0 and "nothing is left" in capsys.readouterr().out
+
+
+def test_clean_removes_the_unfinished_work_that_it_is_told_to(tmp_path, monkeypatch, capsys):
+    """Of a run that diverged, or of pairs of a former teacher."""
+    monkeypatch.chdir(write_study(tmp_path))
+    for name in ("distill@get-0", "pairs"):
+        Path(".equilab/scratch", name).mkdir(parents=True)
+    assert "did you mean 'distill@get-0'" in refused(capsys, "clean", "distill@get-1")
+    called("clean", "pairs")
+    assert [path.name for path in Path(".equilab/scratch").iterdir()] == ["distill@get-0"]
 
 
 def test_clean_leaves_work_that_is_going_on(tmp_path, monkeypatch, capsys):
@@ -617,4 +633,9 @@ def test_clean_leaves_work_that_is_going_on(tmp_path, monkeypatch, capsys):
     with files.locked("distill@old-0"):
         assert __main__.main(["clean"]) == 2
     assert "another process is working on distill@old-0" in capsys.readouterr().err
+    Path("results/distill/get/.0.new").mkdir(parents=True)
+    Path(".equilab/scratch/distill@old-0").rmdir()
+    with files.locked("distill@get-0"):
+        assert "working on distill@get-0" in refused(capsys, "clean")
+    Path(".equilab/scratch/distill@old-0").mkdir()
     assert Path(".equilab/scratch/distill@old-0").exists()

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from smoke import ROOT, write_study
 
@@ -200,34 +202,13 @@ def elsewhere(request, tmp_path, monkeypatch):
     yield folder
 
 
-def test_a_file_is_moved_onto_another_file_system(tmp_path, elsewhere):
-    source, target = tmp_path / "a", elsewhere / "b"
+def test_a_file_is_put_into_a_folder_of_another_file_system(tmp_path, elsewhere):
+    source = tmp_path / "a"
     for content in ("new", "newer"):
         source.write_text(content)
-        files.replace(source, target)
-        assert target.read_text() == content and not source.exists()
-    source.write_text("linked")
-    files.link(source, elsewhere)
-    assert (elsewhere / "a").read_text() == "linked" and source.exists()
-    assert {path.name for path in elsewhere.iterdir()} == {"a", "b"}
-
-
-def test_a_folder_is_moved_onto_another_file_system_in_place_of_the_former_one(tmp_path, elsewhere):
-    target = elsewhere / "b"
-    for name in ("old", "new"):
-        (tmp_path / "a/deep").mkdir(parents=True)
-        (tmp_path / "a/deep" / name).write_text(name)
-        files.replace(tmp_path / "a", target)
-    assert [path.name for path in target.rglob("*")] == ["deep", "new"]
-    assert [path.name for path in elsewhere.iterdir()] == ["b"] and not (tmp_path / "a").exists()
-
-
-def test_a_folder_that_cannot_be_moved_leaves_the_former_one(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/old").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        files.replace(tmp_path / "nothing", tmp_path / "b")
-    assert (tmp_path / "b/old").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["b"]
+        files.link(source, elsewhere)
+        assert (elsewhere / "a").read_text() == content and source.exists()
+    assert [path.name for path in elsewhere.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("name", ["results", ".equilab"])
@@ -240,3 +221,125 @@ def test_stages_write_results_onto_another_file_system(name, tmp_path, elsewhere
             "meta.json",
             *(f"{split}_{what}.npy" for split in ("train", "test") for what in ("images", "labels")),
         }
+
+
+def publish(out, **contents):
+    """Publish files into a results folder; return what it holds then."""
+    with files.publishing(out, own="shard*") as fresh:
+        for name, content in contents.items():
+            (fresh / name).write_text(content)
+    return content_of(out)
+
+
+def content_of(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A results folder with what a stage wrote, and a note of the user's."""
+    folder = tmp_path / "results/get/0"
+    publish(folder, weights="old", log="old", shard1="old", shard2="old")
+    (folder / "note").write_text("mine")
+    return folder
+
+
+def test_results_take_the_place_of_the_former_ones_and_what_is_not_the_stages_stays(out):
+    assert publish(out, weights="new", shard1="new") == {
+        "weights": "new",
+        "log": "old",
+        "shard1": "new",
+        "note": "mine",
+    }
+    assert [path.name for path in out.parent.iterdir()] == ["0"]
+
+
+def test_work_that_fails_leaves_the_former_results(out):
+    before = content_of(out)
+    with pytest.raises(InterruptedError), files.publishing(out) as fresh:
+        (fresh / "weights").write_text("new")
+        assert content_of(out) == before
+        raise InterruptedError
+    assert content_of(out) == before and [path.name for path in out.parent.iterdir()] == ["0"]
+
+
+def test_results_that_cannot_be_moved_leave_the_former_ones(out, monkeypatch):
+    before, replace = content_of(out), os.replace
+
+    def refused(source, target):
+        if Path(source).name.endswith(".new"):
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refused)
+    with pytest.raises(OSError):
+        publish(out, weights="new")
+    assert content_of(out) == before and [path.name for path in out.parent.iterdir()] == ["0"]
+
+
+def test_what_a_process_left_that_was_killed_while_it_published_is_removed_and_nothing_lost(out):
+    """Killed between its two moves: the former results are put aside, the new ones not yet there."""
+    before = content_of(out)
+    out.rename(out.with_name(".0.removed"))
+    out.with_name(".0.new").mkdir()
+    out.with_name(".0.new").joinpath("weights").write_text("half")
+    assert [path.name for path in files.left_over(out.parent.parent)] == [".0.new", ".0.removed"]
+    with pytest.raises(InterruptedError), files.publishing(out):
+        assert content_of(out) == before
+        raise InterruptedError
+    assert content_of(out) == before and [path.name for path in out.parent.iterdir()] == ["0"]
+
+
+def test_results_behind_a_link_are_replaced_where_they_are(out, tmp_path):
+    out.rename(tmp_path / "large")
+    out.symlink_to(tmp_path / "large")
+    publish(out, weights="new")
+    assert out.is_symlink() and (tmp_path / "large/weights").read_text() == "new"
+
+
+def test_a_folder_that_results_cannot_be_written_into_is_told_before_any_work(tmp_path):
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(UserError, match="results"), files.publishing(tmp_path / "results/data"):
+        pytest.fail("it began")
+
+
+def test_a_folder_in_the_place_of_a_result_is_told_before_any_work(out):
+    (out / "log.csv").mkdir()
+    with pytest.raises(UserError, match="log.csv"):
+        files.require_replaceable([out / "weights", out / "log.csv"])
+
+
+def test_a_result_that_nobody_may_change_is_told_before_any_work(out):
+    changed = subprocess.run(["chattr", "+i", out / "log"], capture_output=True)
+    if changed.returncode:
+        pytest.skip("files cannot be made immutable here")
+    try:
+        with pytest.raises(UserError, match="0/log cannot be replaced"):
+            files.require_replaceable([out])
+    finally:
+        subprocess.run(["chattr", "-i", out / "log"], check=True)
+    files.require_replaceable([out])
+
+
+def test_files_that_belong_together_are_written_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b/in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match="in the way"):
+        files.write_together({tmp_path / "a": "new", tmp_path / "b/in the way": "new"})
+    assert (tmp_path / "a").read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_space_is_asked_for_by_disk_and_taken_before_images_are_made(tmp_path, monkeypatch):
+    half = int(0.6 * shutil.disk_usage(tmp_path).free)
+    files.require_disk({tmp_path / "a": half})
+    with pytest.raises(UserError, match="GiB needed"):
+        files.require_disk({tmp_path / "a": half, tmp_path / "b": half})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files.new_array(tmp_path / "a.npy", np.uint8, (3, 2))
+    assert np.load(tmp_path / "a.npy").tolist() == [[0, 0]] * 3
+    monkeypatch.setattr(files.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match="a.npy .*No space left"):
+        files.new_array(tmp_path / "a.npy", np.uint8, (3, 2))

@@ -90,7 +90,7 @@ def test_the_set_is_memory_mapped(study):
         (lambda folder: change(folder / "images-0000000120.npy"), "images-0000000120.npy is damaged"),
         (
             lambda folder: np.save(folder / "images-0000000000.npy", np.zeros((60, 3, 8, 8), np.uint8)),
-            "says otherwise",
+            "images-0000000000.npy holds uint8",
         ),
         (lambda folder: forge(folder / "meta.json"), "noise regenerated from its index differs"),
     ],

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from made import SOLVER, table, write_study
 
 import equilab
@@ -67,7 +68,7 @@ def test_a_run_is_a_row_for_each_seed_with_its_config_flattened(study):
         list(get["seed"]) == [0, 1, 2] and set(get["label"]) == {"GET"} and set(get["stage"]) == {"distill"}
     )
     assert list(get["network.width"]) == [8] * 3 and list(get["equilibrium.iterations"]) == [6] * 3
-    assert get["optimisation.snapshots"].iloc[0] == (5,)
+    assert get["optimisation.snapshots"].iloc[0] == (250, 500)
     assert runs["equilibrium.iterations"].isna().sum() == len(runs) - 3  # an explicit model has none
     assert list(get["fd_train"]) == [2.0, 2.2, 2.4]  # the headline's
 
@@ -213,6 +214,18 @@ def test_relative_distances_name_their_runs(study):
     assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd", "consistency/cd"]
     runs = found.runs.set_index(["of", "seed"])["relative"].dropna()
     assert runs.to_dict() == {("distill/get", 0): 1.5}
+
+
+def test_an_entry_of_evaluate_need_not_be_called_as_its_run(study):
+    path = study.parent / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["evaluate"]["mine"] = params["evaluate"].pop("get")
+    path.write_text(yaml.safe_dump(params))
+    (study / "evaluate/get").rename(study / "evaluate/mine")
+    table(study / "relative/relative.csv", [{"seed": 0, "first": "cd", "second": "mine", "distance": 1.5}])
+    found = equilab.results(study)
+    assert list(found.relative["second_of"]) == ["distill/get"]
+    assert found.runs.set_index(["of", "seed"])["relative"].dropna().to_dict() == {("distill/get", 0): 1.5}
 
 
 def test_the_floor_and_the_iterates(study):

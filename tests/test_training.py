@@ -192,7 +192,7 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
 
 def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(UserError, match="GiB needed, .* GiB free"):
-        files.require_disk(tmp_path / "not" / "yet", 2**60)
+        files.require_disk({tmp_path / "not" / "yet": 2**60})
 
 
 def test_precision_bf16_is_autocast_and_fp32_is_not():

@@ -146,19 +146,35 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Return a JSON file of results that has `keys`.
+def read_json(path: Path, *keys: str, **types: Any) -> dict[str, Any]:
+    """Return a JSON file of results that has `keys`, and those of `types` with a value of their type, as pydantic knows types;
+    one that may be None may be missing.
 
     Raises: UserError if it is missing, damaged, or lacks one.
     """
+    expected = _content(*keys, **types)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+        value = json.loads(content)
+        expected.model_validate_json(content)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = ".".join(map(str, detail["loc"]))
+        lacks = f"it has no {place}" if detail["type"] == "missing" else f"{place}: {detail['msg']}"
+        raise unreadable(path, lacks.removeprefix(": ")) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise unreadable(path, f"it has no {key}")
     return value
+
+
+@functools.cache
+def _content(*keys: str, **types: Any) -> type[BaseModel]:
+    """Return the model of a JSON file of which these keys are read."""
+    settings = ConfigDict(extra="allow", strict=True)
+    fields = dict.fromkeys(keys, (Any, ...))
+    for name, kind in types.items():
+        fields[name] = (kind, None if type(None) in typing.get_args(kind) else ...)
+    return create_model("Content", __config__=settings, **fields)
 
 
 def unreadable(path: Path, reason: object = "") -> UserError:
@@ -171,7 +187,10 @@ def unreadable(path: Path, reason: object = "") -> UserError:
 
 
 def writer(path: Path) -> str:
-    """Return the command that writes a result, as its path says it: results/STAGE[/RUN[/SEED]]/..."""
+    """Return the command that writes a result, as its path says it: results/STAGE[/RUN[/SEED]]/...; of unfinished work
+    (.equilab/scratch/JOB/...) the one that clears it, and the one after it."""
+    if path.parts[:2] == (".equilab", "scratch"):
+        return f"`python -m equilab clean {path.parts[2]}`, which removes it, and the same command"
     folders = [name for name in path.parts[:-1] if name != "snapshots"]
     if "results" not in folders:
         return "the stage that writes it"

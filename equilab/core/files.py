@@ -10,9 +10,10 @@ import io
 import json
 import os
 import shutil
+import stat
 import sys
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,47 @@ def write(path: Path, content: bytes | str) -> None:
 
     Raises: UserError if the folder cannot be written or the disk is full.
     """
-    content = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes | str]) -> None:
+    """Write files, all of them in full before the first takes the place of what was there.
+
+    Raises: UserError if a folder cannot be written or the disk is full.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
+    path = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-            if not _alive(int(left.name.split(".")[-2])):
-                left.unlink(missing_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            _write(path, temporary[path], content)
+        for path in contents:
+            os.replace(temporary[path], path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); free disk space or change its permissions"
-        ) from None
+        for left in temporary.values():
+            with contextlib.suppress(OSError):
+                left.unlink()
+        raise _unwritable(path, error) from None
+
+
+def _write(path: Path, temporary: Path, content: bytes | str) -> None:
+    """Write the content of a file into another beside it, down to the disk."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in its place", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+        if not _alive(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
+    with open(temporary, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    """Return what to say of a file or folder that cannot be written."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror}); free disk space, change its permissions, or remove what is in its way"
+    )
 
 
 def _alive(process: int) -> bool:
@@ -112,46 +136,111 @@ def is_intact(path: Path) -> bool:
     return path.exists() and stamp.exists() and stamp.read_bytes() == sha256_of(path).encode()
 
 
-def replace(source: Path, target: Path) -> None:
-    """Move a file or a folder to `target`, in place of what is there, in full or not at all, also onto another file system."""
+def new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    """Make a `.npy` file of zeros, to be filled as it is mapped: the disk gives all of its space now, not as it is filled.
+
+    Raises: UserError if there is too little.
+    """
     try:
-        _rename(source, target)
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # not on every system
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        _rename(_copy_beside(source, target), target)
-        shutil.rmtree(source) if source.is_dir() else source.unlink()
+        raise _unwritable(path, error) from None
 
 
-def _rename(source: Path, target: Path) -> None:
-    """Rename a file, or a folder, which cannot take the place of another: that is put aside until it can be removed."""
-    if not target.is_dir():
-        os.replace(source, target)
+@contextlib.contextmanager
+def publishing(out: Path, own: str = "") -> Iterator[Path]:
+    """Give a folder for all that a stage writes, beside its results folder; when the work is done it takes that one's place.
+
+    The results are the former ones until then, and where the work fails; there is no moment in which they are of both.
+    What lies beside the former ones stays, unless its name fits the pattern `own`: that is the stage's. The first process
+    alone moves anything.
+
+    Raises: UserError if the folder cannot be written, before any work.
+    """
+    out = Path(os.path.realpath(out)) if out.is_symlink() else out  # the link stays
+    fresh = out.with_name(f".{out.name}.new")
+    if not is_first():
+        yield fresh
         return
-    aside = target.with_name(f".{target.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(target, aside)
+    aside = out.with_name(f".{out.name}.removed")
     try:
-        os.replace(source, target)
-    except OSError:
-        os.replace(aside, target)
+        _clear(out, fresh, aside)
+        fresh.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(Path(error.filename or out), error) from None
+    try:
+        yield fresh
+        _keep_others(out, fresh, own)
+        _swap(fresh, out, aside)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _clear(out: Path, fresh: Path, aside: Path) -> None:
+    """Remove what a process left that was killed; if it was between the two moves of `_swap`, the former results are back."""
+    if aside.exists() and not out.exists():
+        os.replace(aside, out)
+    for left in (fresh, aside):
+        if left.exists():
+            shutil.rmtree(left)
+
+
+def _keep_others(out: Path, fresh: Path, own: str) -> None:
+    """Copy what is in a results folder, and is not the stage's, into the one that takes its place."""
+    for path in out.iterdir() if out.is_dir() else ():
+        if (own and path.match(own)) or (fresh / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+
+
+def _swap(fresh: Path, out: Path, aside: Path) -> None:
+    """Let a folder take the place of another, which is put aside, and then removed."""
+    if not out.exists():
+        os.replace(fresh, out)
+        return
+    os.replace(out, aside)
+    try:
+        os.replace(fresh, out)
+    except BaseException:
+        os.replace(aside, out)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _copy_beside(source: Path, target: Path) -> Path:
-    """Return a copy of a file or a folder beside `target`, on its file system, written to the disk."""
-    copy = target.with_name(f".{target.name}.copy")
-    if source.is_dir():
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(source, copy)
-    else:
-        shutil.copyfile(source, copy)
-    for path in [copy, *copy.rglob("*")]:
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    return copy
+def left_over(results: Path) -> list[Path]:
+    """Return the folders beside results that processes left which were killed while they wrote them."""
+    return sorted(
+        path for kind in ("new", "removed") for path in results.rglob(f".*.{kind}") if path.is_dir()
+    )
+
+
+def require_replaceable(paths: Iterable[Path]) -> None:
+    """Check that results can take the places of what is there, before any work.
+
+    Raises: UserError naming the first file or folder in the way, or that cannot be replaced.
+    """
+    for path in paths:
+        if path.is_dir() and path.suffix:
+            raise UserError(f"{path} is a folder where a file belongs; move it elsewhere")
+        for each in [_existing(path.parent), path, *path.rglob("*")]:
+            if each.exists() and not each.is_symlink() and _is_fixed(each):
+                raise UserError(
+                    f"{each} cannot be replaced; make it writable (chmod, chattr -i), or change what it lies on"
+                )
+
+
+def _is_fixed(path: Path) -> bool:
+    """Return whether nobody may change a folder, or a file that its own permissions let be written: it is immutable, or on a
+    disk that is only read."""
+    if os.access(path, os.W_OK):
+        return False
+    return path.is_dir() or bool(path.stat().st_mode & stat.S_IWUSR)
 
 
 def link(path: Path, folder: Path) -> None:
@@ -161,14 +250,9 @@ def link(path: Path, folder: Path) -> None:
     try:
         os.link(path, target)
     except OSError:  # another disk, or one without links
-        os.replace(_copy_beside(path, target), target)
-
-
-def remove_others(folder: Path, names: Collection[str], pattern: str) -> None:
-    """Remove the files of a folder that fit `pattern` and are not among `names`: those of a stage as it was before."""
-    for path in folder.glob(pattern):
-        if path.name not in names:
-            path.unlink()
+        shutil.copyfile(path, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -195,11 +279,6 @@ def locked(name: str) -> Iterator[None]:
         ) from None
     with held:
         yield
-
-
-def abandoned(names: Collection[str]) -> list[Path]:
-    """Return the folders of unfinished work that is of no job of these names."""
-    return sorted(path for path in SCRATCH.glob("*") if path.name not in names)
 
 
 @contextlib.contextmanager
@@ -261,15 +340,34 @@ def _wait() -> None:
         barrier()
 
 
-def require_disk(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes fit on the disk of `folder`.
+def require_disk(needed: Mapping[Path, int]) -> None:
+    """Check that so many bytes fit on the disks of some folders.
 
     Raises: UserError if they do not.
     """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needed.items():
+        place, disk = _existing(folder), _disk(folder)
+        disks[disk] = (place, size + disks.get(disk, (place, 0))[1])
+    for place, size in disks.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            raise UserError(
+                f"{place}: {size / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free; free disk space first"
+            )
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Return whether two folders lie on one disk, or would if they were there."""
+    return _disk(one) == _disk(other)
+
+
+def _disk(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or the nearest above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free; free disk space first"
-        )
+    return folder

@@ -72,6 +72,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
 
 
+def require_memory(needed: int, what: str) -> None:
+    """Check that this machine has so many bytes of memory in all, which something takes.
+
+    Raises: UserError if it has not.
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{what} takes {needed / 2**30:,.0f} GiB of memory, this machine has {there / 2**30:,.0f} GiB; make it smaller, "
+            "or use a larger machine"
+        )
+
+
 def device_of(job: Job) -> torch.device:
     """Return the device that the study asks for.
 

@@ -16,16 +16,9 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_valida
 from tqdm import tqdm
 
 from equilab.core import rng
+from equilab.core.checked import read_array
 from equilab.core.config import Params, UserError, read_json, unreadable, writer
-from equilab.core.files import (
-    remove_others,
-    replace,
-    require_disk,
-    scratch,
-    sha256_of,
-    write_array,
-    write_json,
-)
+from equilab.core.files import publishing, require_disk, scratch, sha256_of, write_array, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.process import is_first
 from equilab.core.progress import bar
@@ -60,7 +53,7 @@ class Config(Params):
     source: Literal["digits", "cifar10", "folder", "datasets"]
     path: str | None
     test_path: str | None
-    test: PositiveInt | None
+    test: Annotated[int, Field(ge=1, le=10**10)] | None
     image: tuple[Size, Size, Size]
     classes: Annotated[int, Field(ge=0, le=reading.MOST_CLASSES)]
     datasets: Datasets | None
@@ -96,6 +89,14 @@ class Meta(BaseModel):
     classes: NonNegativeInt
     sha256: dict[str, str]
     label_counts: tuple[PositiveInt, ...] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        arrays = ("images", "labels") if self.classes else ("images",)
+        wanted = {f"{split}_{what}.npy" for split in ("train", "test") for what in arrays}
+        if missing := sorted((wanted - self.sha256.keys()) | ({"train", "test"} - self.counts.keys())):
+            raise ValueError(f"it says nothing of {missing[0]}")
+        return self
 
 
 class Dataset(NamedTuple):
@@ -168,11 +169,13 @@ def load(folder: Path, split: str, verify: bool = False) -> Dataset:
         meta = Meta.model_validate_json((folder / "meta.json").read_bytes())
     except (OSError, ValueError) as error:
         raise unreadable(folder / "meta.json", error) from None
-    count, sha256 = meta.counts[split], meta.sha256 if verify else None
-    images = _read_array(folder / f"{split}_images.npy", (count, *meta.shape), np.uint8, sha256)
-    labels = None
-    if meta.classes:
-        labels = np.array(_read_array(folder / f"{split}_labels.npy", (count,), np.int64, sha256))
+    count = meta.counts[split]
+
+    def array(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return read_array(folder / name, shape, dtype, meta.sha256[name] if verify else None)
+
+    images = array(f"{split}_images.npy", (count, *meta.shape), np.uint8)
+    labels = np.array(array(f"{split}_labels.npy", (count,), np.int64)) if meta.classes else None
     return Dataset(images, labels, meta.classes, meta.label_counts)
 
 
@@ -196,7 +199,7 @@ def label_counts(job: Job) -> dict[str, list[int]]:
     """
     if job.read("data").labels != "frequency":
         return {}
-    counts = read_json(folder_of("data") / "meta.json", "label_counts")["label_counts"]
+    counts = read_json(folder_of("data") / "meta.json", label_counts=list[int])["label_counts"]
     return {"label_counts": counts}
 
 
@@ -222,38 +225,33 @@ def run(config: Config, job: Job) -> None:
     """
     if not is_first():
         return  # of several processes the first one does it
-    with scratch(job) as place:  # what is there stays until everything new is
-        splits = _open(config, job.study.seed, place)
+    with scratch(job) as converted, publishing(job.out, own="*.npy") as fresh:
+        splits = _open(config, job.study.seed, converted)
         labels = _labels(config, splits)
         counts = {split: len(indices) for split, (_, indices) in splits.items()}
-        for folder in (place, job.out):  # which may be on two disks
-            require_disk(folder, sum(counts.values()) * math.prod(config.image))
-        sha256 = _write_splits(config, splits, place)
+        require_disk({job.out: sum(counts.values()) * math.prod(config.image)})
+        sha256 = _write_splits(config, splits, fresh)
         for split, found in labels.items():
-            sha256[f"{split}_labels.npy"] = write_array(place / f"{split}_labels.npy", found)
-        job.out.mkdir(parents=True, exist_ok=True)
-        for name in sha256:
-            replace(place / name, job.out / name)
-    meta = {
-        "source": config.source,
-        "shape": config.image,
-        "classes": config.classes,
-        "counts": counts,
-        "sha256": sha256,
-    }
-    if config.labels == "frequency":
-        meta["label_counts"] = np.bincount(labels["train"]).tolist()
-    if config.resize is not None:
-        meta["resize"] = config.resize
-    if (names := splits["train"][0].classes) is not None:
-        meta["class_names"] = names
-    write_json(job.out / "meta.json", meta)
-    remove_others(job.out, sha256, "*.npy")
+            sha256[f"{split}_labels.npy"] = write_array(fresh / f"{split}_labels.npy", found)
+        meta = {
+            "source": config.source,
+            "shape": config.image,
+            "classes": config.classes,
+            "counts": counts,
+            "sha256": sha256,
+        }
+        if config.labels == "frequency":
+            meta["label_counts"] = np.bincount(labels["train"]).tolist()
+        if config.resize is not None:
+            meta["resize"] = config.resize
+        if (names := splits["train"][0].classes) is not None:
+            meta["class_names"] = names
+        write_json(fresh / "meta.json", meta)
     _tell(config, splits, labels)
 
 
-def _open(config: Config, seed: int, place: Path) -> Splits:
-    """Return the splits of the source that params name."""
+def _open(config: Config, seed: int, converted: Path) -> Splits:
+    """Return the splits of the source that params name; what must be converted to be read goes into the folder `converted`."""
     match config.source:
         case "digits":
             images = {"train": _digits()}
@@ -265,7 +263,7 @@ def _open(config: Config, seed: int, place: Path) -> Splits:
                 for split, key, path in _paths(config)
             }
         case "datasets":
-            images = open_splits(config.path, config.datasets, place / "datasets")
+            images = open_splits(config.path, config.datasets, converted / "datasets")
     if "test" not in images:
         return _hold_out(images["train"], config.test, seed)
     return {split: (found, np.arange(len(found.names))) for split, found in images.items()}
@@ -425,19 +423,3 @@ def _write_images(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]
         for row in rows:
             file.write(row.tobytes())
     return sha256_of(path)
-
-
-def _read_array(path: Path, shape: tuple[int, ...], dtype: type, sha256: dict[str, str] | None) -> np.ndarray:
-    """Return the array memory-mapped if the file has this shape, type, size and, where given, checksum."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # one of a dozen types, by where it is damaged
-        raise unreadable(path, error) from error
-    if array.shape != shape or array.dtype != dtype or path.stat().st_size != array.offset + array.nbytes:
-        raise UserError(
-            f"{path} holds {array.dtype} {array.shape} in {path.stat().st_size} bytes, meta.json says "
-            f"{np.dtype(dtype)} {shape}; run {writer(path)} again"
-        )
-    if sha256 is not None and sha256_of(path) != sha256.get(path.name):
-        raise unreadable(path, "its checksum is not the one in meta.json")
-    return array

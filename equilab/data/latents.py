@@ -23,8 +23,9 @@ from pydantic import (
 from torch import Tensor, nn
 
 from equilab.core import rng
+from equilab.core.checked import read_array
 from equilab.core.config import Params, UserError, read_json, sentences, unreadable
-from equilab.core.files import remove_others, scratch, sha256_of, write_json
+from equilab.core.files import publishing, scratch, sha256_of, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, identity, rank
 from equilab.data import images as data
@@ -122,21 +123,19 @@ class Encoded:
     """
 
     def __init__(self, folder: Path):
-        meta = read_json(folder / "meta.json", "shape", "count", "data", "shards")
+        content = {"shape": list[int], "count": int, "data": str, "shards": dict[str, str]}
+        meta = read_json(folder / "meta.json", **content)
         if meta["data"] != sha256_of(folder_of("data") / "meta.json"):
             raise UserError(
                 f"{folder} holds latents of other images than results/data; run `python -m equilab latents` again"
             )
         self.shape, self.shards, left = tuple(meta["shape"]), [], meta["count"]
         for name, sha256 in meta["shards"].items():
-            if not (folder / name).exists() or sha256_of(folder / name) != sha256:
-                raise unreadable(folder / name, "its checksum is not the one in meta.json")
-            self.shards.append(np.load(folder / name, mmap_mode="r"))
-            left -= len(self.shards[-1])
+            count = min(SHARD, left)
+            self.shards.append(read_array(folder / name, (count, *self.shape), np.float32, sha256))
+            left -= count
         if left:
-            raise UserError(
-                f"{folder} does not hold as many latents as its meta.json says; run `python -m equilab latents` again"
-            )
+            raise unreadable(folder / "meta.json", "its shards hold another number of latents than it says")
 
     def read(self, items: np.ndarray) -> Tensor:
         """Return the latents (B, C, H, W) float32 of these training images."""
@@ -176,13 +175,12 @@ def run(config: Config, job: Job) -> None:
         return vae.encode(image, noise).cpu().numpy()
 
     sizes = {"count": len(images), "shard": SHARD, "batch": config.batch}
-    with scratch(job, identity(job, config, about)) as folder:
+    with scratch(job, identity(job, config, about)) as folder, publishing(job.out, "latents-*.npy") as fresh:
         made = shards.make(job, folder, "latents", encoded, row_bytes=4 * math.prod(config.shape), **sizes)
         if rank() == 0:
-            about["shards"] = shards.publish(made, job.out)
+            about["shards"] = shards.publish(made, fresh)
             meta = {**about, "count": len(images), "environment": environment(job)}
-            write_json(job.out / "meta.json", meta)
-            remove_others(job.out, about["shards"], "latents-*.npy")
+            write_json(fresh / "meta.json", meta)
             print(f"latents: {len(images):,} of training images, in {job.out}")
         barrier()
 
@@ -202,7 +200,7 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
     if config is None:
         return Pixels(shape, to_uint8)
     vae, path = open_vae(config, job.image, device), folder_of("latents") / "meta.json"
-    if read_json(path, "vae")["vae"] != vae.checksum():
+    if read_json(path, vae=str)["vae"] != vae.checksum():
         raise UserError(
             f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
         )

@@ -5,23 +5,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from equilab.core import rng
+from equilab.core.checked import read_array
 from equilab.core.config import UserError, plain, read_json, unreadable
-from equilab.core.files import sha256_of
 from equilab.core.job import Job, folder_of
 from equilab.data.images import require_same, to_float
 from equilab.models.checkpoint import read_metadata
 
 NOISE, LABEL = "pair noise", "pair label"  # purposes of the random numbers of a pair
-# of meta.json
-COUNTS = ("count", "held_out", "classes")
-KEYS = (*COUNTS, "shape", "seed", "shard", "dtype", "shards", "noise_checksum", "teacher")
+
+
+class Shard(BaseModel):
+    """What meta.json says of a file of images."""
+
+    images: int
+    sha256: str
+
+
+CONTENT = {  # of meta.json
+    "count": int,
+    "held_out": int,
+    "classes": int,
+    "shape": list[int],
+    "seed": int,
+    "shard": int,
+    "dtype": Literal["uint8", "float16", "float32"],
+    "shards": dict[str, Shard],
+    "noise_checksum": str,
+    "teacher": str,
+}
 
 
 class Pairs(NamedTuple):
@@ -41,11 +60,13 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.meta = folder, read_json(folder / "meta.json", *KEYS)
-        self.count, self.held_out, self.classes = (self.meta[key] for key in COUNTS)
+        self.folder, self.meta = folder, read_json(folder / "meta.json", **CONTENT)
+        self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.label_counts = self.meta.get("label_counts")
-        self.images = [self._open(folder / name) for name in self.meta["shards"]]
+        if len(self.meta["shards"]) * self.meta["shard"] != self.count + self.held_out:
+            raise unreadable(folder / "meta.json", "its shards hold another number of pairs than it says")
+        self.images = [self._read(name) for name in self.meta["shards"]]
         if noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
             raise UserError(
                 f"{folder}: noise regenerated from its index differs from when the pairs were made; "
@@ -83,26 +104,17 @@ class PairSet:
                 f"{self.folder} was made by another teacher than {weights}; run `python -m equilab pairs` again"
             )
 
-    def _open(self, path: Path) -> np.ndarray:
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise unreadable(path, error) from None
-        if array.shape != (self.meta["shard"], *self.shape) or array.dtype != self.meta["dtype"]:
-            raise UserError(
-                f"{path} holds {array.dtype} {array.shape[1:]}, its meta.json says otherwise; "
-                "run `python -m equilab pairs` again"
-            )
-        return array
+    def _read(self, name: str, sha256: str | None = None) -> np.ndarray:
+        shape = self.meta["shard"], *self.shape
+        return read_array(self.folder / name, shape, self.meta["dtype"], sha256)
 
     def verify(self) -> None:
         """Read every shard and compare its checksum.
 
         Raises: UserError naming the shard that differs.
         """
-        for array, shard in zip(self.images, self.meta["shards"].values()):
-            if sha256_of(Path(array.filename)) != shard["sha256"]:
-                raise unreadable(Path(array.filename), "its checksum is not the one in meta.json")
+        for name, shard in self.meta["shards"].items():
+            self._read(name, shard["sha256"])
 
     def read(self, indices: np.ndarray) -> Pairs:
         """Return the pairs at `indices` (0..held_out+count-1)."""

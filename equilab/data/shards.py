@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from equilab.core.files import is_intact, link, require_disk, write, write_array
+from equilab.core.files import is_intact, link, on_one_disk, require_disk, write, write_array
 from equilab.core.job import Job
-from equilab.core.machine import barrier, rank, world
+from equilab.core.machine import barrier, rank, total, world
 from equilab.core.progress import bar
 
 
@@ -33,10 +34,12 @@ def make(
     shards = {}
     for start in range(0, count, shard):
         shards[folder / f"{name}-{start:010d}.npy"] = range(start, min(start + shard, count))
-    missing = [path for path in shards if not is_intact(path)]
-    barrier()  # before one is written: the same are missing to every process
+    # the first process looks, before one is written, and all go by what it sees
+    there = total(torch.tensor([rank() == 0 and is_intact(path) for path in shards], dtype=torch.int64))
+    missing = [path for path, intact in zip(shards, there.tolist()) if not intact]
     rows = sum(len(shards[path]) for path in missing)
-    require_disk(folder, rows * row_bytes)
+    linked = {} if on_one_disk(folder, job.out) else {job.out: count * row_bytes}
+    require_disk({folder: rows * row_bytes, **linked})
     with bar(job.name, count, done=count - rows) as progress:
         for path in missing[rank() :: world()]:
             blocks = []
@@ -50,8 +53,7 @@ def make(
 
 
 def publish(shards: list[Path], out: Path) -> dict[str, str]:
-    """Link shards into a results folder; return their checksums by their names."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Link shards into the folder of results; return their checksums by their names."""
     checksums = {}
     for path in shards:
         link(path, out)

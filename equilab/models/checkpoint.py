@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from equilab.core.config import Spec, UserError, difference, plain, shown, spec, unreadable, writer
+from equilab.core.config import Spec, UserError, difference, digest, plain, shown, spec, unreadable, writer
 from equilab.core.files import write
 from equilab.models.classifier import CLASSIFIERS
 from equilab.models.family import families, family
 
 KEY = "equilab"  # the one metadata key: several would be written in random order
+OF_METADATA = "metadata_checksum"  # of all that the metadata say beside it
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -34,12 +35,13 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors with their metadata and checksum as safetensors, atomically and with the same bytes every time."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = json.dumps({**plain(metadata), "checksum": checksum(tensors)}, sort_keys=True)
-    write(path, save(tensors, {KEY: described}))
+    described = {**plain(metadata), "checksum": checksum(tensors)}
+    described[OF_METADATA] = digest(described)
+    write(path, save(tensors, {KEY: json.dumps(described, sort_keys=True)}))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a file written by `save_tensors`.
+    """Return the metadata of a file written by `save_tensors`, verified by their own checksum.
 
     Raises: UserError if the file is missing, damaged or was not written by equilab.
     """
@@ -62,13 +64,21 @@ def _open(path: Path, content: bool = False) -> tuple[dict[str, Any], dict[str, 
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()} if content else {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # one of a dozen types, by where it is damaged
         raise unreadable(path, error) from None
     if KEY not in metadata:
         raise UserError(
             f"{path} was not written by equilab; read the authors' checkpoints with equilab.published.load"
         )
-    return json.loads(metadata[KEY]), tensors
+    try:
+        described = json.loads(metadata[KEY])
+        written = described.pop(OF_METADATA, None)  # of files that were written before there was one
+        intact = written in (None, digest(described)) and "checksum" in described
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise unreadable(path, error) from None
+    if not intact:
+        raise unreadable(path, "its metadata do not match their checksum")
+    return described, tensors
 
 
 def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, Any]]:

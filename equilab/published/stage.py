@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import create_model, model_validator
 
 from equilab.core.config import Params, UserError, plain
-from equilab.core.files import sha256_of, write, write_json
+from equilab.core.files import publishing, sha256_of, write, write_json
 from equilab.core.job import Job, Plan, Seed
 from equilab.core.machine import environment, rank
 from equilab.data import latents
@@ -82,13 +82,11 @@ def run(config: Any, job: Job) -> None:
     about["published"] |= {"file": path.name, "sha256": sha256_of(path)}
     if job.run is not None:
         about["seed"] = job.seed
-    save_tensors(job.out / "weights.safetensors", loaded.network.state_dict(), about)
-    snapshots = job.out / "snapshots"
-    snapshots.mkdir(exist_ok=True)
-    for left in snapshots.iterdir():  # by a training before
-        left.unlink()
-    write(job.out / "log.csv", "nimg,loss,lr\n")
-    write_json(job.out / "summary.json", {**about, "environment": environment(job)})
+    with publishing(job.out) as fresh:
+        (fresh / "snapshots").mkdir()
+        save_tensors(fresh / "weights.safetensors", loaded.network.state_dict(), about)
+        write(fresh / "log.csv", "nimg,loss,lr\n")
+        write_json(fresh / "summary.json", {**about, "environment": environment(job)})
 
 
 def _place(job: Job) -> str:

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from equilab.core.config import Params, UserError
-from equilab.core.files import write_table
+from equilab.core.files import publishing, write_table
 from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of
+from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
@@ -130,6 +131,8 @@ def run(config: Config, job: Job) -> None:
     Source: GDD (Zheng 2024), section 4.1, for U-Nets; its min-max normalisation, over the noise levels of a layer, is left to
         who reads the table.
     """
+    if not is_first():
+        return  # of several processes the first one does it
     plan(config, job)  # refuses what cannot be
     seen = [
         Seen(load(of, seed, config=describe(of, job, seed).config, device=device_of(job)), seed, Activity())
@@ -154,7 +157,8 @@ def run(config: Config, job: Job) -> None:
         named = {"of": run.of, "seed": each.seed, "family": run.family.name}
         judged = {"judged_up_to": config.judged_up_to} if each in unets else {}
         rows += [{**named, **row, **judged} for row in each.activity.rows()]
-    write_table(job.out / "activation.csv", rows)
+    with publishing(job.out) as fresh:
+        write_table(fresh / "activation.csv", rows)
     print(f"activation: the layers of {len(config.runs)} runs, in {job.out / 'activation.csv'}")
 
 

@@ -14,8 +14,9 @@ from pydantic import Field
 from equilab.claims.claim import DEPENDS, Claim, judge, read_claims, refuse_mistyped
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcome, mean
 from equilab.core.config import Params
-from equilab.core.files import write, write_json
+from equilab.core.files import write_json, write_together
 from equilab.core.job import Job, Plan, folder_of
+from equilab.core.process import is_first
 from equilab.tables import NotRunError, Results, results
 
 HEAD = """\
@@ -56,6 +57,8 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a claim is mistyped, or the results lack what it is about.
     """
+    if not is_first():
+        return  # of several processes the first one does it
     found, claims = results("results"), read_claims()
     refuse_mistyped(claims, found.comparisons)
     judged = judged_claims(found, config.confidence, claims)
@@ -64,8 +67,11 @@ def run(config: Config, job: Job) -> None:
     absent = ", ".join(not_run(found, job))
     end = f"Not run yet: {absent}." if absent else ""
     head, name = HEAD.format(confidence=config.confidence, seeds=SEEDS), job.study.name
-    _write("claims", f"Claims: {name}", head, counted, end)
-    _write("measured", f"Claims on seconds and memory: {name}", f"{head} {SECONDS}", measured, end)
+    files = _files("claims", f"Claims: {name}", head, counted, end)
+    files |= _files("measured", f"Claims on seconds and memory: {name}", f"{head} {SECONDS}", measured, end)
+    write_together(files)
+    _tell("claims", counted)
+    _tell("measured", measured)
     if unclaimed := found.comparisons.keys() - {claim.comparison for claim in claims}:
         print(f"claims: comparisons without a claim: {'; '.join(sorted(unclaimed))}")
     if absent:
@@ -137,12 +143,19 @@ def hypotheses(judged: list[tuple[Claim, Outcome]]) -> str:
     return "\n".join(head + lines) if lines else ""
 
 
-def _write(name: str, title: str, head: str, judged: list[tuple[Claim, Outcome]], end: str) -> None:
-    """Write a table and a page of claims, and say how many are judged how."""
+def _files(
+    name: str, title: str, head: str, judged: list[tuple[Claim, Outcome]], end: str
+) -> dict[Path, str]:
+    """Return a table and a page of claims, by their paths."""
     found, path = table(judged), Path("results", f"{name}.md")
-    write(path.with_suffix(".csv"), found.to_csv(index=False, lineterminator="\n"))
     parts = [f"# {title}", head, markdown(found), hypotheses(judged), end]
-    write(path, "\n\n".join(part for part in parts if part) + "\n")
+    page = "\n\n".join(part for part in parts if part) + "\n"
+    return {path.with_suffix(".csv"): found.to_csv(index=False, lineterminator="\n"), path: page}
+
+
+def _tell(name: str, judged: list[tuple[Claim, Outcome]]) -> None:
+    """Say how many claims are judged how."""
+    found, path = table(judged), Path("results", f"{name}.md")
     counts = found["verdict"].value_counts()
     found_words = ", ".join(
         f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if verdict in counts

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 
 from equilab.core.config import Params, plain
-from equilab.core.files import write_json, write_table
+from equilab.core.files import publishing, write_json, write_table
 from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
+from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
 from equilab.sampling import Generator, Inputs, Run, describe, load_first, seeds_of
@@ -64,6 +65,8 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the weights of a run are missing or damaged.
     """
+    if not is_first():
+        return  # of several processes the first one does it
     device = device_of(job)
     generators = [load_first(of, job) for of in config.runs]
     peak = matmul_peak(device, torch.float32)
@@ -79,9 +82,10 @@ def run(config: Config, job: Job) -> None:
                 share = flops / row["seconds"] / peak
                 rows.append({**named, **measurement.columns, **row, "peak_share": share})
             progress.update()
-    write_table(job.out / "cost.csv", rows)
     about = {"environment": environment(job), "matmul_fp32_flops_s": peak, "settings": plain(config)}
-    write_json(job.out / "cost.json", about)
+    with publishing(job.out) as fresh:
+        write_table(fresh / "cost.csv", rows)
+        write_json(fresh / "cost.json", about)
     print(f"cost: {len(rows)} measurements of {len(generators)} runs, in {job.out / 'cost.csv'}")
 
 

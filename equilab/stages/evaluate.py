@@ -14,7 +14,15 @@ from pydantic import Field
 from tqdm import tqdm
 
 from equilab.core.config import Params, UserError, digest, plain, read_json, writer
-from equilab.core.files import link, require_disk, scratch, write_arrays, write_json, write_table
+from equilab.core.files import (
+    new_array,
+    publishing,
+    require_disk,
+    sha256_of,
+    write_arrays,
+    write_json,
+    write_table,
+)
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, rank, to_device, total, world
 from equilab.core.progress import bar
@@ -106,19 +114,17 @@ def run(config: Config, job: Job) -> None:
     _check_inputs(config, job, generator, pairs)
     snapshots = generator.run.snapshots
     # the headline's images, those that are being made, and the rest
-    require_disk(job.out, 3 * count * int(np.prod(pixels.shape)))
+    require_disk({job.out: 3 * count * int(np.prod(pixels.shape))})
     work = (len(config.settings) + len(snapshots)) * count
-    with scratch(job) as place, bar(job.name, work) as progress:
-        evaluation = _Evaluation(config, job.study.seed, scorer, pixels, pairs, count, place, progress)
+    with publishing(job.out) as fresh, bar(job.name, work) as progress:
+        evaluation = _Evaluation(config, job.study.seed, scorer, pixels, pairs, count, fresh, progress)
         rows = [evaluation.setting(generator, setting) for setting in config.settings]
         curve = [evaluation.snapshot(weights_at(snapshot=nimg)) for nimg in snapshots]
         if rank() == 0:
-            job.out.mkdir(parents=True, exist_ok=True)
-            link(place / "samples.npy", job.out)
             kept = iterates(config.settings, config.batch, job.study.seed, generator, pixels)
-            write_arrays(job.out / "iterates.npz", kept)
-            write_table(job.out / "sweep.csv", rows)
-            write_table(job.out / "curve.csv", curve)
+            write_arrays(fresh / "iterates.npz", kept)
+            write_table(fresh / "sweep.csv", rows)
+            write_table(fresh / "curve.csv", curve)
             about = {
                 "run": job.run,
                 "seed": job.seed,
@@ -126,9 +132,11 @@ def run(config: Config, job: Job) -> None:
                 "family": generator.run.family.name,
                 "parameters": generator.metadata["parameters"],
                 "nimg": generator.metadata["nimg"],
+                "settings": len(rows),
+                "samples_sha256": sha256_of(fresh / "samples.npy"),
                 "environment": environment(job),
             }
-            write_json(job.out / "metrics.json", {**about, **rows[0]})
+            write_json(fresh / "metrics.json", {**about, **rows[0]})
             name = scorer.extractor.distance
             train, test = (f"{rows[0][f'{name}_{split}']:.4g}" for split in ("train", "test"))
             print(f"{job.name}: {name.upper()} {train} to training images, {test} to held-out images")
@@ -151,7 +159,7 @@ def _floor_samples(job: Job) -> int:
     Raises: UserError if params ask for another number, or it was measured on other images.
     """
     summary = folder_of("evaluator") / "summary.json"
-    floor = read_json(summary, "samples")
+    floor = read_json(summary, samples=int)
     require_same(summary, floor)
     samples, wanted = floor["samples"], job.read("evaluator").samples
     if samples != wanted:
@@ -221,7 +229,7 @@ class _Evaluation:
         Each process makes its share of the batches: any number of them writes the same bytes.
         """
         if rank() == 0:
-            np.lib.format.open_memmap(path, "w+", np.uint8, (self.count, *self.pixels.shape))
+            new_array(path, np.uint8, (self.count, *self.pixels.shape))
         barrier()
         images = np.load(path, mmap_mode="r+")
         statistics = torch.zeros(self.count, 3, dtype=torch.float64)

@@ -6,14 +6,14 @@ import ast
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equilab.core.config import Params, Scalar, UserError, nearest
-from equilab.core.files import replace, write
+from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
+from equilab.core.process import is_first
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -50,46 +50,46 @@ def run(config: Config, job: Job) -> None:
     from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
+    if not is_first():
+        return  # of several processes the first one does it
     source = _checked(config, job)
-    fresh, failed = (Path(".equilab/notebook") / name for name in (job.run, f"{job.run}.failed.ipynb"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    failed = Path(".equilab/notebook") / f"{job.run}.failed.ipynb"
+    failed.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= {
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, whatever the user has installed
         "IPYTHONDIR": str(Path(".equilab/ipython").absolute()),  # the user's own start-up files stay out
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
-    given = {"results": "results", "out": fresh.as_posix(), **config.parameters}
-    try:
-        done = papermill.execute_notebook(
-            str(source),
-            str(failed),
-            given,
-            kernel_name="python3",
-            cwd=".",
-            log_output=False,
-            start_timeout=START_SECONDS,
-            execution_timeout=CELL_SECONDS,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-    except PapermillExecutionError as error:
-        raise UserError(
-            f"notebooks/{job.run}.ipynb failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
-            f"it is kept in {failed}, and {job.out} is as it was"
-        ) from None
-    except CellTimeoutError:
-        raise UserError(
-            f"notebooks/{job.run}.ipynb: a cell took more than {CELL_SECONDS} s; {job.out} is as it was"
-        ) from None
-    except RuntimeError as error:  # a kernel that dies, or does not even start
-        raise UserError(
-            f"notebooks/{job.run}.ipynb: its kernel died ({error}); give it more memory, or run it in JupyterLab to see why"
-        ) from None
-    text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
-    write(fresh / f"{job.run}.ipynb", text + "\n")
+    with publishing(job.out, own="*") as fresh:
+        given = {"results": "results", "out": fresh.as_posix(), **config.parameters}
+        try:
+            done = papermill.execute_notebook(
+                str(source),
+                str(failed),
+                given,
+                kernel_name="python3",
+                cwd=".",
+                log_output=False,
+                start_timeout=START_SECONDS,
+                execution_timeout=CELL_SECONDS,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )
+        except PapermillExecutionError as error:
+            raise UserError(
+                f"notebooks/{job.run}.ipynb failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}; "
+                f"it is kept in {failed}, and {job.out} is as it was"
+            ) from None
+        except CellTimeoutError:
+            raise UserError(
+                f"notebooks/{job.run}.ipynb: a cell took more than {CELL_SECONDS} s; {job.out} is as it was"
+            ) from None
+        except RuntimeError as error:  # a kernel that dies, or does not even start
+            raise UserError(
+                f"notebooks/{job.run}.ipynb: its kernel died ({error}); give it more memory, or run it in JupyterLab to see why"
+            ) from None
+        text = writes(normalised(done)).replace(fresh.as_posix(), job.out.as_posix())
+        write(fresh / f"{job.run}.ipynb", text + "\n")
     failed.unlink()
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    replace(fresh, job.out)
     print(f"{job.name}: {job.out / f'{job.run}.ipynb'}")
 
 

@@ -9,10 +9,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from equilab.core.config import Params, UserError, unreadable
-from equilab.core.files import write_table
+from equilab.core.checked import read_array
+from equilab.core.config import Params, UserError, read_json
+from equilab.core.files import publishing, write_table
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.core.machine import device_of
+from equilab.core.process import is_first
 from equilab.metrics.fidelity import CACHE, Scorer, frechet
 from equilab.training import classify
 
@@ -62,11 +64,13 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the samples of a run are missing.
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
     """
+    if not is_first():
+        return  # of several processes the first one does it
     plan(config, job)  # refuses what cannot be
     scorer = Scorer(folder_of("evaluator"), folder_of("data"), CACHE, device_of(job), job.read("evaluator"))
     rows = []
     for seed in _common_seeds(config, job):
-        samples = {name: _samples(name, seed) for name in config.runs}
+        samples = {name: _samples(name, seed, job.image) for name in config.runs}
         statistics = {name: scorer.statistics(images) for name, images in samples.items()}
         for first, second in itertools.permutations(config.runs, 2):
             distance = frechet(statistics[first], statistics[second])
@@ -78,13 +82,13 @@ def run(config: Config, job: Job) -> None:
         rows.append(
             {"seed": seed, "first": name, "second": name, "distance": frechet(*sides), "images": half}
         )
-    write_table(job.out / "relative.csv", rows)
+    with publishing(job.out) as fresh:
+        write_table(fresh / "relative.csv", rows)
     print(f"relative: {len(rows)} distances between the images of two runs, in {job.out / 'relative.csv'}")
 
 
-def _samples(name: str, seed: int) -> np.ndarray:
-    path = folder_of("evaluate", name, seed) / "samples.npy"
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(path, error) from None
+def _samples(name: str, seed: int, image: tuple[int, ...]) -> np.ndarray:
+    folder = folder_of("evaluate", name, seed)
+    about = read_json(folder / "metrics.json", n_samples=int)
+    sha256 = about.get("samples_sha256")  # of images that were made before it was written there is none
+    return read_array(folder / "samples.npy", (about["n_samples"], *image), np.uint8, sha256)

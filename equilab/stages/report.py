@@ -8,17 +8,19 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from pydantic import BaseModel, Field
 from scipy import stats
 
 from equilab.claims.tests import SEEDS, named, short
 from equilab.core.config import Params, UserError, read_json, unreadable
-from equilab.core.files import replace, scratch, write
+from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
+from equilab.core.process import is_first
 from equilab.models.family import family
 from equilab.stages.scoreboard import EFFECTS
 from equilab.tables import SCORES, Results, results
@@ -55,6 +57,18 @@ MATHTEXT = {
 }
 
 
+class Cell(BaseModel):
+    """A cell of an executed notebook, as far as a page shows it."""
+
+    cell_type: str
+    source: str | list[str]
+    metadata: dict[str, Any]
+    outputs: list[dict[str, Any]] = []
+
+
+Cells = Annotated[list[Cell], Field(min_length=1)]
+
+
 class Config(Params):
     """The params section `report`."""
 
@@ -85,6 +99,8 @@ def run(config: Config, job: Job) -> None:
     """
     import matplotlib
 
+    if not is_first():
+        return  # of several processes the first one does it
     matplotlib.use("agg")
     from equilab import style  # brings pyplot along, which takes seconds
 
@@ -97,10 +113,9 @@ def run(config: Config, job: Job) -> None:
     pages = {"index": (config.title, _index(config.title, study, config.figures, figures))}
     pages |= {f"notebook-{name}": (name, body) for name, (body, _) in notebooks.items()}
     pages |= {_page_of(of): (of, _run(study, of)) for of in study.runs["of"].unique()}
-    with scratch(job) as place:
+    with publishing(job.out, own="*.html") as fresh:
         for name, (title, body) in pages.items():
-            write(place / f"{name}.html", _page(title, body, study, top=name == "index"))
-        replace(place, job.out)
+            write(fresh / f"{name}.html", _page(title, body, study, top=name == "index"))
     print(f"report: {job.out / 'index.html'}")
 
 
@@ -321,7 +336,7 @@ def _notebook(folder: Path) -> tuple[str, dict[str, str]]:
     """
     drawn = {path.read_bytes(): path.stem for path in sorted(folder.glob("*.png"))}
     parts, figures, last = [], {}, []
-    for cell in read_json(folder / f"{folder.name}.ipynb", "cells")["cells"]:
+    for cell in read_json(folder / f"{folder.name}.ipynb", cells=Cells)["cells"]:
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
         if cell["cell_type"] == "markdown":
             parts.append(_markdown(source))

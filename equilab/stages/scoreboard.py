@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from equilab.claims.claim import DEPENDS, read_papers
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.files import write
+from equilab.core.files import write_together
 from equilab.core.job import Distinct, Job, Plan
+from equilab.core.process import is_first
 
 KEYS = ["id", "part"]
 ABOUT = ["paper", *KEYS, "claim", "where", "published"]
@@ -67,9 +68,11 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a study has not judged its claims, or judged one that there is not.
     """
+    if not is_first():
+        return  # of several processes the first one does it
     found = scoreboard(config.studies, config.earlier)
-    write(Path("results/scoreboard.csv"), found.to_csv(index=False, lineterminator="\n"))
-    write(Path("results/scoreboard.md"), markdown(found, config))
+    text, path = found.to_csv(index=False, lineterminator="\n"), Path("results/scoreboard.md")
+    write_together({path.with_suffix(".csv"): text, path: markdown(found, config)})
 
 
 def scoreboard(studies: Mapping[str, str], earlier: Collection[str] = ()) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from equilab.core import rng
-from equilab.core.config import Spec, UserError, choice, read_json
+from equilab.core.config import Spec, UserError, choice
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import Dataset, load, to_float
@@ -36,10 +37,10 @@ class Batch(NamedTuple):
     label: Tensor  # (B,)
 
 
-def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
-    """Train the classifier of a stage's `network` and `optimisation`; return its summary with its accuracy on the test images.
+def train(config: Any, job: Job, data: Dataset, finish: loop.Finish | None = None) -> None:
+    """Train the classifier of a stage's `network` and `optimisation`; its summary says its accuracy on the test images.
 
-    Its weights and the order of its images are functions of the study's seed and the stage.
+    Its weights and the order of its images are functions of the study's seed and the stage. `finish` is as of loop.train.
 
     Raises: UserError if the data have no labels.
     """
@@ -55,13 +56,15 @@ def train(config: Any, job: Job, data: Dataset) -> dict[str, Any]:
         items = chosen[rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(chosen))]
         return Batch(to_float(torch.from_numpy(data.images[items])), torch.from_numpy(data.labels[items]))
 
+    def scored(folder: Path) -> dict[str, Any]:
+        trained, _ = load_network(folder / "weights.safetensors", config)
+        accuracy = _accuracy(trained, load(folder_of("data"), "test", verify=True))
+        found = {"network": config.network.kind, "accuracy_test": accuracy}
+        return found if finish is None else found | finish(folder)
+
     about = loop.about(shape, classes, cost(config.network, shape, classes))
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
-    loop.train(job, config, inputs, net, batch_of, loss, about)
-    net, _ = load_network(job.out / "weights.safetensors", config)
-    summary = read_json(job.out / "summary.json")
-    test = load(folder_of("data"), "test")
-    return {**summary, "network": config.network.kind, "accuracy_test": _accuracy(net, test)}
+    loop.train(job, config, inputs, net, batch_of, loss, about, finish=scored)
 
 
 def part_of(part: Part, count: int, seed: int) -> Int64[np.ndarray, n]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from equilab.core.config import Params, UserError
-from equilab.core.files import sha256_of, write, write_json
+from equilab.core.config import Params, UserError, read_json
+from equilab.core.files import publishing, sha256_of, write, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, rank
 from equilab.data.images import load
@@ -50,27 +52,36 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing, damaged, without labels or too few.
     """
-    data = load(folder_of("data"), "train", verify=True)
-    for split in ("train", "test"):
-        count = len(load(folder_of("data"), split).images)
-        if count < SPLITS:
+    data = {split: load(folder_of("data"), split, verify=True) for split in ("train", "test")}
+    for split, images in data.items():
+        if (count := len(images.images)) < SPLITS:
             raise UserError(
                 f"results/data has {count} {split} images, scores need {SPLITS} or more; give more in data (test, test_path)"
             )
-    if config.network is None:
-        save_tensors(job.out / "weights.safetensors", {}, {"network": "inception"})
-        write(job.out / "log.csv", "nimg,loss,lr\n")
-        summary = {"network": "inception", "inputs": {"data": sha256_of(folder_of("data") / "meta.json")}}
-    else:
-        summary = classify.train(config, job, data)
-    if rank() != 0:
-        return
-    scorer = Scorer(job.out, folder_of("data"), CACHE, device_of(job), config)
-    floor = scorer.floor(config.samples, job.study.seed)
-    mean = np.round(data.images.mean(0)).astype(np.uint8)
-    trivial = scorer.distances(np.repeat(mean[np.newaxis], SPLITS, axis=0))
-    about = {"samples": config.samples, "floor": floor, "trivial": trivial}
-    write_json(job.out / "summary.json", {**summary, **about})
-    accuracy = summary.get("accuracy_test")
-    network = "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
-    print(f"evaluator: {network}; the floor of scores is that of {config.samples:,} real images")
+
+    def floor(folder: Path) -> dict[str, Any]:
+        scorer = Scorer(folder, folder_of("data"), CACHE, device_of(job), config)
+        mean = np.round(data["train"].images.mean(0)).astype(np.uint8)
+        trivial = scorer.distances(np.repeat(mean[np.newaxis], SPLITS, axis=0))
+        found = scorer.floor(config.samples, job.study.seed)
+        return {"samples": config.samples, "floor": found, "trivial": trivial}
+
+    if config.network is not None:
+        classify.train(config, job, data["train"], floor)
+    elif rank() == 0:
+        _write_inception(job, floor)
+    if rank() == 0:
+        accuracy = read_json(job.out / "summary.json").get("accuracy_test")
+        network = (
+            "Inception's features" if accuracy is None else f"accuracy {accuracy:.1%} on held-out images"
+        )
+        print(f"evaluator: {network}; the floor of scores is that of {config.samples:,} real images")
+
+
+def _write_inception(job: Job, floor: Callable[[Path], dict[str, Any]]) -> None:
+    """Write what the stage writes where there is nothing to train."""
+    with publishing(job.out) as fresh:
+        save_tensors(fresh / "weights.safetensors", {}, {"network": "inception"})
+        write(fresh / "log.csv", "nimg,loss,lr\n")
+        inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
+        write_json(fresh / "summary.json", {"network": "inception", "inputs": inputs, **floor(fresh)})

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from equilab.core.config import Params
-from equilab.core.files import write_json
 from equilab.core.job import Job, Plan, folder_of
-from equilab.core.machine import rank
 from equilab.data.images import load
 from equilab.training import classify
 from equilab.training.loop import Optimisation
@@ -37,6 +35,4 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the data are missing, damaged or without labels.
     """
-    summary = classify.train(config, job, load(folder_of("data"), "train", verify=True))
-    if rank() == 0:
-        write_json(job.out / "summary.json", summary)
+    classify.train(config, job, load(folder_of("data"), "train", verify=True))

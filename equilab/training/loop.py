@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import Params, Spec, UserError, plain
-from equilab.core.files import require_disk, scratch, write_json, write_table
+from equilab.core.files import SCRATCH, publishing, require_disk, scratch, write_json, write_table
 from equilab.core.job import Job, Plan
 from equilab.core.machine import (
     barrier,
@@ -25,6 +25,7 @@ from equilab.core.machine import (
     identity,
     precision,
     rank,
+    require_memory,
     to_device,
     total,
     world,
@@ -59,6 +60,7 @@ Row = dict[str, int | float]  # of the log
 BatchOf = Callable[[range], Any]  # positions in the endless stream of images -> a batch, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor | Logged]  # (network, batch) -> mean over the images of the batch
 Watch = Callable[[Row], Halt | None]
+Finish = Callable[[Path], dict[str, Any]]  # (folder of the results) -> what more the summary says of them
 
 
 class Optimisation(Params):
@@ -419,7 +421,12 @@ def _kept(run: Run) -> str:
 
 
 def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
-    """Return a freshly initialised network, a pure function of (seed, purpose)."""
+    """Return a freshly initialised network, a pure function of (seed, purpose).
+
+    Raises: UserError if this machine has less memory than its parameters take, before they take it.
+    """
+    sizes = [parameter.numel() for parameter in network_on_meta(spec, *given).parameters()]
+    require_memory(4 * sum(sizes), f"{spec.path or spec.kind}: a network of {sum(sizes):,} parameters")
     torch.manual_seed(rng.torch_seed(seed, purpose))
     return spec.build(*given).to(memory_format=torch.channels_last)
 
@@ -456,15 +463,18 @@ def train(
     about: dict[str, Any],
     adversary: Adversary | None = None,
     watch: Watch | None = None,
+    finish: Finish | None = None,
 ) -> None:
-    """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`.
+    """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`, all in one move.
 
     `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
-    what the run depends on besides its config (checksums); `about` is kept with the weights.
+    what the run depends on besides its config (checksums); `about` is kept with the weights. `finish` looks at the results
+    before they are published.
     """
     optimisation, about = config.optimisation, {**about, **label_counts(job)}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
-    with scratch(job, identity(job, config, inputs)) as folder:
+    # what is unfinished goes last, when the results are in their place
+    with scratch(job, identity(job, config, inputs)) as folder, publishing(job.out) as fresh:
         run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)
         with bar(job.name, optimisation.nimg, done=run.nimg) as progress:
             for step in fit(run, batch_of, loss, watch):
@@ -475,34 +485,35 @@ def train(
             about = {**about, "stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
             if job.run is not None:
                 about |= {"seed": job.seed, "family": config.family.name}
-            _write(job, run, about)
+            _write(job, run, about, fresh, finish)
         barrier()
 
 
 def _require_disk(
     job: Job, net: nn.Module, config: Optimisation, parameters: int, adversary: Adversary | None
 ) -> None:
-    """Check that the results fit on the disk, and two states (weights, average, moments) of what is trained."""
+    """Check that the results fit on their disk; two states (weights, average, moments) of what is trained, and the snapshots,
+    on that of what is unfinished."""
     nets = nn.ModuleList([net] if adversary is None else [net, adversary.net])
     state = 4 * sum(p.numel() for p in nets.parameters())
-    kept = parameters * (1 + 2 * len(config.snapshots))
-    require_disk(job.out, 4 * (2 * state + kept))
+    snapshots = parameters * len(config.snapshots)
+    require_disk({SCRATCH: 4 * (2 * state + snapshots), job.out: 4 * (parameters + snapshots)})
 
 
-def _write(job: Job, run: Run, about: dict[str, Any]) -> None:
-    """Write the results of a run that is done."""
-    snapshots = job.out / "snapshots"
-    snapshots.mkdir(parents=True, exist_ok=True)
-    for path in snapshots.iterdir():
-        path.unlink()
+def _write(job: Job, run: Run, about: dict[str, Any], fresh: Path, finish: Finish | None) -> None:
+    """Write the results of a run that is done into a fresh folder."""
+    snapshots = fresh / "snapshots"
+    snapshots.mkdir()
     for nimg in run.config.snapshots:
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
-    save_tensors(job.out / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
+    save_tensors(fresh / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
     first = dict.fromkeys(("nimg", "loss", "lr"))  # columns, whatever order a state that was read again has
-    write_table(job.out / "log.csv", [first | row for row in run.log])
+    write_table(fresh / "log.csv", [first | row for row in run.log])
     found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
-    write_json(job.out / "summary.json", {**about, **found})
+    if finish is not None:
+        found |= finish(fresh)
+    write_json(fresh / "summary.json", {**about, **found})
     print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from equilab.core import rng
 from equilab.core.config import Params, plain
-from equilab.core.files import remove_others, scratch, write_json
+from equilab.core.files import publishing, scratch, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import device_of, environment, identity, precision, rank, to_device
 from equilab.data import shards
@@ -95,14 +95,16 @@ def run(config: Config, job: Job) -> None:
         return image.cpu().numpy()
 
     sizes = {"count": config.total, "shard": config.shard, "batch": config.batch}
-    with scratch(job, parts, keep=True) as folder:
+    with scratch(job, parts, keep=True) as folder, publishing(job.out, own="images-*.npy") as fresh:
         made = shards.make(job, folder, "images", images, row_bytes=_row_bytes(config, shape), **sizes)
         if rank() == 0:
-            _publish(config, job, shards.publish(made, job.out), about)
+            meta = _meta(config, job, shards.publish(made, fresh), about)
+            write_json(fresh / "meta.json", meta)
+            print(f"pairs: {config.count:,} for training, {config.held_out:,} held out, in {job.out}")
 
 
-def _publish(config: Config, job: Job, checksums: dict[str, str], about: dict) -> None:
-    """Describe the shards, by their checksums, in meta.json; `about` is what is known of the teacher."""
+def _meta(config: Config, job: Job, checksums: dict[str, str], about: dict) -> dict[str, Any]:
+    """Return what meta.json says of the shards, by their checksums; `about` is what is known of the teacher."""
     described = {}
     for name, checksum in checksums.items():
         described[name] = {"images": config.shard, "sha256": checksum}
@@ -124,6 +126,4 @@ def _publish(config: Config, job: Job, checksums: dict[str, str], about: dict) -
     }
     if "label_counts" in about:
         meta["label_counts"] = about["label_counts"]
-    write_json(job.out / "meta.json", meta)
-    remove_others(job.out, checksums, "images-*.npy")
-    print(f"pairs: {config.count:,} for training, {config.held_out:,} held out, in {job.out}")
+    return meta
