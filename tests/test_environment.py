@@ -128,20 +128,26 @@ def test_options_are_passed_on(checkout):
     assert "-m not slow -k fpdm" in call
 
 
-def test_a_study_runs_what_its_runs_need_then_the_runs_then_the_rest(checkout):
+def test_a_study_is_run_job_by_job_and_taken_in_by_dvc(checkout):
     make(checkout, "lint")
-    lines = "data evaluator teacher pairs", "distill@get-0 distill@get-1 gan@gdd-0", "evaluate@get-0"
     program = (checkout.parent / "log.program").read_text()
-    stages = 'case "$*" in *stages) printf "%s\\n" ' + " ".join(f"'{line}'" for line in lines) + ";; esac\n"
-    (checkout / ".venv/bin/python").write_text(program + stages)
     (checkout / ".venv/bin/dvc").write_text(program + "case $1 in status) exit 1;; esac\n")
     (checkout / ".venv/bin/dvc").chmod(0o755)
     (checkout / "studies/one").mkdir(parents=True)
     calls = make(checkout, "study", "STUDY=studies/one", "JOBS=1")
-    made = [call.split(" repro")[1].partition(";")[0].split() for call in calls if " repro" in call]
-    assert made[0] == lines[0].split()
-    assert made[1:-1] == [["--single-item", run] for run in " ".join(lines[1:]).split()]
-    assert made[-1] == []
+    made = [
+        call.partition(";")[0].partition("bin/")[2]
+        for call in calls
+        if "status" not in call and "config" not in call
+    ]
+    assert made == ["python -m equilab submit --jobs 1", "dvc commit --force --quiet", "dvc repro"]
+
+
+def test_a_study_that_is_up_to_date_is_not_run(checkout):
+    make(checkout, "lint")
+    (checkout / ".venv/bin/dvc").write_text((checkout.parent / "log.program").read_text())
+    (checkout / ".venv/bin/dvc").chmod(0o755)
+    assert not any("submit" in call for call in make(checkout, "study"))
 
 
 @pytest.mark.slow

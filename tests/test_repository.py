@@ -26,7 +26,19 @@ HEAVY = {
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["card", "check", "dvc", "planning", "score", "study", "graph"],
+    [
+        "card",
+        "check",
+        "cluster",
+        "dvc",
+        "planning",
+        "score",
+        "study",
+        "graph",
+        "launching",
+        "watching",
+        "curve",
+    ],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["published"],

@@ -71,7 +71,7 @@ def rewrite(study, old, new):
 def study(tmp_path_factory):
     """The smoke study of a clone, made by one command."""
     folder = clone(tmp_path_factory.mktemp("first"))
-    command = ["make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke", "EACH=8"]
+    command = ["make", "-C", "../..", "-o", ".venv/installed", "study", "STUDY=studies/smoke"]
     call(folder, *command)  # with the environment of the tests
     return folder
 

@@ -180,7 +180,7 @@ def run(config: Config, job: Job) -> None:
         made = shards.make(job, folder, "latents", encoded, row_bytes=4 * math.prod(config.shape), **sizes)
         if rank() == 0:
             about["shards"] = shards.publish(made, job.out)
-            meta = {**about, "count": len(images), "environment": environment(job)}
+            meta = {**about, "count": len(images), "environment": environment(job, processes=1)}
             write_json(job.out / "meta.json", meta)
             remove_others(job.out, about["shards"], "latents-*.npy")
             print(f"latents: {len(images):,} of training images, in {job.out}")

@@ -126,7 +126,7 @@ def run(config: Config, job: Job) -> None:
                 "family": generator.run.family.name,
                 "parameters": generator.metadata["parameters"],
                 "nimg": generator.metadata["nimg"],
-                "environment": environment(job),
+                "environment": environment(job, processes=1),
             }
             write_json(job.out / "metrics.json", {**about, **rows[0]})
             name = scorer.extractor.distance
