@@ -3,6 +3,7 @@
 PYTHON ?= python3
 STUDY ?= .
 JOBS ?=
+TORCH ?=
 ARGS ?=
 
 VENV := $(CURDIR)/.venv
@@ -46,10 +47,16 @@ ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
 .PHONY: .venv/installed
 CLEAR := --clear
 endif
+# TORCH=cpu: the versions of the lock, with torch's build for CPUs, which is in an index of torch's own, and not among its hashes
+ifeq ($(TORCH),)
+LOCKED := --require-hashes -r requirements.lock
+else
+LOCKED := --torch-backend $(TORCH) --no-verify-hashes --constraint requirements.lock -r pyproject.toml --extra dev
+endif
 # pip goes where it is told here, wherever the user's settings (`user`, `target`, `prefix`) send it
 .venv/installed: requirements.lock pyproject.toml
 	PATH="$(SYSTEM_PATH)" $(PYTHON) -m venv $(CLEAR) .venv
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-user --target= --prefix=$(VENV) uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode $(LOCKED)
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --no-deps -e .
 	@echo $(CURDIR) > $@

@@ -1,5 +1,6 @@
 """What installs the project: the lock file, the conda environment, and the Makefile, whatever else is active."""
 
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,21 @@ def test_the_conda_environment_installs_the_lock_file():
     assert pip == ["--require-hashes -r requirements.lock"]
     supported = re.search(r'requires-python = "(.*)"', PROJECT)[1]
     assert f"python {supported}" in content["dependencies"]
+
+
+def test_containers_and_continuous_integration_install_the_lock_by_make():
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"}
+    assert "RUN make .venv/installed" in (ROOT / "Dockerfile").read_text()
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert container["postCreateCommand"].startswith("make .venv/installed")
+    target = container["build"]["target"]
+    assert re.search(rf"^FROM .* AS {target}$", (ROOT / "Dockerfile").read_text(), re.M)
+
+
+def test_torch_for_cpus_has_the_versions_of_the_lock(checkout):
+    installed = [call for call in make(checkout, "lint", "TORCH=cpu") if "uv pip install" in call]
+    assert "--torch-backend cpu" in installed[0] and "--constraint requirements.lock" in installed[0]
 
 
 @pytest.fixture
