@@ -1,5 +1,6 @@
 """A study's graph on this machine and on SLURM: what needs what, what is done, what is interrupted and goes on."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def test_a_job_is_done_as_long_as_nothing_that_it_is_made_from_or_made_changes(s
     write_study(Path(), {"data.test": 100})
     changed = study.read(Path("params.yaml"))
     assert not done.is_done(changed, tasks["data"])
+
+
+def test_what_dvc_holds_to_be_up_to_date_is_done_and_nothing_else(sections, monkeypatch):
+    tasks = asked(tasks_of(sections), ["pairs"])
+    for name in ("data", "teacher"):
+        make(tasks[name])
+    monkeypatch.setattr(done, "_changed", lambda _: ["teacher"])
+    done.adopt(sections, tasks)
+    assert [name for name, task in tasks.items() if done.is_done(sections, task)] == ["data"]
+    make(tasks["pairs"])
+    done.record(sections, tasks["pairs"], done.made_from(sections, tasks["pairs"]))
+    done.record(sections, tasks["teacher"], done.made_from(sections, tasks["teacher"]))  # the same bytes
+    assert done.is_done(sections, tasks["pairs"])
 
 
 @pytest.fixture
@@ -220,8 +234,12 @@ def test_a_local_run_that_is_stopped_goes_on_and_is_done_once(uninterrupted, tmp
     assert (folder / ".equilab/logs/pairs.log").read_text().count("$ ") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(slurm.missing()), reason=f"SLURM is not installed: no {', '.join(slurm.missing())}")
+def needs_slurm(test):
+    reason = f"SLURM is not installed: no {', '.join(slurm.missing())}"
+    return pytest.mark.slow(pytest.mark.skipif(bool(slurm.missing()), reason=reason)(test))
+
+
+@needs_slurm
 def test_runs_on_slurm_that_are_cancelled_and_requeued_end_in_the_same_bytes(uninterrupted, tmp_path):
     folder = write_study(tmp_path / "study", LONG)
     (tmp_path / "slurm").mkdir()
@@ -245,3 +263,22 @@ def test_runs_on_slurm_that_are_cancelled_and_requeued_end_in_the_same_bytes(uni
             assert "Restarts=1" in slurm.told("scontrol", "show", "job", number)
         assert results(folder) == results(uninterrupted)
         assert "is done" in submit(folder, *GETS, "--cluster", "slurm")
+
+
+@needs_slurm
+def test_a_run_on_two_nodes_has_the_bytes_of_two_processes_here(tmp_path):
+    resources = {**RESOURCES, "distill": {"nodes": 2, "processes": 1}}
+    folder = write_study(tmp_path / "study", {"resources": resources})
+    (tmp_path / "slurm").mkdir()
+    with slurm.running(tmp_path / "slurm"):
+        out = submit(folder, "distill@vit-0", "--cluster", "slurm")
+        (last,) = [line.split("\t")[0] for line in out.splitlines() if line.endswith("distill@vit-0")]
+        slurm.wait(lambda: slurm.states()[last] == "COMPLETED", 900)
+    there = results(folder)
+    assert b'"processes": 2' in there["vit/0/summary.json"]
+    shutil.rmtree(folder / "results/distill")
+    two = "torchrun --standalone --nproc-per-node 2 -m equilab"
+    write_study(folder, {"study.launch": two})
+    status, _, err = smoke.run(folder, "distill", "vit")
+    assert status == 0, err
+    assert results(folder) == there

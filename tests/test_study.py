@@ -92,6 +92,8 @@ def test_with_nothing_to_do_nothing_is_done(study):
     call(study, "dvc", "repro")
     assert stages_of(study) == before
     assert call(study, "dvc", "status").count("\n") == 1
+    shutil.rmtree(study / ".equilab/done")  # what DVC holds to be up to date is done
+    assert "is done" in call(study, "python", "-m", "equilab", "submit")
 
 
 def test_a_second_clone_without_dvc_has_the_same_bytes(study, tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from equilab import dvc
@@ -17,6 +17,7 @@ from equilab.graph import STAGES
 from equilab.study import Sections, notebook_file
 
 RECORDS = Path(".equilab/done")  # a file a job, in the study's folder
+UNKNOWN = ""  # what results are made from that are of another code, or of other params
 
 
 def is_done(sections: Sections, task: Task) -> bool:
@@ -43,18 +44,29 @@ def made_from(sections: Sections, task: Task) -> str:
 
 
 def adopt(sections: Sections, tasks: dict[str, Task]) -> None:
-    """Note what DVC holds to be up to date as done; where DVC cannot tell, nothing is."""
+    """Note what DVC holds to be up to date as done, and of other results what they are."""
+    changed = _changed(tasks)
+    for task in tasks.values():
+        if not all(path.exists() for path in task.outputs):
+            continue
+        if task.name not in changed and not is_done(sections, task):
+            record(sections, task, made_from(sections, task))
+        elif _record(task.name) is None:
+            record(sections, task, UNKNOWN)
+
+
+def _changed(tasks: dict[str, Task]) -> Collection[str]:
+    """Return the names of the jobs that DVC would run, all of them where it cannot tell."""
     status = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True, encoding="utf-8"
     )
     try:
-        changed = json.loads(status.stdout)
+        return json.loads(status.stdout)
     except ValueError:
-        return
-    for task in tasks.values():
-        there = all(path.exists() for path in task.outputs)
-        if task.name not in changed and there and not is_done(sections, task):
-            record(sections, task, made_from(sections, task))
+        if Path(".dvc").exists():
+            said = (status.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            print(f"equilab: DVC cannot say which results are up to date: {said}", file=sys.stderr)
+        return tasks
 
 
 def _record(name: str) -> dict[str, str] | None:
