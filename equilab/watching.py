@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ class Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         name = folder / "id"
         if not name.exists():
-            name.write_text(self.wandb.util.generate_id(), encoding="utf-8")
+            name.write_text(uuid.uuid4().hex, encoding="utf-8")
         self.run = self.wandb.init(
             project=job.study.name,
             name=job.name,

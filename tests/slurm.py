@@ -10,7 +10,8 @@ import subprocess
 import time
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
-NODES = (socket.gethostname().split(".")[0], "second")  # the first has a name that leads somewhere
+HOST = socket.gethostname().split(".")[0]
+NODES = (HOST, f"{HOST}-second")  # the first by their order has a name that leads somewhere
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -68,7 +69,7 @@ def running(folder):
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
-    facts = {"host": socket.gethostname().split(".")[0], "user": getpass.getuser(), "nodes": NODES}
+    facts = {"host": HOST, "user": getpass.getuser(), "nodes": NODES}
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, ports=free_ports(3), **facts))
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")

@@ -197,7 +197,7 @@ def test_a_dry_run_prints_the_scripts(sections):
 def test_processes_of_several_nodes_meet_at_the_first():
     resources = Resources(gpus=8, cpus=8, memory=1.0, hours=1.0, nodes=2)
     options = " ".join(torchrun_options(resources, "17_3", 1, "first"))
-    assert "--nnodes 2 --node-rank 1 --nproc-per-node 8" in options and "--rdzv-endpoint first:" in options
+    assert "--nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr first" in options
     assert torchrun_options(resources.model_copy(update={"nodes": 1}), "17", 0, "x")[0] == "--standalone"
 
 

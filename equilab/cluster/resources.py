@@ -82,8 +82,8 @@ def torchrun_options(resources: Resources, job: str, node: int, first_host: str)
     if resources.nodes == 1:
         return ["--standalone", *options]
     port = 20_000 + sum(map(ord, job)) % 20_000  # another one for another job on the same node
-    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first_host}:{port}", "--rdzv-id", job]
-    return ["--nnodes", str(resources.nodes), "--node-rank", str(node), *options, *place]
+    place = ["--node-rank", str(node), "--master-addr", first_host, "--master-port", str(port)]
+    return ["--nnodes", str(resources.nodes), *options, *place]
 
 
 def describe(task: Task, resources: Resources) -> dict[str, Any]:
