@@ -110,6 +110,12 @@ def states():
     return dict(line.split() for line in lines)
 
 
+def finished(*numbers):
+    """Wait until jobs have succeeded; one that failed is none to wait for."""
+    wait(lambda: all(states()[number] not in ("PENDING", "RUNNING", "COMPLETING") for number in numbers), 900)
+    assert {states()[number] for number in numbers} == {"COMPLETED"}
+
+
 def wait(condition, seconds=300):
     """Wait until something holds."""
     end = time.monotonic() + seconds

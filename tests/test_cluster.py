@@ -273,7 +273,7 @@ def test_a_run_on_two_nodes_has_the_bytes_of_two_processes_here(tmp_path):
     with slurm.running(tmp_path / "slurm"):
         out = submit(folder, "distill@vit-0", "--cluster", "slurm")
         (last,) = [line.split("\t")[0] for line in out.splitlines() if line.endswith("distill@vit-0")]
-        slurm.wait(lambda: slurm.states()[last] == "COMPLETED", 900)
+        slurm.finished(last)
     there = results(folder)
     assert b'"processes": 2' in there["vit/0/summary.json"]
     shutil.rmtree(folder / "results/distill")

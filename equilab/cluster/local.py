@@ -20,7 +20,8 @@ from equilab.core.progress import bar
 from equilab.graph import STAGES
 from equilab.study import Sections
 
-ALONE = ("cost",)  # stages that measure seconds: nothing runs beside them
+# nothing runs beside stages that measure seconds; nor beside notebooks, whose kernels may wait for ever on a busy machine
+ALONE = ("cost", "notebook")
 PATIENCE = 30  # seconds that a job has to end in when it is told to
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from equilab.cluster import done
-from equilab.cluster.local import ALONE
 from equilab.cluster.resources import Resources, resources_of, torchrun_options
 from equilab.cluster.tasks import Task, tasks_of
 from equilab.cluster.worker import LOGS, failure, start
@@ -26,6 +25,7 @@ FOLDER = LOGS / "slurm"  # scripts, and what SLURM and submitit say
 SUBMITTED = FOLDER / "submitted.json"  # the number that SLURM gave each job
 WARNING = 60  # seconds before its time is over in which a job is told, and requeues itself
 REQUEUES = 10_000
+MEASURING = ("cost",)  # stages that measure seconds have a node of their own
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def executor_for(sections: Sections, group: list[Task], needs: list[str], kind: 
         "qos": resources.qos,
         "constraint": resources.constraint,
         "dependency": ":".join(["afterok", *needs]) if needs else None,
-        "exclusive": stage in ALONE or None,
+        "exclusive": stage in MEASURING or None,
     }
     executor.update_parameters(
         **{key: value for key, value in head.items() if value is not None},
