@@ -2,8 +2,8 @@
 # Whatever else is active, everything is installed into .venv of this checkout and runs from there.
 PYTHON ?= python3
 STUDY ?= .
-JOBS ?= 2
-EACH ?= 1
+JOBS ?=
+TORCH ?=
 ARGS ?=
 
 VENV := $(CURDIR)/.venv
@@ -13,23 +13,14 @@ export PYTHONPATH := $(CURDIR)
 export DVC_NO_ANALYTICS := 1
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help study runs test test-all lint bench lab lock
+.PHONY: help study test test-all lint bench lab lock
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 study: .venv/installed  ## run the default study; STUDY=studies/NAME for another, JOBS=N runs at a time
 	@[ -e .git ] || (cd $(STUDY) && dvc config --local core.no_scm true)
-	cd $(STUDY) && python -m equilab check
-	(cd $(STUDY) && dvc status --quiet dvc.yaml) || $(MAKE) runs
+	cd $(STUDY) && (dvc status --quiet dvc.yaml || (python -m equilab submit $(if $(JOBS),--jobs $(JOBS)) && dvc commit --force --quiet))
 	cd $(STUDY) && dvc repro
-
-# `dvc repro` runs one stage after another. Runs that do not wait for each other go JOBS at a time, each start of DVC taking
-# EACH of them. `stages` prints what all runs need, in its order; then lines of runs, each of which waits for those before it.
-at_once = xargs -r -n $(EACH) -P $(JOBS) dvc --wait-for-lock repro --single-item
-
-runs:
-	cd $(STUDY) && python -m equilab stages | sed -n 1p | xargs -r dvc repro
-	cd $(STUDY) && python -m equilab stages | sed 1d | while read -r line; do echo "$$line" | $(at_once) || exit; done
 
 test: .venv/installed  ## run the quick tests; ARGS="-k NAME" for some of them
 	python -m pytest -m "not slow" $(ARGS)
@@ -56,10 +47,16 @@ ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
 .PHONY: .venv/installed
 CLEAR := --clear
 endif
+# TORCH=cpu: the versions of the lock, with torch's build for CPUs, which is in an index of torch's own, and not among its hashes
+ifeq ($(TORCH),)
+LOCKED := --require-hashes -r requirements.lock
+else
+LOCKED := --torch-backend $(TORCH) --no-verify-hashes --constraint requirements.lock -r pyproject.toml --extra dev
+endif
 # pip goes where it is told here, wherever the user's settings (`user`, `target`, `prefix`) send it
 .venv/installed: requirements.lock pyproject.toml
 	PATH="$(SYSTEM_PATH)" $(PYTHON) -m venv $(CLEAR) .venv
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-user --target= --prefix=$(VENV) uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode $(LOCKED)
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --compile-bytecode --no-deps -e .
 	@echo $(CURDIR) > $@

@@ -34,6 +34,7 @@ __all__ = [
     "results",
     "show",
     "style",
+    "watch",
 ]
 
 # where the names lead that are no functions of this module; each is imported when it is first asked for
@@ -103,6 +104,20 @@ def show(samples: Samples | np.ndarray, columns: int | None = None) -> None:
     from equilab.sampling.pictures import grid, png
 
     display(Image(png(grid(getattr(samples, "images", samples), columns))))
+
+
+def watch(path: Path | str, seconds: float | int = 5) -> None:
+    """Draw the loss of a run's seeds in a notebook, and again every so many seconds as long as one of them trains.
+
+    `path` is the folder of a run, whether it has results already or not.
+
+    >>> equilab.watch("results/distill/get-m")
+
+    Raises: UserError if the run has reported nothing yet.
+    """
+    from equilab.curve import watch  # pandas and more
+
+    watch(path, seconds)
 
 
 def results(folder: Path | str = "results") -> Results:

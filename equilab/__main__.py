@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from equilab.core.job import Job
-    from equilab.study import Sections
 
 # The rest of the package is imported within functions: interrupted while it is, a command answers as it does later.
 
@@ -73,7 +72,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def check(given: argparse.Namespace) -> int:
     """Say all that is wrong with params.yaml."""
-    _entered(given)
+    from equilab.check import checked
+
+    checked(given.params)
     print(f"{given.params}: every key is known and every value possible")
     return 0
 
@@ -93,16 +94,9 @@ def graph(given: argparse.Namespace) -> int:
 
 def code(given: argparse.Namespace) -> int:
     """Check params.yaml; write what the stages depend on beside results: their modules, and the params of every job."""
-    from equilab.core.files import write
-    from equilab.dvc import code_files
-    from equilab.study import CODE
+    from equilab.check import checked, write_code
 
-    found = code_files(_entered(given))
-    for path, text in found.items():
-        write(Path(path), text)
-    for path in Path(CODE).rglob("*"):  # of stages and runs that there were before
-        if path.is_file() and path.as_posix() not in found:
-            path.unlink()
+    write_code(checked(given.params))
     return 0
 
 
@@ -181,6 +175,7 @@ OWN = {
     "card": ("equilab.card", "write a run as a folder to give away"),
     "compare": ("equilab.compare", "compare the results here with committed ones"),
     "doctor": ("equilab.doctor", "look at this machine and this installation"),
+    "submit": ("equilab.cluster.command", "run a study's graph on this machine or on SLURM"),
     "import": ("equilab.published.importing", "read published weights into results"),
 }
 COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "plan": plan, "clean": clean}
@@ -188,7 +183,10 @@ COMMANDS = {"check": check, "graph": graph, "code": code, "stages": stages, "pla
 
 def stage(given: argparse.Namespace) -> int:
     """Run the jobs of a stage that are asked for, one after another, or say what they would cost."""
+    from equilab.core.process import is_first
     from equilab.dvc import require_recorded
+    from equilab.graph import STAGES
+    from equilab.launching import processes
     from equilab.study import job_of, jobs_of, open_study
     from equilab.trying import tries
 
@@ -203,6 +201,12 @@ def stage(given: argparse.Namespace) -> int:
         jobs = [job_of(sections, given.stage, each) for each in asked]
     for job in jobs:
         job.read(job.stage, job.run, job.seed)  # refuses mistakes of a later one before the first begins
+    _refuse_half_a_torchrun()
+    shared, launch = STAGES[given.stage].distributed, jobs[0].study.launch or ""
+    if "RANK" not in os.environ and launch.startswith("torchrun") and shared and not given.dry_run:
+        return processes(launch, _command(given))
+    if not shared and not is_first():
+        return 0  # the first process does it alone
     _join_processes(jobs[0])
     if out and not given.dry_run:
         jobs[0].begin()
@@ -214,20 +218,11 @@ def stage(given: argparse.Namespace) -> int:
     return 0
 
 
-def _entered(given: argparse.Namespace) -> Sections:
-    """Return the params of a study without mistakes, from its folder.
-
-    Raises: UserError with a sentence for each mistake.
-    """
-    from equilab.check import mistakes
-    from equilab.core.config import UserError
-    from equilab.study import read
-
-    sections = read(given.params)
-    os.chdir(given.params.absolute().parent)
-    if found := mistakes(sections):
-        raise UserError("\n".join(found))
-    return sections
+def _command(given: argparse.Namespace) -> list[str]:
+    """Return the arguments by which a stage is started again; the study's folder is the current one."""
+    run = [] if given.run is None else [given.run]
+    seed = [] if given.seed is None else ["--seed", str(given.seed)]
+    return [given.stage, *run, *seed, "--params", given.params.name]
 
 
 def _run(job: Job) -> None:
@@ -261,24 +256,29 @@ def _print_plan(job: Job) -> None:
     print(f"# time: {duration(speed.seconds(plan.flops, job))}, at {speed}")
 
 
-def _join_processes(job: Job) -> None:
-    """Fix the number of threads; join the other processes where torchrun started several.
+def _refuse_half_a_torchrun() -> None:
+    """Refuse a process that is one of several, as the environment says, but was not started by torchrun.
 
-    Raises: UserError if only some of what torchrun sets is set.
+    Raises: UserError naming what torchrun sets.
     """
     from equilab.core.config import UserError
-    from equilab.graph import STAGES
 
     missing = [name for name in TORCHRUN if name not in os.environ]
     if "RANK" in os.environ and missing:
         raise UserError(
             f"RANK is set, but {', '.join(missing)} not, which torchrun sets: start with `torchrun -m equilab`, or unset RANK"
         )
+
+
+def _join_processes(job: Job) -> None:
+    """Fix the number of threads; join the other processes where torchrun started several."""
+    from equilab.graph import STAGES
+
     if (torch := sys.modules.get("torch")) is None:
         return  # a stage without networks
     study = job.study
     torch.set_num_threads(study.threads if STAGES[job.stage].jobs == "one" else study.run_threads)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and STAGES[job.stage].distributed:
         cuda = study.device != "cpu" and torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from equilab import dvc
 from equilab.claims.comparisons import check_comparisons
+from equilab.cluster import resources
 from equilab.core.config import UserError, failures, nearest
+from equilab.core.files import write
 from equilab.graph import GENERATORS, OTHERS, STAGES
-from equilab.study import Replicate, Sections, config_of, job_of, module_of, refuse_other_code
+from equilab.study import CODE, Replicate, Sections, config_of, job_of, module_of, read, refuse_other_code
+
+
+def checked(params: Path) -> Sections:
+    """Return the params of a study without mistakes, from its folder, which becomes the current one.
+
+    Raises: UserError with a sentence for each mistake.
+    """
+    sections = read(params)
+    os.chdir(sections.folder)
+    if found := mistakes(sections):
+        raise UserError("\n".join(found))
+    return sections
+
+
+def write_code(sections: Sections) -> None:
+    """Write what the stages of a study depend on beside results: their modules, and the params of every job."""
+    found = dvc.code_files(sections)
+    for path, text in found.items():
+        write(Path(path), text)
+    for path in Path(CODE).rglob("*"):  # of stages and runs that there were before
+        if path.is_file() and path.as_posix() not in found:
+            path.unlink()
 
 
 def mistakes(sections: Sections) -> list[str]:
@@ -68,6 +94,7 @@ def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
     """Yield the checks of the graph, of what is compared and claimed, and of every run by its stage, which builds its network
     without memory."""
     yield partial(dvc.waves, sections)
+    yield partial(resources.check, sections)
     yield partial(_refuse_other_graph, sections)
     yield partial(_refuse_evaluated_twice, sections)
     yield partial(_check_claimed, sections)

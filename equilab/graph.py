@@ -41,6 +41,7 @@ class Stage:
         str, ...
     ] = ()  # what it reads of each study whose folder its section lists as `studies`
     optional: bool = False  # a study may do without
+    distributed: bool = False  # several processes share its work; another is done by the first of them
 
 
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
@@ -51,8 +52,13 @@ CLAIMS = Read("results/claims.csv", "claims"), Read("results/measured.csv", "cla
 GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency", "progressive")
 RUNS = tuple(result(name) for name in GENERATORS)
 LOGGED = ("log.csv", "summary.json")
-TRAINED = {"cached": ("weights.safetensors", "snapshots"), "committed": LOGGED, "optional": True}
-CLASSIFIER = {"cached": ("weights.safetensors",), "committed": LOGGED}
+TRAINED = {
+    "cached": ("weights.safetensors", "snapshots"),
+    "committed": LOGGED,
+    "optional": True,
+    "distributed": True,
+}
+CLASSIFIER = {"cached": ("weights.safetensors",), "committed": LOGGED, "distributed": True}
 TABLES = (
     result("teacher/summary.json"),
     result("pairs/meta.json"),
@@ -64,8 +70,17 @@ STAGES = {
     "data": Stage("equilab.data.images", cached=("",)),
     "evaluator": Stage("equilab.training.evaluator", reads=(DATA,), **CLASSIFIER),
     "teacher": Stage("equilab.training.teacher", family="edm", reads=(DATA,), **TRAINED),
-    "pairs": Stage("equilab.training.pairs", family="edm", reads=(TEACHER,), cached=("",), optional=True),
-    "latents": Stage("equilab.data.latents", reads=(DATA, VAE), cached=("",), optional=True),
+    "pairs": Stage(
+        "equilab.training.pairs",
+        family="edm",
+        reads=(TEACHER,),
+        cached=("",),
+        optional=True,
+        distributed=True,
+    ),
+    "latents": Stage(
+        "equilab.data.latents", reads=(DATA, VAE), cached=("",), optional=True, distributed=True
+    ),
     "distill": Stage("equilab.training.distill", jobs="seeds", family="network", reads=(PAIRS,), **TRAINED),
     "diffusion": Stage(
         "equilab.training.diffusion",
@@ -103,6 +118,7 @@ STAGES = {
         cached=("samples.npy",),
         committed=("metrics.json", "sweep.csv", "curve.csv", "iterates.npz"),
         params=("latents",),
+        distributed=True,
     ),
     "relative": Stage(
         "equilab.stages.relative",
@@ -151,4 +167,4 @@ STAGES = {
         committed=("",),
     ),
 }
-OTHERS = ("study", "comparisons")  # sections that are no stage's
+OTHERS = ("study", "comparisons", "resources")  # sections that are no stage's

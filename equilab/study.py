@@ -16,7 +16,7 @@ from pydantic import Field
 from equilab.core import code, config, like
 from equilab.core.absent import absent_runs, without
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.job import Distinct, Job, Seed, Study, checked_name
+from equilab.core.job import Distinct, Job, Seed, Study, Watcher, checked_name
 from equilab.graph import GENERATORS, STAGES
 from equilab.models.registry import FAMILIES
 
@@ -239,7 +239,13 @@ def job_of(sections: Sections, stage: str, job: Replicate) -> Job:
         digest,
         read_config,
         sections.seeds,
+        _watcher if sections.study.watch else None,
     )
+
+
+def _watcher(job: Job, nimg: int) -> Watcher:
+    """Return what a training reports to, as `study.watch` says."""
+    return importlib.import_module("equilab.watching").Watched(job, nimg)  # torch and more
 
 
 def config_of(sections: Sections, stage: str, run: str | None = None, seed: int | None = None) -> Any:

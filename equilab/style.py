@@ -149,7 +149,19 @@ def number(value: Any) -> Any:
 
 def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> None:
     """Show a figure and write NAME.png and the numbers drawn, NAME.csv: the same data give the same bytes."""
-    from IPython.display import Image, display
+    from IPython.display import display
+
+    shown = picture(figure)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"{name}.png").write_bytes(shown.data)
+    numbers = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    Path(folder, f"{name}.csv").write_text(numbers, encoding="utf-8")
+    display(shown)
+
+
+def picture(figure: Figure) -> Any:
+    """Return a figure as a notebook shows it, and close it: the same data give the same bytes."""
+    from IPython.display import Image
 
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
@@ -158,11 +170,7 @@ def save(figure: Figure, folder: Path | str, name: str, data: pd.DataFrame) -> N
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
     plt.close(figure)  # Jupyter would show it once more
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, f"{name}.png").write_bytes(drawn.getvalue())
-    numbers = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    Path(folder, f"{name}.csv").write_text(numbers, encoding="utf-8")
-    display(Image(drawn.getvalue(), width=round(100 * figure.get_figwidth())))
+    return Image(drawn.getvalue(), width=round(100 * figure.get_figwidth()))
 
 
 def _plain_numbers(axis: Axis) -> None:

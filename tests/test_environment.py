@@ -1,5 +1,6 @@
 """What installs the project: the lock file, the conda environment, and the Makefile, whatever else is active."""
 
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,21 @@ def test_the_conda_environment_installs_the_lock_file():
     assert pip == ["--require-hashes -r requirements.lock"]
     supported = re.search(r'requires-python = "(.*)"', PROJECT)[1]
     assert f"python {supported}" in content["dependencies"]
+
+
+def test_containers_and_continuous_integration_install_the_lock_by_make():
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]["steps"]
+    assert steps[-1] == {"run": ".ci/run"}
+    assert "RUN make .venv/installed" in (ROOT / "Dockerfile").read_text()
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert container["postCreateCommand"].startswith("make .venv/installed")
+    target = container["build"]["target"]
+    assert re.search(rf"^FROM .* AS {target}$", (ROOT / "Dockerfile").read_text(), re.M)
+
+
+def test_torch_for_cpus_has_the_versions_of_the_lock(checkout):
+    installed = [call for call in make(checkout, "lint", "TORCH=cpu") if "uv pip install" in call]
+    assert "--torch-backend cpu" in installed[0] and "--constraint requirements.lock" in installed[0]
 
 
 @pytest.fixture
@@ -128,20 +144,26 @@ def test_options_are_passed_on(checkout):
     assert "-m not slow -k fpdm" in call
 
 
-def test_a_study_runs_what_its_runs_need_then_the_runs_then_the_rest(checkout):
+def test_a_study_is_run_job_by_job_and_taken_in_by_dvc(checkout):
     make(checkout, "lint")
-    lines = "data evaluator teacher pairs", "distill@get-0 distill@get-1 gan@gdd-0", "evaluate@get-0"
     program = (checkout.parent / "log.program").read_text()
-    stages = 'case "$*" in *stages) printf "%s\\n" ' + " ".join(f"'{line}'" for line in lines) + ";; esac\n"
-    (checkout / ".venv/bin/python").write_text(program + stages)
     (checkout / ".venv/bin/dvc").write_text(program + "case $1 in status) exit 1;; esac\n")
     (checkout / ".venv/bin/dvc").chmod(0o755)
     (checkout / "studies/one").mkdir(parents=True)
     calls = make(checkout, "study", "STUDY=studies/one", "JOBS=1")
-    made = [call.split(" repro")[1].partition(";")[0].split() for call in calls if " repro" in call]
-    assert made[0] == lines[0].split()
-    assert made[1:-1] == [["--single-item", run] for run in " ".join(lines[1:]).split()]
-    assert made[-1] == []
+    made = [
+        call.partition(";")[0].partition("bin/")[2]
+        for call in calls
+        if "status" not in call and "config" not in call
+    ]
+    assert made == ["python -m equilab submit --jobs 1", "dvc commit --force --quiet", "dvc repro"]
+
+
+def test_a_study_that_is_up_to_date_is_not_run(checkout):
+    make(checkout, "lint")
+    (checkout / ".venv/bin/dvc").write_text((checkout.parent / "log.program").read_text())
+    (checkout / ".venv/bin/dvc").chmod(0o755)
+    assert not any("submit" in call for call in make(checkout, "study"))
 
 
 @pytest.mark.slow

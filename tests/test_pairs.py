@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from smoke import ROOT, SMOKE, write_study
+from smoke import SMOKE, write_study
 
 from equilab import __main__
 from equilab.core import config, like, rng
@@ -113,40 +111,6 @@ def change(path):
 
 def forge(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "noise_checksum": "0"}))
-
-
-def by_two_processes(folder, *command):
-    """Run a command of the study in `folder` by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, "-m", "equilab", *command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(
-    study, tmp_path, monkeypatch
-):
-    shutil.copytree(study, tmp_path / "study")
-    folder = tmp_path / "study"
-    shutil.rmtree(folder / "results/pairs")
-    shutil.rmtree(folder / ".equilab")
-    for command in (["pairs"], ["distill", "vit"]):
-        by_two_processes(folder, *command)
-    for path in sorted((study / "results/pairs").glob("*.npy")):
-        assert path.read_bytes() == (folder / "results/pairs" / path.name).read_bytes(), path.name
-    monkeypatch.chdir(study)
-    assert __main__.main(["distill", "vit"]) == 0
-    two, one = (load_tensors(f / "results/distill/vit/0/weights.safetensors")[0] for f in (folder, study))
-    # Adam divides by gradients near 0: rounding grows
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=5e-4)
-    losses = [
-        np.genfromtxt(f / "results/distill/vit/0/log.csv", delimiter=",", names=True)["loss"]
-        for f in (folder, study)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(

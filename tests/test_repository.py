@@ -26,7 +26,22 @@ HEAVY = {
 # a room imports from those on its line and below it
 ROOMS = [
     ["__main__"],
-    ["card", "check", "compare", "doctor", "dvc", "planning", "score", "study", "graph", "trying"],
+    [
+        "card",
+        "check",
+        "compare",
+        "doctor",
+        "cluster",
+        "dvc",
+        "planning",
+        "score",
+        "study",
+        "graph",
+        "launching",
+        "watching",
+        "curve",
+        "trying",
+    ],
     ["stages", "bench"],
     ["tables", "claims", "style"],
     ["published"],

@@ -100,9 +100,15 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path, stop):
     resumed = train(tmp_path / "parts")
     assert resumed.log == whole.log and resumed.nimg == 320
     files = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert len(files) == 3
+    assert len(files) == 4
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_the_log_is_there_from_the_first_report_on(tmp_path):
+    train(tmp_path / "run", stop=160)
+    head, *rows = (tmp_path / "run/log.csv").read_text().splitlines()
+    assert head == "nimg,loss,lr" and [row.split(",")[0] for row in rows] == ["80", "160"]
 
 
 def test_accumulated_micro_batches_are_the_large_batch(tmp_path):

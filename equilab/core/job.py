@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import AfterValidator, Field
 
 from equilab.core.config import Params
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+TORCHRUN_OPTIONS = (  # which have a value, and start no other program
+    "nproc-per-node",
+    "nnodes",
+    "node-rank",
+    "max-restarts",
+    "rdzv-backend",
+    "rdzv-endpoint",
+    "rdzv-id",
+    "master-addr",
+    "master-port",
+)
+_OPTION = rf" --standalone| --({'|'.join(TORCHRUN_OPTIONS)})[= ][A-Za-z0-9][A-Za-z0-9.:_-]*"
+LAUNCH = re.compile(rf"python -m equilab|torchrun({_OPTION})* -m equilab")
 
 
 def checked_name(name: str) -> str:
@@ -25,6 +38,20 @@ def checked_name(name: str) -> str:
             f"{name!r} is no name: give at most 100 letters, digits, - and _, the first a letter or a digit"
         )
     return name
+
+
+def checked_launch(launch: str) -> str:
+    """Return how stages are started: by Python, or by torchrun with options of its own, and by nothing else.
+
+    Raises: ValueError if it is neither.
+    """
+    if not LAUNCH.fullmatch(launch):
+        raise ValueError(
+            f"{launch!r} is neither `python -m equilab` nor `torchrun OPTIONS -m equilab`, such as `torchrun --standalone "
+            f"--nproc-per-node 8 -m equilab`; options are --standalone, "
+            f"{', '.join(f'--{name}' for name in TORCHRUN_OPTIONS)}"
+        )
+    return launch
 
 
 def _distinct(values: tuple) -> tuple:
@@ -48,6 +75,22 @@ class Study(Params):
     threads: Threads  # of the CPU, for a stage that runs alone; part of what decides the bits
     run_threads: Threads  # the same for a stage that has runs, several of which may run at once
     device: Literal["auto", "cpu", "cuda"]
+    launch: Annotated[str, AfterValidator(checked_launch)] | None = None  # how stages that share work start
+    watch: Literal["tensorboard", "dvclive", "wandb"] | None = None  # to which a training also reports
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """What a training reports to while it runs, in its first process; it changes nothing of the training."""
+
+    def report(self, row: Mapping[str, int | float]) -> None:
+        """Take a row of the log."""
+
+    def snapshot(self, weights: Path, about: Mapping[str, Any]) -> None:
+        """Take the averaged weights in a file, and what is kept with them."""
+
+    def close(self) -> None:
+        """Take nothing more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +106,7 @@ class Job:
     code: str  # digest of what the modules behind the stage mean
     read: Callable[..., Any]  # (stage, run=None, seed=None) -> its config, by default of the first seed
     seeds: Callable[[str, str], tuple[int, ...]]  # (stage, run) -> the seeds of its replicates
+    watcher: Callable[[Job, int], Watcher] | None = None  # (job, images seen) -> what its training reports to
 
     @property
     def name(self) -> str:

@@ -98,8 +98,11 @@ def device_of(job: Job) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def environment(job: Job) -> dict[str, Any]:
-    """Return what the bits of a result depend on besides its config: versions, device, threads, processes."""
+def environment(job: Job, processes: int | list[int] | None = None) -> dict[str, Any]:
+    """Return what the bits of a result depend on besides its config: versions, device, threads, processes.
+
+    `processes` is 1 where any number of them writes the same bytes; by default the number of those that work now.
+    """
     device = device_of(job)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -108,14 +111,14 @@ def environment(job: Job) -> dict[str, Any]:
         "numpy": np.__version__,
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
-        "processes": world(),
+        "processes": processes or world(),
     }
 
 
 def identity(job: Job, config: Any, inputs: Any) -> dict[str, str]:
-    """Return what the bytes of unfinished work depend on, part by part: params, code, threads, processes, versions, inputs.
+    """Return what unfinished work goes on with, part by part: params, code, threads, versions, inputs.
 
-    `inputs` are the checksums of what the work reads.
+    `inputs` are the checksums of what the work reads. The number of processes may change.
     """
     found = environment(job)
     versions = [f"{name} {found[name]}" for name in ("torch", "numpy", "device")]
@@ -123,7 +126,6 @@ def identity(job: Job, config: Any, inputs: Any) -> dict[str, str]:
         "params": digest(job.study.seed, config),
         "code": job.code,
         "threads": str(found["threads"]),
-        "processes": str(found["processes"]),
         "versions": ", ".join(versions),
         "inputs": digest(inputs),
     }

@@ -179,7 +179,7 @@ def run(config: Config, job: Job) -> None:
         made = shards.make(job, folder, "latents", encoded, row_bytes=4 * math.prod(config.shape), **sizes)
         if rank() == 0:
             about["shards"] = shards.publish(made, fresh)
-            meta = {**about, "count": len(images), "environment": environment(job)}
+            meta = {**about, "count": len(images), "environment": environment(job, processes=1)}
             write_json(fresh / "meta.json", meta)
             print(f"latents: {len(images):,} of training images, in {job.out}")
         barrier()

@@ -44,7 +44,7 @@ def open_run(
     sections = read(study / "params.yaml")
     if vae is None and generator.run.latent and sections.get("latents"):
         vae = study / sections["latents"]["vae"]
-    return replace(generator, setting=_headline(study, sections, generator.run), vae=vae and Path(vae))
+    return replace(generator, setting=headline(study, sections, generator.run), vae=vae and Path(vae))
 
 
 def find_weights(path: Path, seed: int | None = None) -> Path:
@@ -102,7 +102,7 @@ def _given_setting(weights: Path, run: Run) -> Setting | None:
     return setting and parse(run.setting, setting, f"{path}: setting")
 
 
-def _headline(study: Path, sections: dict, run: Run) -> Setting | None:
+def headline(study: Path, sections: dict, run: Run) -> Setting | None:
     """Return the first setting at which a study evaluates a run; None if it evaluates no such run, or none can be set."""
     for name, entry in (sections.get("evaluate") or {}).items():
         if run.listed and entry.get("of") == run.of and entry.get(run.listed):

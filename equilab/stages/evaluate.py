@@ -134,7 +134,7 @@ def run(config: Config, job: Job) -> None:
                 "nimg": generator.metadata["nimg"],
                 "settings": len(rows),
                 "samples_sha256": sha256_of(fresh / "samples.npy"),
-                "environment": environment(job),
+                "environment": environment(job, processes=1),
             }
             write_json(fresh / "metrics.json", {**about, **rows[0]})
             name = scorer.extractor.distance

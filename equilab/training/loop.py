@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from equilab.core import rng
 from equilab.core.config import Params, Spec, UserError, plain
 from equilab.core.files import SCRATCH, publishing, require_disk, scratch, write_json, write_table
-from equilab.core.job import Job, Plan
+from equilab.core.job import Job, Plan, Watcher
 from equilab.core.machine import (
     barrier,
     device_of,
@@ -221,7 +223,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Run:
     """The state of one run: networks with their optimisers, averaged weights, images seen, log. `fit` moves it on.
 
-    `folder` is the run's scratch folder: `state.safetensors` and the snapshots live there, and a run goes on from them.
+    `folder` is the run's scratch folder: `state.safetensors` and the snapshots live there, and a run goes on from them;
+    `log.csv` is there to be looked at.
     """
 
     def __init__(
@@ -242,6 +245,7 @@ class Run:
         self.net, self.named = self.trainables[0].net, self.trainables[0].named
         self.ema = {name: value.detach().clone() for name, value in net.state_dict().items()}
         self.nimg, self.log = 0, []
+        self.processes = [world()]  # how many have worked on it, in their order
         if (folder / "state.safetensors").exists():
             self._resume()
 
@@ -252,13 +256,25 @@ class Run:
         for name, value in _part(tensors, "ema.").items():
             self.ema[name].copy_(value)
         self.nimg, self.log = metadata["nimg"], metadata["log"]
+        self.processes = metadata["processes"]
+        if self.processes[-1] != world():
+            self.processes.append(world())
 
     def save(self) -> None:
         """Write the whole state atomically."""
         tensors = {f"ema.{name}": value for name, value in self.ema.items()}
         for trainable in self.trainables:
             tensors |= trainable.state()
-        save_tensors(self.folder / "state.safetensors", tensors, {"nimg": self.nimg, "log": self.log})
+        about = {"nimg": self.nimg, "log": self.log, "processes": self.processes}
+        save_tensors(self.folder / "state.safetensors", tensors, about)
+        self.write_log(self.folder)
+
+    def write_log(self, folder: Path) -> None:
+        """Write the log, a row a report."""
+        first = dict.fromkeys(
+            ("nimg", "loss", "lr")
+        )  # columns, whatever order a state that was read again has
+        write_table(folder / "log.csv", [first | row for row in self.log])
 
     def snapshot(self, nimg: int) -> Path:
         """Return the path of the averaged weights kept at `nimg` images."""
@@ -472,21 +488,47 @@ def train(
     before they are published.
     """
     optimisation, about = config.optimisation, {**about, **label_counts(job)}
+    about |= {"stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
+    if job.run is not None:
+        about |= {"seed": job.seed, "family": config.family.name}
     _require_disk(job, net, optimisation, about["parameters"], adversary)
     # what is unfinished goes last, when the results are in their place
     with scratch(job, identity(job, config, inputs)) as folder, publishing(job.out) as fresh:
         run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)
-        with bar(job.name, optimisation.nimg, done=run.nimg) as progress:
+        _say_processes(job, run)
+        with bar(job.name, optimisation.nimg, done=run.nimg) as progress, _watcher(job, run) as watcher:
             for step in fit(run, batch_of, loss, watch):
                 progress.update(step.nimg - progress.n)
                 if step.report:
                     progress.set_postfix(loss=f"{step.report['loss']:.4g}")
+                if step.report and watcher:
+                    watcher.report(step.report)
+                    if step.nimg in optimisation.snapshots:
+                        watcher.snapshot(run.snapshot(step.nimg), {**about, "nimg": step.nimg})
         if rank() == 0:
-            about = {**about, "stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
-            if job.run is not None:
-                about |= {"seed": job.seed, "family": config.family.name}
             _write(job, run, about, fresh, finish)
         barrier()
+
+
+def _say_processes(job: Job, run: Run) -> None:
+    """Say that the number of processes has changed, on which the bits of a training depend."""
+    if len(run.processes) > 1 and rank() == 0:
+        numbers = ", then ".join(map(str, run.processes))
+        print(
+            f"equilab: {job.name} goes on with another number of processes ({numbers}): the same training to rounding, "
+            "in other bits",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def _watcher(job: Job, run: Run) -> Iterator[Watcher | None]:
+    """Give what the training reports to, in the first process, if the study says that there is any."""
+    if job.watcher is None or rank() != 0:
+        yield None
+        return
+    with contextlib.closing(job.watcher(job, run.nimg)) as watcher:
+        yield watcher
 
 
 def _require_disk(
@@ -508,9 +550,9 @@ def _write(job: Job, run: Run, about: dict[str, Any], fresh: Path, finish: Finis
         tensors, _ = load_tensors(run.snapshot(nimg))
         save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
     save_tensors(fresh / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    first = dict.fromkeys(("nimg", "loss", "lr"))  # columns, whatever order a state that was read again has
-    write_table(fresh / "log.csv", [first | row for row in run.log])
-    found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job)}
+    run.write_log(fresh)
+    processes = run.processes[0] if len(run.processes) == 1 else run.processes
+    found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job, processes)}
     if finish is not None:
         found |= finish(fresh)
     write_json(fresh / "summary.json", {**about, **found})

@@ -81,7 +81,6 @@ def run(config: Config, job: Job) -> None:
     shape, classes, counts = tuple(about["image"]), about["classes"], about.get("label_counts")
     recipe = {k: v for k, v in plain(config).items() if k not in ("count", "held_out")}
     parts = identity(job, recipe, about["checksum"] if counts is None else (about["checksum"], counts))
-    del parts["processes"]  # any number of them writes the same bytes
     device = device_of(job)
     denoise = EDM(net, sigma_data=about["config"]["sigma_data"]).to(device)
 
@@ -122,7 +121,7 @@ def _meta(config: Config, job: Job, checksums: dict[str, str], about: dict) -> d
         "sampler": config.sampler,
         "nfe_image": config.sampler.nfe,
         "nfe": config.sampler.nfe * config.total,
-        "environment": environment(job),
+        "environment": environment(job, processes=1),
     }
     if "label_counts" in about:
         meta["label_counts"] = about["label_counts"]
