@@ -22,7 +22,7 @@ OTHERS = ("code", "imported", "bench")  # folders of results that are no stage's
 TRAINED = [stage for stage, about in STAGES.items() if "log.csv" in about.committed]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Try(Job):
     """A job whose results lie in a folder of their own, as those of its run lie in the study's results."""
 
