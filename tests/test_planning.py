@@ -137,7 +137,7 @@ def test_time_is_that_of_the_flops_at_the_share_that_runs_reach(folder):
     cost = folder / "results/cost"
     cost.mkdir(parents=True)
     rows = [f"{of},train,True,0.5", f"{of},train,False,0.1", "teacher,sample,,0.2"]
-    (cost / "cost.csv").write_text("\n".join(["of,what,as_trained,peak_share", *rows]))
+    (cost / "cost.csv").write_text("\n".join(["of,what,as_trained,peak_share", *rows, ""]))
     (cost / "cost.json").write_text(json.dumps({"environment": environment(job)}))
     speed = planning.speed_of(job)
     assert speed.seconds(PEAK, job) == pytest.approx(planning.START + 1 / 0.5)
