@@ -64,7 +64,9 @@ def tries(
     changed = with_values(sections, stage, run, values)
     found = [job_of(changed, stage, each) for each in jobs]
     fields = [field.name for field in dataclasses.fields(Job)]
-    return [Try(*(getattr(job, name) for name in fields), folder, record) for job in found]
+    return [
+        Try(**{name: getattr(job, name) for name in fields}, folder=folder, record=record) for job in found
+    ]
 
 
 def setting_of(text: str) -> tuple[str, Any]:

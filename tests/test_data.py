@@ -152,7 +152,7 @@ def test_images_are_reduced_as_they_are_read_and_the_recipe_is_kept(tmp_path):
     out = run(folder(source, test_path=source, image=[3, 2, 2], resize="box"))
     reduced = [data.reduce_by_box(pixels[i].transpose(2, 0, 1), 2) for i in (0, 2, 4, 1, 3, 5)]  # by name
     np.testing.assert_array_equal(data.load(out, "train", verify=True).images, reduced)
-    assert config.read_json(out / "meta.json", "resize")["resize"] == "box"
+    assert json.loads((out / "meta.json").read_text())["resize"] == "box"
 
 
 def test_what_a_box_filter_cannot_reduce_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from equilab.core import files
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     monkeypatch.chdir(write_study(tmp_path))
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
     return tmp_path
 
 
