@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
+import authors
 import published_sizes
 import pytest
 import smoke
@@ -16,6 +19,8 @@ from equilab.data.pairset import PairSet
 from equilab.metrics import fidelity
 from equilab.metrics.measuring import peak_memory
 from equilab.models import dit, fpdm
+from equilab.models.family import family
+from equilab.models.unet import UNet
 from equilab.solvers import Gradient, Solver, equilibrium
 
 CPU = torch.device("cpu")
@@ -89,3 +94,37 @@ def test_training_a_fixed_point_takes_less_memory_than_as_many_layers():
     few = peak_memory(lambda: implicit(x, t, None, None, solve)[0].square().mean().backward(), CPU)
     many = peak_memory(lambda: explicit(x, t, None).square().mean().backward(), CPU)
     assert few < 0.7 * many
+
+
+READ = """
+import sys
+from pathlib import Path
+from equilab.published.loading import load_network
+
+def most():  # KiB that the process has held, of Linux; that of getrusage begins with the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+before = most()
+loaded = load_network(sys.argv[1], sys.argv[2], {"heads": 12} if sys.argv[1] == "dit" else {})
+print(most() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it in /proc")
+def test_reading_a_published_file_takes_less_than_twice_its_size(tmp_path):
+    sizes = {"width": 768, "depth": 5, "heads": 12, "patch": 2, "expansion": 4, "learned_variance": True}
+    transformer = dit.DiT((4, 32, 32), 10, **sizes)
+    sizes = {"width": 192, "multipliers": [2, 2], "blocks": 3, "attention": [16], "head_channels": 0}
+    unet = UNet((3, 32, 32), 0, architecture="ddpmpp", dropout=0.0, augment=9, **sizes)
+    for name, net, path in (("dit", transformer, tmp_path / "dit.pt"), ("edm", unet, tmp_path / "edm.pkl")):
+        state = net.state_dict()
+        weights = {theirs: state[ours] for theirs, ours in family(name).published.keys(net).items()}
+        if name == "dit":
+            torch.save({"ema": authors.state_dict(weights)}, path)
+        else:
+            authors.nvidia(path, weights, "EDMPrecond", sigma_data=0.5)
+        read = subprocess.run([sys.executable, "-c", READ, name, path], capture_output=True, text=True)
+        assert read.returncode == 0, read.stderr
+        assert 0.9 < 1024 * int(read.stdout) / path.stat().st_size < 1.5
