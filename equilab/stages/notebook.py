@@ -50,8 +50,6 @@ def run(config: Config, job: Job) -> None:
     from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
-    from equilab.stages.notebook_engine import ENGINE
-
     if not is_first():
         return  # of several processes the first one does it
     source = _checked(config, job)
@@ -69,7 +67,6 @@ def run(config: Config, job: Job) -> None:
                 str(source),
                 str(failed),
                 given,
-                engine_name=ENGINE,
                 kernel_name="python3",
                 cwd=".",
                 log_output=False,
