@@ -80,6 +80,6 @@ def read_table(
         if name not in table:
             raise unreadable(path, f"it has no {name}")
     for name in numbers:
-        if name in table and not pd.api.types.is_numeric_dtype(table[name]):
+        if len(table) and name in table and not pd.api.types.is_numeric_dtype(table[name]):
             raise unreadable(path, f"{name} holds what is no number")
     return table
