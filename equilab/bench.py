@@ -39,7 +39,7 @@ from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
 from equilab.sampling import KINDS
 from equilab.solvers import Solver
-from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher
+from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher, trainer
 
 ROOT = PACKAGE.parent
 SCORED, FEATURES = 2000, 2048  # images of a side, features of an image as Inception has
@@ -101,7 +101,7 @@ class Subject:
 
     def build(self) -> nn.Module:
         """Return the run's network with random weights."""
-        net = loop.build(self.config.network, 0, "bench", self.image, self.classes)
+        net = trainer.build(self.config.network, 0, "bench", self.image, self.classes)
         return net.to(self.device).eval()
 
     def inference(self, call: Call) -> Call:

@@ -2,7 +2,7 @@
 
 import torch
 
-from equilab.training import loop
+from equilab.training import trainer
 
 IMAGE, CLASSES = (1, 8, 8), 10
 OPTIMISATION = dict(
@@ -108,7 +108,7 @@ ENTRIES = {
 
 def drawn(config):
     """Return the network of a run, of which weights that start at zero are drawn too, so that all inputs matter."""
-    net = loop.build(config.network, 0, "weights", IMAGE, CLASSES)
+    net = trainer.build(config.network, 0, "weights", IMAGE, CLASSES)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in net.parameters():

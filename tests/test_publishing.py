@@ -13,7 +13,7 @@ from equilab.core.files import write, write_array
 from equilab.data import shards
 from equilab.models.classifier import CLASSIFIERS
 from equilab.study import Replicate, job_of, open_study
-from equilab.training import evaluator, loop
+from equilab.training import evaluator, trainer
 
 SHORT = {f"evaluator.optimisation.{key}": 32 for key in ("nimg", "batch", "micro_batch", "report_nimg")}
 
@@ -101,4 +101,4 @@ def test_a_network_larger_than_the_machine_is_refused_before_it_is_built(monkeyp
     with pytest.raises(
         UserError, match="evaluator.network: a network of 2,415,919,104 parameters takes 9 GiB"
     ):
-        loop.build(network, 0, "weights", (1, 8, 8), 10)
+        trainer.build(network, 0, "weights", (1, 8, 8), 10)

@@ -13,7 +13,8 @@ from equilab import study
 from equilab.core import files, like, machine
 from equilab.core.config import UserError
 from equilab.models import checkpoint as state
-from equilab.training.loop import Logged, Optimisation, Run, ema_decay, fit, learning_rate
+from equilab.training.loop import Logged, Run, fit
+from equilab.training.optimisation import Optimisation, ema_decay, learning_rate
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

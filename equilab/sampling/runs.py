@@ -38,7 +38,7 @@ from equilab.sampling.settings import (
 from equilab.solvers import Solution
 from equilab.solvers.budget import Budget
 from equilab.training import onestep
-from equilab.training.loop import Optimisation
+from equilab.training.optimisation import Optimisation
 
 # purposes of random numbers: the same noises for every run
 NOISE, LABEL = "evaluation noise", "evaluation label"

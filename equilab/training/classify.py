@@ -21,7 +21,7 @@ from equilab.data.images import Dataset, load, to_float
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, network_on_meta, parameters
 from equilab.models.checkpoint import load_network
 from equilab.models.classifier import CLASSIFIERS
-from equilab.training import loop
+from equilab.training import trainer
 
 BATCH = 1000  # test images through the network at once
 Network = choice(lambda: CLASSIFIERS)  # of a field of params
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
     label: Tensor  # (B,)
 
 
-def train(config: Any, job: Job, data: Dataset, finish: loop.Finish | None = None) -> None:
+def train(config: Any, job: Job, data: Dataset, finish: trainer.Finish | None = None) -> None:
     """Train the classifier of a stage's `network` and `optimisation`; its summary says its accuracy on the test images.
 
-    Its weights and the order of its images are functions of the study's seed and the stage. `finish` is as of loop.train.
+    Its weights and the order of its images are functions of the study's seed and the stage. `finish` is as of trainer.train.
 
     Raises: UserError if the data have no labels.
     """
@@ -50,7 +50,7 @@ def train(config: Any, job: Job, data: Dataset, finish: loop.Finish | None = Non
         )
     seed, shape, classes = job.study.seed, data.images.shape[1:], data.classes
     chosen = part_of(config.images, len(data.images), seed)
-    net = loop.build(config.network, seed, f"{job.stage} weights", shape, classes)
+    net = trainer.build(config.network, seed, f"{job.stage} weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
         items = chosen[rng.batch(seed, f"{job.stage} order", positions.start, len(positions), len(chosen))]
@@ -62,9 +62,9 @@ def train(config: Any, job: Job, data: Dataset, finish: loop.Finish | None = Non
         found = {"network": config.network.kind, "accuracy_test": accuracy}
         return found if finish is None else found | finish(folder)
 
-    about = loop.about(shape, classes, cost(config.network, shape, classes))
+    about = trainer.about(shape, classes, cost(config.network, shape, classes))
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
-    loop.train(job, config, inputs, net, batch_of, loss, about, finish=scored)
+    trainer.train(job, config, inputs, net, batch_of, loss, about, finish=scored)
 
 
 def part_of(part: Part, count: int, seed: int) -> Int64[np.ndarray, n]:
@@ -94,7 +94,7 @@ def plan(config: Any, job: Job) -> Callable[[], Plan]:
     Raises: UserError if its sizes do not fit.
     """
     network_on_meta(config.network, job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config.network, job.image, job.classes))
+    return lambda: trainer.plan(config.optimisation, cost(config.network, job.image, job.classes))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load, to_float
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.precond import EDM
-from equilab.training import loop, onestep
+from equilab.training import loop, onestep, trainer
 from equilab.training.onestep import ConsistencyLoss
 
 
@@ -55,7 +55,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     def estimate() -> Plan:
         counted = cost(config, job.image, job.classes)
         frozen = onestep.table(config, job.image, job.classes)
-        return loop.plan(config.optimisation, counted, frozen, config.teacher_calls)
+        return trainer.plan(config.optimisation, counted, frozen, config.teacher_calls)
 
     return estimate
 
@@ -88,7 +88,7 @@ def run(config: Config, job: Job) -> None:
         "teacher": sha256_of(folder_of("teacher") / "weights.safetensors"),
     }
     distance = config.distance(machine.device_of(job))
-    loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher, distance), about)
+    trainer.train(job, config, inputs, net, batch_of, loss_of(config, teacher, distance), about)
 
 
 def loss_of(config: Config, teacher: EDM, distance: Callable) -> loop.Loss:
@@ -101,7 +101,7 @@ def loss_of(config: Config, teacher: EDM, distance: Callable) -> loop.Loss:
     return loss
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the student, counted on the meta device; an update has three calls without gradient, with the form
     published five, and one with."""

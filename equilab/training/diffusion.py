@@ -22,8 +22,8 @@ from equilab.diffusion.discrete import Diffusion, noised
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters, work
 from equilab.models.family import network
 from equilab.solvers import Gradient, Solver, equilibrium
-from equilab.training import loop
-from equilab.training.loop import Optimisation
+from equilab.training import loop, trainer
+from equilab.training.optimisation import Optimisation
 
 Network = network("diffusion")
 DROPS = 1 << 20  # label dropout is drawn in so many parts
@@ -78,7 +78,7 @@ class FixedPoint(Params):
         return Iterations(self.no_grad_iterations / 2, (1 + self.grad_iterations) / 2)
 
 
-class Model(loop.Model):
+class Model(trainer.Model):
     """What sampling needs to know of a denoiser of discrete timesteps."""
 
     stage = "diffusion"
@@ -140,7 +140,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     _require_classes(config, job, job.classes)
     shape = latents.shape_of(job.read, job.image)
     config.on_meta(shape, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config, shape, job.classes))
+    return lambda: trainer.plan(config.optimisation, cost(config, shape, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -157,7 +157,7 @@ def run(config: Config, job: Job) -> None:
         shape = encoded.shape
         inputs["latents"] = sha256_of(folder_of("latents") / "meta.json")
     seed, classes = config.seed, config.classes_of(data.classes)
-    net = loop.build(config.network, seed, "weights", shape, classes)
+    net = trainer.build(config.network, seed, "weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
@@ -174,9 +174,9 @@ def run(config: Config, job: Job) -> None:
 
     counted = cost(config, shape, data.classes)
     mean = config.fixed_point.mean() if config.fixed_point else Iterations(0.0, 0.0)
-    about = loop.about(shape, classes, counted, mean.no_grad + mean.grad)
+    about = trainer.about(shape, classes, counted, mean.no_grad + mean.grad)
     about["train_flops_image"] = counted.train_flops_image
-    loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
+    trainer.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
 def _require_classes(config: Config, job: Job, classes: int) -> None:
@@ -231,7 +231,7 @@ def solver_of(iterations: Iterations) -> Callable:
     return functools.partial(equilibrium, solver=solver, gradient=Gradient("s_jfb"), counts=tuple(iterations))
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call, an update has the mean
     iterations of training."""

@@ -18,8 +18,8 @@ from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters, work
 from equilab.models.family import network
 from equilab.solvers import Gradient, Solver, equilibrium
-from equilab.training import loop
-from equilab.training.loop import Optimisation
+from equilab.training import loop, trainer
+from equilab.training.optimisation import Optimisation
 
 Network = network("distill")
 
@@ -42,7 +42,7 @@ class Equilibrium(Params):
         return self
 
 
-class Model(loop.Model):
+class Model(trainer.Model):
     """What sampling needs to know of a one-step generator."""
 
     stage = "distill"
@@ -86,7 +86,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     """
     _require_pairs(config, job, job.read("pairs").count, job.classes)
     config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
+    return lambda: trainer.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -99,7 +99,7 @@ def run(config: Config, job: Job) -> None:
     pairs.verify()
     _require_pairs(config, job, pairs.count, pairs.classes)
     classes = config.classes_of(pairs.classes)
-    net = loop.build(config.network, config.seed, "weights", pairs.shape, classes)
+    net = trainer.build(config.network, config.seed, "weights", pairs.shape, classes)
     noisy = config.equilibrium is not None and config.equilibrium.init == "noise"
 
     def batch_of(positions: range) -> Batch:
@@ -110,9 +110,9 @@ def run(config: Config, job: Job) -> None:
 
     counted = cost(config, pairs.shape, pairs.classes)
     iterations = config.equilibrium.iterations if config.equilibrium else 0
-    about = loop.about(pairs.shape, classes, counted, iterations)
+    about = trainer.about(pairs.shape, classes, counted, iterations)
     about["train_flops_image"] = counted.train_flops_image
-    loop.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
+    trainer.train(job, config, {"pairs": digest(pairs.meta)}, net, batch_of, loss_of(config), about)
 
 
 def _require_pairs(config: Config, job: Job, count: int, classes: int) -> None:
@@ -156,7 +156,7 @@ def solver_of(config: Equilibrium) -> Callable:
     return functools.partial(equilibrium, solver=solver, gradient=Gradient(config.gradient, adjoint=adjoint))
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the generator, counted on the meta device; its image is a whole one.
 

@@ -17,7 +17,7 @@ from equilab.data.images import load
 from equilab.metrics.fidelity import CACHE, SPLITS, Scorer
 from equilab.models.checkpoint import save_tensors
 from equilab.training import classify
-from equilab.training.loop import Optimisation
+from equilab.training.optimisation import Optimisation
 
 
 class Config(Params):

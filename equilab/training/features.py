@@ -11,7 +11,7 @@ from equilab.core.config import Params
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load
 from equilab.training import classify
-from equilab.training.loop import Optimisation
+from equilab.training.optimisation import Optimisation
 
 
 class Config(Params):

@@ -23,10 +23,11 @@ from equilab.models.classifier import Classifier
 from equilab.models.discriminators import FeatureDiscriminator, StyleGAN2
 from equilab.models.feature_networks import NETWORKS, FeatureNetwork, classifier_network, feature_network
 from equilab.models.precond import EDM
-from equilab.training import adversarial, loop, onestep
+from equilab.training import adversarial, loop, onestep, trainer
 from equilab.training.adversarial import Adaptive, AugmentedDiscriminator
-from equilab.training.loop import Adversary, Halt, Lazy, LearningRate, Logged
+from equilab.training.loop import Adversary, Halt, Lazy, Logged
 from equilab.training.onestep import ConsistencyLoss
+from equilab.training.optimisation import LearningRate
 
 STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
 
@@ -149,7 +150,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
         counted = cost(config, job.image, job.classes, features)
         frozen = onestep.table(config, job.image, job.classes)
         calls = config.consistency.teacher_calls if config.consistency else 0
-        return loop.plan(config.optimisation, counted, frozen, calls)
+        return trainer.plan(config.optimisation, counted, frozen, calls)
 
     return estimate
 
@@ -209,7 +210,7 @@ def run(config: Config, job: Job) -> None:
         print(onestep.table(config, shape, data.classes))
     counted = cost(config, shape, data.classes, _study_features(config, job))
     about = onestep.about(teacher, shape, config.classes_of(data.classes), counted)
-    loop.train(
+    trainer.train(
         job,
         config,
         inputs,
@@ -400,7 +401,7 @@ def collapsed(config: Config, row: loop.Row) -> Halt | None:
     )
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Model, image: tuple[int, ...], classes: int, features: Spec | None = None) -> Cost:
     """Return the cost of the student, counted on the meta device; an update is one of generator and discriminator.
 

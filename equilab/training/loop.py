@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, Spec, UserError, plain
-from equilab.core.files import SCRATCH, publishing, require_disk, scratch, write_json, write_table
-from equilab.core.job import Job, Plan, Watcher
-from equilab.core.machine import (
-    barrier,
-    device_of,
-    environment,
-    identity,
-    precision,
-    rank,
-    require_memory,
-    to_device,
-    total,
-    world,
-)
-from equilab.core.progress import bar
-from equilab.data.images import label_counts
-from equilab.metrics.counting import Cost, network_on_meta
+from equilab.core.config import UserError
+from equilab.core.files import write_table
+from equilab.core.machine import precision, rank, to_device, total, world
 from equilab.models.checkpoint import load_tensors, save_tensors
-from equilab.models.family import Family, Stage, families
-
-ImageCount = Annotated[int, Field(ge=1, le=10**10)]
-BatchSize = Annotated[int, Field(ge=1, le=10**6)]
-LearningRate = Annotated[float, Field(ge=1e-9, le=10)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from equilab.training.optimisation import Optimisation, ema_decay, learning_rate
 
 
 class Logged(NamedTuple):
@@ -62,93 +38,6 @@ Row = dict[str, int | float]  # of the log
 BatchOf = Callable[[range], Any]  # positions in the endless stream of images -> a batch, on the CPU
 Loss = Callable[[nn.Module, Any], Tensor | Logged]  # (network, batch) -> mean over the images of the batch
 Watch = Callable[[Row], Halt | None]
-Finish = Callable[[Path], dict[str, Any]]  # (folder of the results) -> what more the summary says of them
-
-
-class Optimisation(Params):
-    """How a run is optimised; every count is in images seen (`nimg`)."""
-
-    nimg: ImageCount  # in all
-    batch: BatchSize  # images in an update
-    micro_batch: BatchSize  # images in a forward pass; batch / micro_batch passes are accumulated
-    lr: LearningRate  # peak learning rate of AdamW
-    betas: tuple[Beta, Beta]
-    weight_decay: float = Field(ge=0, le=100)
-    clip: Annotated[float, Field(ge=1e-6, le=1e6)] | None  # largest norm of the gradient
-    warmup_nimg: int = Field(ge=0, le=10**10)  # images of linear warm-up
-    decay: Literal["none", "linear", "cosine"]  # to 0 at nimg
-    decay_start_nimg: int = Field(ge=0, le=10**10)  # where the decay starts
-    ema_half_life_nimg: float = Field(ge=1e-3, le=1e10)  # half-life of the averaged weights
-    ema_warmup: float = Field(ge=0, le=1)  # the half-life's largest share of the images seen; 0: no limit
-    precision: Literal["fp32", "tf32", "bf16"]
-    compile: bool
-    report_nimg: ImageCount  # between two reports; at each the loss is checked and the state saved
-    snapshots: tuple[ImageCount, ...]  # counts at which the averaged weights are kept, for learning curves
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.batch % self.micro_batch:
-            raise ValueError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch})")
-        for name in ("nimg", "report_nimg"):
-            if getattr(self, name) % self.batch:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of batch ({self.batch})")
-        if self.nimg % self.report_nimg:
-            raise ValueError(f"nimg ({self.nimg}) must be a multiple of report_nimg ({self.report_nimg})")
-        for count in self.snapshots:
-            if count % self.report_nimg or count > self.nimg:
-                raise ValueError(
-                    f"snapshots: {count} must be a multiple of report_nimg ({self.report_nimg}) up to nimg"
-                )
-        if self.decay != "none" and self.decay_start_nimg >= self.nimg:
-            raise ValueError(
-                f"decay_start_nimg ({self.decay_start_nimg}) must be less than nimg ({self.nimg})"
-            )
-        return self
-
-
-class Model(Params):
-    """What sampling needs to know of every run that makes images, which has a `network` and is `conditional` or not."""
-
-    stage: ClassVar[Stage]  # that trains it
-
-    @property
-    def family(self) -> Family:
-        """The family of models that it is of."""
-        return families(self.stage)[self.network.kind]
-
-    def classes_of(self, classes: int) -> int:
-        """Return how many of the data's classes the network knows: all of them, or 0 if it is not conditional."""
-        return classes if self.conditional else 0
-
-    def on_meta(self, image: tuple[int, ...], classes: int) -> nn.Module:
-        """Return the network for such data on the meta device.
-
-        Raises: UserError if its sizes do not fit.
-        """
-        return network_on_meta(self.network, image, self.classes_of(classes))
-
-
-def learning_rate(config: Optimisation, nimg: int) -> float:
-    """Return the learning rate of the update that starts with `nimg` images seen."""
-    warm = min(1.0, (nimg + config.batch) / config.warmup_nimg) if config.warmup_nimg else 1.0
-    rate = config.lr * warm
-    if config.decay == "none" or nimg < config.decay_start_nimg:
-        return rate
-    passed = (nimg - config.decay_start_nimg) / (config.nimg - config.decay_start_nimg)
-    if config.decay == "linear":
-        return rate * (1 - passed)
-    return rate * (0.5 * (1 + math.cos(math.pi * passed)))
-
-
-def ema_decay(nimg: int, *, batch: int, half_life_nimg: float, warmup: float) -> float:
-    """Return the decay of the averaged weights after the update that starts with `nimg` images seen.
-
-    0.5^(batch / min(half-life, warm-up * nimg)); 0 at the first update if there is a warm-up.
-
-    Source: EDM's training; the published GET keeps 0.9999 a step of 128, a half-life of 887,184 images, no warm-up.
-    """
-    half_life = min(half_life_nimg, warmup * nimg) if warmup else half_life_nimg
-    return 0.5 ** (batch / half_life) if half_life else 0.0
 
 
 class Lazy(NamedTuple):
@@ -434,141 +323,3 @@ def _kept(run: Run) -> str:
     if run.log:
         return f"the last good state is kept in {run.folder}"
     return "it had not yet reported, so nothing is kept"
-
-
-def build(spec: Spec, seed: int, purpose: str, *given: Any) -> nn.Module:
-    """Return a freshly initialised network, a pure function of (seed, purpose).
-
-    Raises: UserError if this machine has less memory than its parameters take, before they take it.
-    """
-    sizes = [parameter.numel() for parameter in network_on_meta(spec, *given).parameters()]
-    require_memory(4 * sum(sizes), f"{spec.path or spec.kind}: a network of {sum(sizes):,} parameters")
-    torch.manual_seed(rng.torch_seed(seed, purpose))
-    return spec.build(*given).to(memory_format=torch.channels_last)
-
-
-def counted_once(cost: Callable[..., Cost]) -> Callable[..., Cost]:
-    """Return `cost(config, ...)`, remembered; seed, optimisation and R1 make no difference to what it counts."""
-    remembered = functools.cache(cost)
-
-    @functools.wraps(cost)
-    def counted(config: Params, *given: Any) -> Cost:
-        indifferent = {"seed", "optimisation", "r1"} & set(type(config).model_fields)
-        return remembered(config.model_copy(update=dict.fromkeys(indifferent)), *given)
-
-    return counted
-
-
-def about(image: tuple[int, ...], classes: int, cost: Cost, iterations: int | float = 0) -> dict[str, Any]:
-    """Return what is kept with weights: what the network is of, and what it costs at so many iterations."""
-    return {
-        "image": image,
-        "classes": classes,
-        "parameters": cost.parameters,
-        "flops_image": cost.image.flops(iterations),
-    }
-
-
-def train(
-    job: Job,
-    config: Any,
-    inputs: dict[str, str],
-    net: nn.Module,
-    batch_of: BatchOf,
-    loss: Loss,
-    about: dict[str, Any],
-    adversary: Adversary | None = None,
-    watch: Watch | None = None,
-    finish: Finish | None = None,
-) -> None:
-    """Train `net` from wherever its scratch folder stands and write the results of the stage into `job.out`, all in one move.
-
-    `weights.safetensors` (averaged weights), `snapshots/`, `log.csv` (a row a report), `summary.json`. `inputs` names
-    what the run depends on besides its config (checksums); `about` is kept with the weights. `finish` looks at the results
-    before they are published.
-    """
-    optimisation, about = config.optimisation, {**about, **label_counts(job)}
-    about |= {"stage": job.stage, "run": job.run, "config": plain(config), "inputs": inputs}
-    if job.run is not None:
-        about |= {"seed": job.seed, "family": config.family.name}
-    _require_disk(job, net, optimisation, about["parameters"], adversary)
-    # what is unfinished goes last, when the results are in their place
-    with scratch(job, identity(job, config, inputs)) as folder, publishing(job.out) as fresh:
-        run = Run(net, optimisation, job.study.seed, folder, device_of(job), adversary)
-        _say_processes(job, run)
-        with bar(job.name, optimisation.nimg, done=run.nimg) as progress, _watcher(job, run) as watcher:
-            for step in fit(run, batch_of, loss, watch):
-                progress.update(step.nimg - progress.n)
-                if step.report:
-                    progress.set_postfix(loss=f"{step.report['loss']:.4g}")
-                if step.report and watcher:
-                    watcher.report(step.report)
-                    if step.nimg in optimisation.snapshots:
-                        watcher.snapshot(run.snapshot(step.nimg), {**about, "nimg": step.nimg})
-        if rank() == 0:
-            _write(job, run, about, fresh, finish)
-        barrier()
-
-
-def _say_processes(job: Job, run: Run) -> None:
-    """Say that the number of processes has changed, on which the bits of a training depend."""
-    if len(run.processes) > 1 and rank() == 0:
-        numbers = ", then ".join(map(str, run.processes))
-        print(
-            f"equilab: {job.name} goes on with another number of processes ({numbers}): the same training to rounding, "
-            "in other bits",
-            file=sys.stderr,
-        )
-
-
-@contextlib.contextmanager
-def _watcher(job: Job, run: Run) -> Iterator[Watcher | None]:
-    """Give what the training reports to, in the first process, if the study says that there is any."""
-    if job.watcher is None or rank() != 0:
-        yield None
-        return
-    with contextlib.closing(job.watcher(job, run.nimg)) as watcher:
-        yield watcher
-
-
-def _require_disk(
-    job: Job, net: nn.Module, config: Optimisation, parameters: int, adversary: Adversary | None
-) -> None:
-    """Check that the results fit on their disk; two states (weights, average, moments) of what is trained, and the snapshots,
-    on that of what is unfinished."""
-    nets = nn.ModuleList([net] if adversary is None else [net, adversary.net])
-    state = 4 * sum(p.numel() for p in nets.parameters())
-    snapshots = parameters * len(config.snapshots)
-    require_disk({SCRATCH: 4 * (2 * state + snapshots), job.out: 4 * (parameters + snapshots)})
-
-
-def _write(job: Job, run: Run, about: dict[str, Any], fresh: Path, finish: Finish | None) -> None:
-    """Write the results of a run that is done into a fresh folder."""
-    snapshots = fresh / "snapshots"
-    snapshots.mkdir()
-    for nimg in run.config.snapshots:
-        tensors, _ = load_tensors(run.snapshot(nimg))
-        save_tensors(snapshots / f"{nimg:010d}.safetensors", tensors, {**about, "nimg": nimg})
-    save_tensors(fresh / "weights.safetensors", run.ema, {**about, "nimg": run.nimg})
-    run.write_log(fresh)
-    processes = run.processes[0] if len(run.processes) == 1 else run.processes
-    found = {"nimg": run.nimg, "loss": run.log[-1]["loss"], "environment": environment(job, processes)}
-    if finish is not None:
-        found |= finish(fresh)
-    write_json(fresh / "summary.json", {**about, **found})
-    print(f"{job.name}: loss {found['loss']:.4g} after {run.nimg:,} images, in {job.out}")
-
-
-def plan(config: Optimisation, cost: Cost, note: str = "", teacher_calls: int = 0) -> Plan:
-    """Return what training costs; of an image of an update, `teacher_calls` evaluations of the teacher."""
-    kept = 1 + len(config.snapshots)
-    weights = 4 * cost.parameters  # bytes
-    return Plan(
-        cost.parameters,
-        float(cost.train_flops_image * config.nimg),
-        kept * weights,
-        note,
-        config.nimg,
-        teacher_calls * config.nimg,
-        2 * weights + 12 * cost.parameters_trained,  # with the average; gradient and two moments
-    )

@@ -23,8 +23,8 @@ from equilab.models.checkpoint import load_network
 from equilab.models.family import network
 from equilab.models.feature_networks import Lpips
 from equilab.models.precond import EDM
-from equilab.training import loop
-from equilab.training.loop import Optimisation
+from equilab.training import trainer
+from equilab.training.optimisation import Optimisation
 
 LPIPS_SIDE = 224  # pixels to which images are resized, as published
 Network = network("teacher")
@@ -147,7 +147,7 @@ def check_metric(loss: ConsistencyLoss, image: tuple[int, ...], place: str) -> N
         raise UserError(f"{place}.metric is lpips, which takes 3 channels, not {image[0]}; set it to squared")
 
 
-class OfTeacher(loop.Model):
+class OfTeacher(trainer.Model):
     """What sampling needs to know of any student of the teacher."""
 
     network: Network  # the teacher's
@@ -224,7 +224,7 @@ def networks(
 def untrained(config: Trained, data: Dataset) -> nn.Module:
     """Return a student's network as it is drawn by its seed."""
     classes = config.classes_of(data.classes)
-    return loop.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
+    return trainer.build(config.network, config.seed, "weights", data.images.shape[1:], classes)
 
 
 def student(config: Model, net: nn.Module, sigma_data: float) -> gdd.GDD:
@@ -237,7 +237,7 @@ def student(config: Model, net: nn.Module, sigma_data: float) -> gdd.GDD:
 def about(teacher: EDM, shape: tuple[int, ...], classes: int, cost: Cost) -> dict[str, object]:
     """Return what is kept with a student's weights."""
     return {
-        **loop.about(shape, classes, cost),
+        **trainer.about(shape, classes, cost),
         "sigma_data": teacher.sigma_data,
         "parameters_trained": cost.parameters_trained,
         "train_flops_image": cost.train_flops_image,

@@ -17,7 +17,7 @@ from equilab.data.images import load, to_float
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models.precond import EDM
-from equilab.training import loop, onestep
+from equilab.training import loop, onestep, trainer
 from equilab.training.onestep import Levels
 
 
@@ -67,7 +67,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     onestep.check(config, job)
     students_before(config, job)
     config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes), teacher_calls=2)
+    return lambda: trainer.plan(config.optimisation, cost(config, job.image, job.classes), teacher_calls=2)
 
 
 def students_before(config: Config, job: Job) -> list[Config]:
@@ -135,7 +135,7 @@ def run(config: Config, job: Job) -> None:
         "data": sha256_of(folder_of("data") / "meta.json"),
         "teacher": sha256_of(folder / "weights.safetensors"),
     }
-    loop.train(job, config, inputs, net, batch_of, loss_of(config, teacher), about)
+    trainer.train(job, config, inputs, net, batch_of, loss_of(config, teacher), about)
 
 
 def draw(levels: Levels, seed: int, positions: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +162,7 @@ def loss_of(config: Config, teacher: EDM) -> loop.Loss:
     return loss
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Config, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the student, counted on the meta device; its image is a whole one, of all its steps.
 

@@ -19,13 +19,13 @@ from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models.family import network
 from equilab.models.precond import EDM
-from equilab.training import loop
-from equilab.training.loop import Optimisation
+from equilab.training import loop, trainer
+from equilab.training.optimisation import Optimisation
 
 Network = network("teacher")
 
 
-class Model(loop.Model):
+class Model(trainer.Model):
     """What sampling needs to know of a denoiser of noise levels."""
 
     stage = "teacher"
@@ -58,7 +58,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
     Raises: UserError if the network's sizes do not fit.
     """
     config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
-    return lambda: loop.plan(config.optimisation, cost(config, job.image, job.classes))
+    return lambda: trainer.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
 def run(config: Config, job: Job) -> None:
@@ -71,7 +71,7 @@ def run(config: Config, job: Job) -> None:
         raise UserError("teacher.conditional is true, but the data have no labels; set it to false")
     shape, seed = data.images.shape[1:], job.study.seed
     classes = config.classes_of(data.classes)
-    net = loop.build(config.network, seed, "teacher weights", shape, classes)
+    net = trainer.build(config.network, seed, "teacher weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "teacher order", positions.start, len(positions), len(data.images))
@@ -80,9 +80,9 @@ def run(config: Config, job: Job) -> None:
         label = torch.from_numpy(data.labels[items]) if config.conditional else None
         return Batch(image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label)
 
-    about = loop.about(shape, classes, cost(config, shape, data.classes))
+    about = trainer.about(shape, classes, cost(config, shape, data.classes))
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
-    loop.train(job, config, inputs, net, batch_of, loss_of(config), about)
+    trainer.train(job, config, inputs, net, batch_of, loss_of(config), about)
 
 
 def loss_of(config: Config) -> loop.Loss:
@@ -96,7 +96,7 @@ def loss_of(config: Config) -> loop.Loss:
     return loss
 
 
-@loop.counted_once
+@trainer.counted_once
 def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     """Return the cost of the denoiser, counted on the meta device; its image is that of a call."""
     net = config.on_meta(image, classes)
