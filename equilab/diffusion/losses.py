@@ -12,7 +12,7 @@ from equilab.diffusion.protocols import Denoised
 
 
 def edm_sigma(normal: Float[Tensor, b], mean: float, std: float) -> Float[Tensor, b]:
-    """Turn unit normals into the noise levels (B,) of training, exp(mean + std * normal).
+    """Return the noise levels (B,) of training, exp(mean + std * normal), made of unit normals.
 
     Source: EDM, table 1, "noise distribution" (P_mean, P_std).
     """
@@ -45,10 +45,8 @@ def edm(
     return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
 
 
-CONSISTENCY_CALLS = {
-    "text": 2,
-    "published": 4,
-}  # evaluations of the teacher for an image: steps of Heun's method
+# evaluations of the teacher for a training image, two for each of Heun's steps, by the form of the loss
+CONSISTENCY_CALLS = {"text": 2, "published": 4}
 Distance = Callable[[Tensor, Tensor], Tensor]  # of images (B, C, H, W) to their targets: a mean over samples
 
 
@@ -167,11 +165,12 @@ def progressive_target(
     return x - first * torch.lerp(slope, second_slope, share)
 
 
-# of the error of the denoised image, by the noise level; the signal-to-noise ratio of EDM's states is 1 / sigma^2
+# weights of the error of the denoised image, by the noise level: the signal-to-noise ratio of EDM's states is 1 / sigma^2
+# Source: "Progressive distillation" (Salimans 2022), section 4
 SNR_WEIGHTS = {
     "truncated_snr": lambda sigma: (1 / sigma**2).clamp_min(1),
     "snr_plus_one": lambda sigma: 1 / sigma**2 + 1,
-}  # Source: "Progressive distillation" (Salimans 2022), section 4
+}
 
 
 def l1(image: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:

@@ -19,8 +19,9 @@ def parameters(module: nn.Module) -> int:
 
 
 def flops(call: Callable[[], object]) -> int:
-    """Return the FLOPs of `call()`, counted by shape: two for each multiply-accumulate of matrix products, convolutions
-    and attention, nothing for the rest. Works on the meta device.
+    """Return the FLOPs of `call()`, counted by shape, on the meta device too.
+
+    A multiply-accumulate of a matrix product, a convolution or attention is two; the rest is nothing.
     """
     with FlopCounterMode(display=False) as counter:
         call()

@@ -93,7 +93,7 @@ class GDD(nn.Module):
     ) -> Generated:
         """Return Generated(image, None): where the steps from sigmas[0] * noise lead.
 
-        With `return_iterates`, the images (S, B, C, H, W) that the consistency function sees at all steps.
+        With `return_iterates`, the images (S, B, C, H, W) that the consistency function predicts at all steps.
 
         Raises: ValueError for a label given to an unconditional network.
         """

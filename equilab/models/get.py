@@ -117,8 +117,8 @@ class GET(nn.Module):
         """Return the image generated from `noise`, and the Solution of its state.
 
         `init` is the state to start from (None: zeros; published: unit normal noise, drawn anew), `solve(f, init)` finds the
-        fixed point of f(z, rows), where `rows` are the samples to advance (None: all). With `return_iterates`, the images (K, B, C, H,
-        W) of all iterates.
+        fixed point of f(z, rows), where `rows` are the samples to advance (None: all). With `return_iterates`, the image is
+        (K, B, C, H, W), of all iterates.
 
         Raises: ValueError if a label is missing or superfluous, or iterates are asked of a solver that does not record.
         """

@@ -46,9 +46,8 @@ Label = int | Sequence[int] | np.ndarray | Tensor | None
 class Kind(NamedTuple):
     """A training stage, and the class of its runs: of explicit and of implicit networks."""
 
-    training: (
-        ModuleType  # its `Config` is all that params say of a run, its `Model` what sampling needs to know
-    )
+    # its `Config` is all that params say of a run, its `Model` what sampling needs to know
+    training: ModuleType
     explicit: type[Run]
     implicit: type[Run] | None = None
 

@@ -29,10 +29,9 @@ def grid(images: UInt8[np.ndarray, "n c h w"], columns: int | None = None) -> Im
     large = images.repeat(times, 2).repeat(times, 3)  # (N, C, H, W)
     missing = -count % columns
     padded = np.pad(large, ((0, missing), (0, 0), (0, GAP), (0, GAP)), constant_values=255)
-    rows = [
-        np.concatenate(row, 2) for row in np.split(padded, len(padded) // columns)
-    ]  # (C, H, columns W) each
-    return picture(np.concatenate(rows, 1)[:, :-GAP, :-GAP])
+    rows = np.split(padded, len(padded) // columns)  # (columns, C, H + GAP, W + GAP) each
+    wide = [np.concatenate(row, 2) for row in rows]  # (C, H + GAP, columns (W + GAP)) each
+    return picture(np.concatenate(wide, 1)[:, :-GAP, :-GAP])
 
 
 def require_place(out: Path) -> None:

@@ -67,8 +67,8 @@ class Outputs(NamedTuple):
 class Run(ABC):
     """A run by its config, without its weights.
 
-    `of` is its folder below results/, `shape` that of what it makes, an image or a latent (C, H, W), `classes` those that it knows,
-    0 for none; `counted` counts it.
+    `of` is its folder below results/, `shape` that of what it makes, an image or a latent (C, H, W), `classes` the number of those
+    that it knows, 0 for none; `count(config, shape, classes)` returns its Cost.
     """
 
     setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing

@@ -94,7 +94,7 @@ FIXED = {"constant": constant, "increasing": increasing, "decreasing": decreasin
 
 @dataclass(frozen=True)
 class Budget:
-    """So many iterations in total for an image; called with the solutions of the steps made, it returns what the next may spend.
+    """So many iterations in total for an image; called with the solutions so far, it returns what the next step may spend.
 
     "constant", "increasing" and "decreasing" depend on the number of steps alone, and "adaptive" on the residuals of
     each sample; a list gives the iterations of each step.

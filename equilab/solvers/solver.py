@@ -28,7 +28,7 @@ class Solver:
 
     method: str  # one of METHODS
     iterations: int | Tensor  # applications of f at most, 1 or more; of each sample (B,) int64
-    tolerance: float | Tensor  # a sample stops at this relative residual; 0 runs all iterations; (B,)
+    tolerance: float | Tensor  # a sample stops at this relative residual, 0: never; of each sample (B,)
     pick: str  # "last" iterate, or the one of "lowest" absolute residual
     record: bool = False  # keep all iterates
     measure: bool = True  # compute residuals, and stop samples that converge or diverge

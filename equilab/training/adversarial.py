@@ -157,7 +157,7 @@ def _along(values: Int64[Tensor, "b n"] | Bool[Tensor, "b n"], axis: int) -> Ten
 
 
 class AugmentedDiscriminator(nn.Module):
-    """A discriminator behind an augmentation, whose probability it keeps, as training continues from it."""
+    """A discriminator behind an augmentation, whose probability is a buffer: a training that is resumed goes on from it."""
 
     def __init__(self, discriminator: nn.Module, augment: str, adaptive: Adaptive | None):
         super().__init__()

@@ -25,9 +25,8 @@ from equilab.training import trainer
 
 BATCH = 1000  # test images through the network at once
 Network = choice(lambda: CLASSIFIERS)  # of a field of params
-Part = Literal[
-    "all", "first_half", "second_half"
-]  # of the training images, in an order that the study's seed draws
+# of the training images, in an order that the study's seed draws
+Part = Literal["all", "first_half", "second_half"]
 
 
 class Batch(NamedTuple):

@@ -47,8 +47,10 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 
 def run(config: Config, job: Job) -> None:
-    """Train the classifier on the study's training images; write its weights, its accuracy on the test images, the floor: the
-    scores of real images, and what is trivial: the distances of a model that makes their mean, and nothing else.
+    """Train the classifier on the study's training images; write its weights and its summary.
+
+    The summary has its accuracy on the test images; `floor`, the scores of real images; and `trivial`, the distances of a model
+    that makes nothing but the mean training image.
 
     Raises: UserError if the data are missing, damaged, without labels or too few.
     """

@@ -160,9 +160,8 @@ class Run:
 
     def write_log(self, folder: Path) -> None:
         """Write the log, a row a report."""
-        first = dict.fromkeys(
-            ("nimg", "loss", "lr")
-        )  # columns, whatever order a state that was read again has
+        # the first columns, whatever order a state that was read again has
+        first = dict.fromkeys(("nimg", "loss", "lr"))
         write_table(folder / "log.csv", [first | row for row in self.log])
 
     def snapshot(self, nimg: int) -> Path:

@@ -38,9 +38,8 @@ class Model(onestep.OfTeacher):
 class Config(onestep.Trained, Model):
     """An entry of the params section `progressive`."""
 
-    teacher: Annotated[
-        str, AfterValidator(_teacher)
-    ]  # teacher, or progressive/RUN: a student of twice the steps
+    # "teacher", or "progressive/RUN": a student of twice the steps
+    teacher: Annotated[str, AfterValidator(_teacher)]
     weight: Literal[tuple(losses.SNR_WEIGHTS)]  # of a noise level in the loss
 
     @property

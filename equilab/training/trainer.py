@@ -174,7 +174,7 @@ def _write(job: Job, run: Run, about: dict[str, Any], fresh: Path, finish: Finis
 
 
 def plan(config: Optimisation, cost: Cost, note: str = "", teacher_calls: int = 0) -> Plan:
-    """Return what training costs; of an image of an update, `teacher_calls` evaluations of the teacher."""
+    """Return what training costs; `teacher_calls` are the evaluations of the teacher for a training image."""
     kept = 1 + len(config.snapshots)
     weights = 4 * cost.parameters  # bytes
     return Plan(
