@@ -186,8 +186,7 @@ def published_sizes(
 
     Raises: ValueError naming a tensor that is missing.
     """
-    expansion = {"blocks.0.mlp.fc1.weight": need(weights, f"{block}.mlp.fc1.weight", 2)}
-    image, rows, sizes = vit.published_sizes({**weights, **expansion})
+    image, rows, sizes = vit.published_sizes(weights, block)
     outputs = len(need(weights, "final_layer.linear.bias", 1)) // sizes["patch"] ** 2  # channels
     return image, max(rows - 1, 0), sizes | {"learned_variance": outputs == 2 * image[0]}
 

@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, heads_of
+from equilab.models.published_keys import Described, Published, blocks_of, heads_of
 from equilab.solvers import Solution
 
 
@@ -152,9 +152,12 @@ def from_published(
     """
     image, classes, sizes = dit.published_sizes(weights, "block_fixed_point")
     del sizes["depth"]
-    for name in ("pre", "post"):
-        sizes[name] = len({key.split(".")[1] for key in weights if key.startswith(f"blocks_{name}.")})
-    sizes |= {"heads": heads, "pre_post_timestep": pre_post_timestep}
+    sizes |= {
+        "pre": blocks_of(weights, "blocks_pre"),
+        "post": blocks_of(weights, "blocks_post"),
+        "heads": heads,
+        "pre_post_timestep": pre_post_timestep,
+    }
     diffusion = dit.published_diffusion(sizes, classes, prediction, zero_terminal_snr)
     return Described(image, classes, sizes, diffusion)
 

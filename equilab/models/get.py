@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, heads_of, need
+from equilab.models.published_keys import Described, Published, blocks_of, heads_of, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
 # GET (Geng 2023), table 7, where E of GET-Small is printed as 6 but its 37.2M parameters need 8; a head has 64 channels
@@ -152,7 +152,7 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
     image, classes, sizes = published_sizes(weights)
     sizes |= {
         "heads": heads,
-        "equilibrium_depth": len({key.split(".")[1] for key in weights if key.startswith("deq_blocks.")}),
+        "equilibrium_depth": blocks_of(weights, "deq_blocks"),
         "equilibrium_expansion": need(weights, "deq_blocks.0.mlp.fc1.weight", 2).shape[0] // sizes["width"],
         "normalise": False,
     }

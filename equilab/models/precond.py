@@ -118,7 +118,7 @@ def published_keys(network: nn.Module) -> dict[str, str]:
 
 def published_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the settings stored with published weights say of the model around the network."""
-    return {name: settings[name] for name in ("sigma_data",) if name in settings}
+    return {"sigma_data": settings["sigma_data"]} if "sigma_data" in settings else {}
 
 
 def _inputs(weights: Mapping[str, Tensor], key: str) -> int:

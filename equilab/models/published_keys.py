@@ -56,6 +56,11 @@ def need(weights: Mapping[str, Tensor], key: str, dimensions: int | None = None)
     return tensor
 
 
+def blocks_of(weights: Mapping[str, Tensor], stack: str) -> int:
+    """Return how many blocks of a stack the weights are of; their keys begin with `stack`, a dot and the block's number."""
+    return len({key.split(".")[1] for key in weights if key.startswith(f"{stack}.")})
+
+
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown key: the nearest known one, if any is near."""
     near = difflib.get_close_matches(key, list(known), 1, 0.3)

@@ -22,7 +22,7 @@ from equilab.models.layers import (
     sine_cosine_table,
     unpatchify,
 )
-from equilab.models.published_keys import Described, Published, heads_of, need
+from equilab.models.published_keys import Described, Published, blocks_of, heads_of, need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
 BACKBONES = {
@@ -132,21 +132,26 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int) -> Described:
     return Described(image, classes, {**sizes, "heads": heads, "conditioning": "additive"}, {})
 
 
-def published_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, int, int], int, dict[str, int]]:
-    """Return (image, classes, {width, depth, patch, expansion}) of published ViT or GET weights; images are square.
+def published_sizes(
+    weights: Mapping[str, Tensor], block: str = "blocks.0"
+) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Return (image, rows of the label table, {width, depth, patch, expansion}) of published weights; images are square.
+
+    `block` is the published block whose expansion is read; without a label table, its rows are 0.
 
     Raises: ValueError naming a tensor that is missing.
     """
     width, channels, patch, _ = need(weights, "x_embedder.proj.weight", 4).shape
     side = round(need(weights, "pos_embed", 3).shape[1] ** 0.5) * patch
     table = weights.get("y_embedder.embedding_table.weight")
+    rows = 0 if table is None else len(table)
     sizes = {
         "width": width,
-        "depth": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+        "depth": blocks_of(weights, "blocks"),
         "patch": patch,
-        "expansion": need(weights, "blocks.0.mlp.fc1.weight", 2).shape[0] // width,
+        "expansion": need(weights, f"{block}.mlp.fc1.weight", 2).shape[0] // width,
     }
-    return (channels, side, side), 0 if table is None else len(table), sizes
+    return (channels, side, side), rows, sizes
 
 
 def published_keys(model: nn.Module, table: Mapping[str, str] = PUBLISHED) -> dict[str, str]:
