@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equilab.core import machine, rng
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
-from equilab.data.images import load, to_float
+from equilab.data.images import load
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.precond import EDM
 from equilab.training import loop, onestep, trainer
@@ -73,13 +73,9 @@ def run(config: Config, job: Job) -> None:
         print(onestep.table(config, shape, data.classes))
 
     def batch_of(positions: range) -> Batch:
-        items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        return Batch(
-            to_float(torch.from_numpy(data.images[items])),
-            torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape)),
-            config.draw(seed, positions),
-            torch.from_numpy(data.labels[items]) if config.conditional else None,
-        )
+        image, label = trainer.images_at(config, data, seed, "image order", positions)
+        noise = torch.from_numpy(rng.noise(seed, "consistency noise", positions, shape))
+        return Batch(image, noise, config.draw(seed, positions), label)
 
     classes = config.classes_of(data.classes)
     about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))

@@ -161,15 +161,16 @@ def run(config: Config, job: Job) -> None:
 
     def batch_of(positions: range) -> Batch:
         items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
+        label = None
+        if config.conditional:
+            label = with_hidden_labels(config, data.labels[items], positions, data.classes)
         update = positions.start // config.optimisation.batch
         return Batch(
-            encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items])),
-            torch.from_numpy(rng.noise(seed, "noise", positions, shape)),
-            torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps)),
-            with_hidden_labels(config, data.labels[items], positions, data.classes)
-            if config.conditional
-            else None,
-            config.fixed_point.draw(seed, update) if config.fixed_point else None,
+            image=encoded.read(items) if encoded else to_float(torch.from_numpy(data.images[items])),
+            noise=torch.from_numpy(rng.noise(seed, "noise", positions, shape)),
+            t=torch.from_numpy(rng.integers(seed, "timestep", positions, config.diffusion.timesteps)),
+            label=label,
+            iterations=config.fixed_point.draw(seed, update) if config.fixed_point else None,
         )
 
     counted = cost(config, shape, data.classes)

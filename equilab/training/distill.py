@@ -170,8 +170,8 @@ def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     def generate(iterations: int) -> None:
         net(noise, label, None, Solver("iterate", iterations, 0.0, "last", measure=False))
 
-    def update(config: Config) -> int:
-        return flops(lambda: loss_of(config)(net, batch).backward())
+    def update(trained: Config) -> int:
+        return flops(lambda: loss_of(trained)(net, batch).backward())
 
     generated = work(generate) if config.family.implicit else Work(flops(lambda: net(noise, label)))
     if not isinstance(config, Config):
@@ -179,5 +179,6 @@ def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     if config.equilibrium is None or config.equilibrium.gradient != "implicit":
         return Cost(count, count, generated, update(config))
     jfb = config.equilibrium.model_copy(update={"gradient": "jfb"})  # the same, but for the adjoint
+    without_adjoint = update(config.model_copy(update={"equilibrium": jfb}))
     adjoint = config.equilibrium.iterations * generated.per_iteration
-    return Cost(count, count, generated, update(config.model_copy(update={"equilibrium": jfb})) + adjoint)
+    return Cost(count, count, generated, without_adjoint + adjoint)

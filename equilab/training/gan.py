@@ -15,7 +15,7 @@ from equilab.core import machine, rng
 from equilab.core.config import Params, Spec, UserError, choice
 from equilab.core.files import sha256_of
 from equilab.core.job import Distinct, Job, Plan, folder_of
-from equilab.data.images import Dataset, load, to_float
+from equilab.data.images import Dataset, load
 from equilab.data.pairset import labels
 from equilab.metrics.counting import Cost, flops, inputs_on_meta
 from equilab.models.checkpoint import checksum, load_network
@@ -30,13 +30,7 @@ from equilab.training.onestep import ConsistencyLoss
 from equilab.training.optimisation import LearningRate
 
 STUDY_FEATURES = "study"  # the name of the feature network that the stage `features` trains
-
-
-def _discriminators() -> dict[str, type[nn.Module]]:
-    return {"features": FeatureDiscriminator, "stylegan2": StyleGAN2}
-
-
-Discriminator = choice(_discriminators)
+Discriminator = choice(lambda: {"features": FeatureDiscriminator, "stylegan2": StyleGAN2})
 
 
 class R1(Params):
@@ -246,9 +240,10 @@ def build_discriminator(
 
     Raises: UserError if it cannot take the images.
     """
-    given = (image, config.classes_of(classes))
-    discriminator = config.discriminator.build(*((networks, *given) if networks else given))
-    return AugmentedDiscriminator(discriminator, config.augment, config.adaptive)
+    given = image, config.classes_of(classes)
+    if networks:
+        given = networks, *given
+    return AugmentedDiscriminator(config.discriminator.build(*given), config.augment, config.adaptive)
 
 
 def _discriminator_on_meta(
@@ -273,19 +268,18 @@ def _networks_on_meta(
 def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
     """Return the batch at these positions; all that is random in it is a function of (seed, position)."""
     seed, shape, classes = config.seed, data.images.shape[1:], config.classes_of(data.classes)
-    items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-    # "critic" is the discriminator; renaming a purpose would draw other numbers
     drawn = positions, shape, classes, data.label_counts
-    batch = Batch(
-        to_float(torch.from_numpy(data.images[items])),
-        torch.from_numpy(data.labels[items]) if config.conditional else None,
-        *fake_inputs(seed, "generator", *drawn),
-        *fake_inputs(seed, "critic", *drawn),
-    )
+    real, label = trainer.images_at(config, data, seed, "image order", positions)
+    # "critic" is the discriminator; renaming a purpose would draw other numbers
+    generator_noise, generator_label = fake_inputs(seed, "generator", *drawn)
+    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", *drawn)
+    batch = Batch(real, label, generator_noise, generator_label, discriminator_noise, discriminator_label)
     if config.augment != "none":
-        for field, name in (("generator", "generator"), ("discriminator", "critic"), ("real", "real")):
-            draws = adversarial.draws(seed, f"{name} augmentation", positions)
-            batch = batch._replace(**{f"{field}_draws": draws})
+        batch = batch._replace(
+            generator_draws=adversarial.draws(seed, "generator augmentation", positions),
+            discriminator_draws=adversarial.draws(seed, "critic augmentation", positions),
+            real_draws=adversarial.draws(seed, "real augmentation", positions),
+        )
     if config.r1 and config.r1.form == "joint":
         update = positions.start // config.optimisation.batch
         if update % config.r1.interval == 0:
@@ -420,7 +414,19 @@ def _update_flops(config: Config, image: tuple[int, ...], classes: int, features
     discriminator = _discriminator_on_meta(config, features, image, classes)
     x, label = inputs_on_meta(image, config.conditional, size)
     draws, sigma = torch.empty(size, adversarial.DRAWS, device="meta"), torch.empty(size, device="meta")
-    batch = Batch(x, label, x, label, x, label, draws, draws, draws, 0.0, x, (sigma, sigma))
+    batch = Batch(
+        real=x,
+        label=label,
+        generator_noise=x,
+        generator_label=label,
+        discriminator_noise=x,
+        discriminator_label=label,
+        generator_draws=draws,
+        discriminator_draws=draws,
+        real_draws=draws,
+        consistency_noise=x,
+        consistency_sigmas=(sigma, sigma),
+    )
     teacher = EDM(net, sigma_data=1.0)
     generator_loss = generator_loss_of(config, discriminator, teacher)
     discriminator_loss = discriminator_loss_of(config, net, teacher)

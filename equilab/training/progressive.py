@@ -13,7 +13,7 @@ from equilab.core import rng
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
-from equilab.data.images import load, to_float
+from equilab.data.images import load
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models.precond import EDM
@@ -119,13 +119,9 @@ def run(config: Config, job: Job) -> None:
     shape, seed, steps = data.images.shape[1:], config.seed, config.levels.steps
 
     def batch_of(positions: range) -> Batch:
-        items = rng.batch(seed, "image order", positions.start, len(positions), len(data.images))
-        return Batch(
-            to_float(torch.from_numpy(data.images[items])),
-            torch.from_numpy(rng.noise(seed, f"progressive noise, {steps} steps", positions, shape)),
-            draw(config.levels, seed, positions),
-            torch.from_numpy(data.labels[items]) if config.conditional else None,
-        )
+        image, label = trainer.images_at(config, data, seed, "image order", positions)
+        noise = torch.from_numpy(rng.noise(seed, f"progressive noise, {steps} steps", positions, shape))
+        return Batch(image, noise, draw(config.levels, seed, positions), label)
 
     classes = config.classes_of(data.classes)
     about = onestep.about(teacher, shape, classes, cost(config, shape, data.classes))

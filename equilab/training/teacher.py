@@ -14,7 +14,7 @@ from equilab.core import rng
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
-from equilab.data.images import load, to_float
+from equilab.data.images import load
 from equilab.diffusion import losses
 from equilab.metrics.counting import Cost, Work, flops, inputs_on_meta, parameters
 from equilab.models.family import network
@@ -74,10 +74,8 @@ def run(config: Config, job: Job) -> None:
     net = trainer.build(config.network, seed, "teacher weights", shape, classes)
 
     def batch_of(positions: range) -> Batch:
-        items = rng.batch(seed, "teacher order", positions.start, len(positions), len(data.images))
+        image, label = trainer.images_at(config, data, seed, "teacher order", positions)
         drawn = torch.from_numpy(rng.noise(seed, "teacher", positions, (1 + math.prod(shape),)))
-        image = to_float(torch.from_numpy(data.images[items]))
-        label = torch.from_numpy(data.labels[items]) if config.conditional else None
         return Batch(image, drawn[:, 1:].reshape(image.shape), drawn[:, 0], label)
 
     about = trainer.about(shape, classes, cost(config, shape, data.classes))
@@ -102,7 +100,8 @@ def cost(config: Model, image: tuple[int, ...], classes: int) -> Cost:
     net = config.on_meta(image, classes)
     x, label = inputs_on_meta(image, config.conditional)
     sigma = torch.empty(1, device="meta")
-    count, update = parameters(net), None
-    if isinstance(config, Config):
-        update = flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward())
-    return Cost(count, count, Work(flops(lambda: net(x, sigma, label))), update)
+    count, call = parameters(net), Work(flops(lambda: net(x, sigma, label)))
+    if not isinstance(config, Config):
+        return Cost(count, count, call, None)
+    update = flops(lambda: loss_of(config)(net, Batch(x, x, sigma, label)).backward())
+    return Cost(count, count, call, update)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.config import Params, Spec, plain
@@ -18,7 +19,7 @@ from equilab.core.files import SCRATCH, publishing, require_disk, scratch, write
 from equilab.core.job import Job, Plan, Watcher
 from equilab.core.machine import barrier, device_of, environment, identity, rank, require_memory
 from equilab.core.progress import bar
-from equilab.data.images import label_counts
+from equilab.data.images import Dataset, label_counts, to_float
 from equilab.metrics.counting import Cost, network_on_meta
 from equilab.models.checkpoint import load_tensors, save_tensors
 from equilab.models.family import Family, Stage, families
@@ -71,6 +72,15 @@ def counted_once(cost: Callable[..., Cost]) -> Callable[..., Cost]:
         return remembered(config.model_copy(update=dict.fromkeys(indifferent)), *given)
 
     return counted
+
+
+def images_at(
+    config: Model, data: Dataset, seed: int, purpose: str, positions: range
+) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, b] | None]:
+    """Return the images in -1..1 at these positions of an endless shuffled pass, and their labels if the network is conditional."""
+    items = rng.batch(seed, purpose, positions.start, len(positions), len(data.images))
+    label = torch.from_numpy(data.labels[items]) if config.conditional else None
+    return to_float(torch.from_numpy(data.images[items])), label
 
 
 def about(image: tuple[int, ...], classes: int, cost: Cost, iterations: int | float = 0) -> dict[str, Any]:
@@ -178,11 +188,11 @@ def plan(config: Optimisation, cost: Cost, note: str = "", teacher_calls: int = 
     kept = 1 + len(config.snapshots)
     weights = 4 * cost.parameters  # bytes
     return Plan(
-        cost.parameters,
-        float(cost.train_flops_image * config.nimg),
-        kept * weights,
-        note,
-        config.nimg,
-        teacher_calls * config.nimg,
-        2 * weights + 12 * cost.parameters_trained,  # with the average; gradient and two moments
+        parameters=cost.parameters,
+        flops=float(cost.train_flops_image * config.nimg),
+        disk=kept * weights,
+        note=note,
+        images=config.nimg,
+        teacher_calls=teacher_calls * config.nimg,
+        memory=2 * weights + 12 * cost.parameters_trained,  # with the average; gradient and two moments
     )
