@@ -20,7 +20,7 @@ from torch import Tensor
 
 from equilab.core import rng
 from equilab.diffusion.discrete import Chain, Level, noise_of_image, posterior_mean
-from equilab.diffusion.protocols import Step, unsound
+from equilab.diffusion.protocols import Step, not_finite
 from equilab.solvers import Solution, Solver
 from equilab.solvers.budget import Budget
 
@@ -78,7 +78,7 @@ def ddpm(
     With `reuse`, each step starts its fixed point from the last one's solution; with `clamp`, predicted
     images are held in -1..1; `budget` says how many iterations each step gets (None: what the solver of
     `predict` has). A sample diverges where its solver does or its prediction is not finite. From then on it
-    stands still: it keeps the last state that was sound, which then stands for its image.
+    stands still: it keeps its last finite state, which then stands for its image.
 
     Raises: on the way, ValueError if the budget does not fit the chain.
     Source: "Denoising diffusion probabilistic models" (Ho 2020), algorithm 2; FPDM, section 3.3, for reuse and budget.
@@ -177,7 +177,10 @@ def guided(predict: Callable, scale: float, null: int, channels: str) -> Callabl
 
 @torch.no_grad()
 def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> Iterator[Step]:
-    """Yield the steps by `move`; `noises` None adds nothing."""
+    """Yield the steps by `move(image, x, level, value, fresh noise) -> x one step before`; `noises` None adds no noise.
+
+    The others are as of `ddpm`.
+    """
     x = noise.detach().double()
     steps, carry, solutions = len(chain.t), None, []
     diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -195,7 +198,7 @@ def _steps(move, predict, noise, chain, label, noises, reuse, clamp, budget) -> 
         fresh_noise = None if noises is None or position == 0 else noises(step).to(x)
         following = move(image, x, level, value, fresh_noise)
 
-        diverged = diverged | unsound(prediction) | unsound(following)
+        diverged = diverged | not_finite(prediction) | not_finite(following)
         if solution is not None:
             diverged = diverged | solution.diverged.reshape(-1, len(x)).any(0)  # guided, of both halves
         stopped = diverged[:, None, None, None]

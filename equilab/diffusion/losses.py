@@ -40,9 +40,9 @@ def edm(
     Source: EDM, equation 2, weighted as in table 1.
     Differs: the published training sums over the pixels, so its loss is C*H*W times ours (Adam hardly notices).
     """
-    level = sigma[:, None, None, None]  # (B, 1, 1, 1)
-    denoised = denoise(image + level * noise, sigma, label).image
-    return (edm_weight(level.flatten(), sigma_data)[:, None, None, None] * (denoised - image) ** 2).mean()
+    denoised = denoise(image + sigma[:, None, None, None] * noise, sigma, label).image
+    weight = edm_weight(sigma, sigma_data)[:, None, None, None]  # (B, 1, 1, 1)
+    return (weight * (denoised - image) ** 2).mean()
 
 
 # evaluations of the teacher for a training image, two for each of Heun's steps, by the form of the loss

@@ -44,6 +44,6 @@ def finish(steps: Iterable[Step]) -> Step:
     return last
 
 
-def unsound(x: Float[Tensor, "b c h w"]) -> Bool[Tensor, b]:
+def not_finite(x: Float[Tensor, "b c h w"]) -> Bool[Tensor, b]:
     """Return which samples hold a number that is not finite."""
     return ~x.isfinite().flatten(1).all(1)  # (B,)

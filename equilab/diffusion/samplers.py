@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from equilab.diffusion.protocols import Denoised, Step, unsound
+from equilab.diffusion.protocols import Denoised, Step, not_finite
 
 
 def euler_step(
@@ -113,7 +113,7 @@ def euler(
 
 @torch.no_grad()
 def _steps(move, denoise, noise, sigmas, label, churn, noises) -> Iterator[Step]:
-    """Yield the steps by `move`."""
+    """Yield the steps by `move`, which is `euler_step` or `heun_step`; the others are as of `heun`."""
     if len(sigmas) < 2 or not (sigmas.diff() < 0).all() or sigmas[-1] < 0:
         raise ValueError(
             f"sigmas={sigmas.tolist()} do not fall towards 0; give a schedule such as edm_sigmas"
@@ -123,7 +123,7 @@ def _steps(move, denoise, noise, sigmas, label, churn, noises) -> Iterator[Step]
     sigmas = sigmas.tolist()
     x = noise.detach().double() * sigmas[0]
     carry, nfe = None, 0
-    diverged = unsound(x)
+    diverged = not_finite(x)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         if churn is not None:
             scheduled = sigma
@@ -132,6 +132,6 @@ def _steps(move, denoise, noise, sigmas, label, churn, noises) -> Iterator[Step]
         x, calls = move(denoise, x, sigma, sigma_next, label, carry)
         carry = calls[-1].carry
         nfe += len(calls)
-        diverged = diverged | unsound(x)
+        diverged = diverged | not_finite(x)
         solutions = tuple(call.solution for call in calls if call.solution is not None)
         yield Step(x, sigma, calls[0].image, solutions, diverged, nfe)

@@ -39,12 +39,15 @@ def open_run(
     generator = from_network(
         *load_network(weights), str(weights), device=device_named(device), precision=precision
     )
-    if (study := study_of(weights)) is None:
-        return replace(generator, setting=_given_setting(weights, generator.run), vae=vae and Path(vae))
-    sections = read(study / "params.yaml")
-    if vae is None and generator.run.latent and sections.get("latents"):
-        vae = study / sections["latents"]["vae"]
-    return replace(generator, setting=headline(study, sections, generator.run), vae=vae and Path(vae))
+    study = study_of(weights)
+    if study is None:
+        setting = _given_setting(weights, generator.run)
+    else:
+        sections = read(study / "params.yaml")
+        setting = headline(study, sections, generator.run)
+        if vae is None and generator.run.latent and sections.get("latents"):
+            vae = study / sections["latents"]["vae"]
+    return replace(generator, setting=setting, vae=None if vae is None else Path(vae))
 
 
 def find_weights(path: Path, seed: int | None = None) -> Path:
@@ -99,7 +102,7 @@ def _given_setting(weights: Path, run: Run) -> Setting | None:
     if run.setting is None or not path.exists():
         return None
     setting = read_json(path, "setting")["setting"]
-    return setting and parse(run.setting, setting, f"{path}: setting")
+    return None if setting is None else parse(run.setting, setting, f"{path}: setting")
 
 
 def headline(study: Path, sections: dict, run: Run) -> Setting | None:

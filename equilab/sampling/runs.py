@@ -354,7 +354,7 @@ class Denoiser(Run):
             raise ValueError(
                 "guidance needs a run with conditional true and label_dropout above 0; set guidance to null"
             )
-        if setting.fixed_point is not None and self._iterations(setting) < setting.steps:
+        if setting.fixed_point is not None and self._unguided_iterations(setting) < setting.steps:
             explicit = self.network.blocks(0)
             raise ValueError(
                 f"blocks is {setting.fixed_point.blocks}, but {setting.steps} steps of {explicit} explicit layers and at "
@@ -363,12 +363,12 @@ class Denoiser(Run):
         if setting.fixed_point is not None and setting.fixed_point.budget != "adaptive":
             self._budget(setting).fixed(setting.steps)  # a list must fit
 
-    def _iterations(self, setting: ChainSampler) -> int:
+    def _unguided_iterations(self, setting: ChainSampler) -> int:
         """Return the iterations of a chain without guidance, over all its steps."""
         return setting.fixed_point.blocks - setting.steps * self.network.blocks(0)
 
     def _budget(self, setting: ChainSampler) -> Budget:
-        return Budget(setting.fixed_point.budget, self._iterations(setting))
+        return Budget(setting.fixed_point.budget, self._unguided_iterations(setting))
 
     @torch.inference_mode()
     def sample(self, model, inputs, setting, return_iterates):
@@ -419,7 +419,7 @@ class Denoiser(Run):
         """Return the iterations over all steps, with guidance those of both halves; None of an explicit network."""
         if setting.fixed_point is None:
             return None
-        return self._iterations(setting) * setting.nfe // setting.steps
+        return self._unguided_iterations(setting) * setting.nfe // setting.steps
 
 
 def solver_statistics(samples: Outputs) -> Float64[Tensor, "b 3"]:

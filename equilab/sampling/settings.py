@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from equilab.core.config import Params, UserError, parse, plain
 from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
+from equilab.solvers.solver import METHODS
 
 __all__ = [
     "ChainSampler",
@@ -22,7 +23,7 @@ __all__ = [
     "options_of",
 ]
 
-Method = Literal["iterate", "anderson", "broyden", "torchdeq_iterate", "torchdeq_anderson"]
+Method = Literal[METHODS]  # of solvers
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Tolerance = Annotated[float, Field(ge=0)]  # relative residual at which a sample stops; 0: never
 Memory = Annotated[int, Field(ge=2, le=1000)]  # of Anderson: states combined

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,7 +244,13 @@ def _require_gradients(run: Run, chosen: Trainable) -> None:
 
 
 def _update(
-    trainable: Trainable, net: nn.Module, loss: Loss, batches, context, clip: float | None, rate: float
+    trainable: Trainable,
+    net: nn.Module,
+    loss: Loss,
+    batches: list[Any],
+    context: Callable[[], AbstractContextManager],
+    clip: float | None,
+    rate: float,
 ) -> Tensor:
     """Move a network by the gradient of its loss over all batches (of all processes); return what the log shows of it."""
     shown = 0.0
