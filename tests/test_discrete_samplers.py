@@ -182,6 +182,12 @@ def test_the_error_of_ddim_on_normal_data_falls_with_the_length_of_the_steps():
     assert all(1.6 < a / b < 2.4 for a, b in zip(errors, errors[1:]))
 
 
+def test_ddim_of_an_eta_above_zero_without_noises_is_refused():
+    chain = of("small").chain(evenly(1000, 4))
+    with pytest.raises(ValueError, match="noises"):
+        ddim(denoiser(chain, 0.3, 0.5), start(), chain, None, eta=0.5, **PLAIN)
+
+
 def test_ddim_of_eta_one_is_ddpm_of_the_small_variance():
     chain = of("small").chain(evenly(1000, 12))
     predict = denoiser(chain, 0.3, 0.5)

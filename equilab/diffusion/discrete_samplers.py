@@ -106,9 +106,12 @@ def ddim(
 
     `eta` 0 is deterministic, 1 adds as much fresh noise as DDPM of "small" variance. The others as in `ddpm`.
 
-    Raises: on the way, as `ddpm`.
+    Raises: ValueError for eta above 0 without noises; on the way, as `ddpm`.
     Source: "Denoising diffusion implicit models" (Song 2021), equations 12 and 16.
     """
+
+    if eta > 0 and noises is None:
+        raise ValueError(f"eta is {eta}, which needs fresh noise; give noises, a function of the step")
 
     def move(image, x, level, value, fresh_noise):
         return ddim_step(image, x, level, eta, fresh_noise)
