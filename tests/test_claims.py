@@ -115,6 +115,12 @@ def test_recall_is_better_the_higher():
     )
 
 
+def test_a_recall_of_0_has_no_interval():
+    for sides in (([0.0, 0.1, 0.2], OURS), (OURS, [0.0, 0.1, 0.2])):
+        outcome = better(rows(sides).rename(columns={"fd": "recall"}), "recall", 0.95)
+        assert outcome.verdict == INCONCLUSIVE and np.isnan([outcome.low, outcome.high]).all()
+
+
 def test_a_counted_cost_needs_no_seeds():
     found = rows(([1.0], [2.0]), parameters=(10, 50))
     outcome = cheaper(found, None, 0.95, "parameters")

@@ -157,17 +157,19 @@ def interval(
     runs: pd.DataFrame, baseline: pd.DataFrame, column: str, confidence: float
 ) -> tuple[float, float]:
     """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three
-    seeds, 0 if any of `runs` is infinite: it never got there.
+    seeds, or with a value of 0, which has no logarithm; 0 if any of `runs` is infinite: it never got there.
 
     Source: Welch 1947; two settings of the same run are compared seed by seed (Student 1908).
     """
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
-    if np.isinf(ours).any():
+    if np.isposinf(ours).any():
         return 0.0, 0.0
     same = set(runs["of"]) == set(baseline["of"])
     samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
+    if any(np.isinf(sample).any() for sample in samples):
+        return np.nan, np.nan
     middle = sum(sample.mean() for sample in samples)
     sizes = np.array([len(sample) for sample in samples])
     squares = np.array([sample.var() for sample in samples]) / sizes  # of the standard errors
