@@ -188,11 +188,11 @@ def _limits(model: Generator, rows: pd.DataFrame) -> str:
         limits.append(
             "`fd` and `kid` are on the features of the study's own classifier: they compare models of the study alone."
         )
-    if not rows.empty and len(rows) < SEEDS:
+    if 0 < len(rows) < SEEDS:
         limits.append(
             f"Scores are of {len(rows)} seed{'s' * (len(rows) > 1)}; another seed may differ by more than models do."
         )
-    else:
+    elif len(rows):
         limits.append(
             f"In brackets are intervals of {CONFIDENCE:.0%} over seeds, by Student's t on logarithms."
         )
