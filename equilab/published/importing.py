@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from equilab.core.config import UserError
+from equilab.core.config import UserError, load
 from equilab.core.files import sha256_of
 from equilab.core.job import checked_name
 from equilab.models.checkpoint import read_metadata, save_tensors
@@ -68,8 +68,8 @@ def _config(entries: list[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"{entry!r} is not KEY=VALUE; give what the file does not tell as in heads=6")
         try:
-            config[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            config[key] = load(value)
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{entry!r}: the value is no number, word or list; write it as in params"
             ) from None
