@@ -115,10 +115,13 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
     with bar(sections.study.name, len(tasks), unit="job") as progress, _ended(work):
         while work.waiting or work.running:
             for name in [name for name in list(work.waiting) if _is_ready(work, name)]:
+                share = _free(machine, shares[name])
+                if share is None:
+                    continue  # without looking whether it is done, which reads files
                 if done.is_done(sections, tasks[name]):
                     del work.waiting[name]
                     progress.update()
-                elif (share := _free(machine, shares[name])) is not None:
+                else:
                     _begin(sections, work, work.waiting.pop(name), share)
                     machine.take(share)
                     on = f" on GPU {', '.join(share.gpus)}" if share.gpus else ""
