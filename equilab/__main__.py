@@ -44,7 +44,7 @@ def _answered(arguments: list[str] | None) -> int:
     return answered(command, arguments)
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+def _arguments(arguments: list[str]) -> argparse.Namespace:
     from equilab.graph import STAGES
 
     others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
@@ -220,9 +220,9 @@ def stage(given: argparse.Namespace) -> int:
 
 def _command(given: argparse.Namespace) -> list[str]:
     """Return the arguments by which a stage is started again; the study's folder is the current one."""
-    run = [] if given.run is None else [given.run]
-    seed = [] if given.seed is None else ["--seed", str(given.seed)]
-    return [given.stage, *run, *seed, "--params", given.params.name]
+    from equilab.study import Replicate
+
+    return [*Replicate(given.run, given.seed).arguments(given.stage), "--params", given.params.name]
 
 
 def _run(job: Job) -> None:
@@ -230,9 +230,8 @@ def _run(job: Job) -> None:
     from equilab.graph import STAGES
     from equilab.study import module_of
 
-    about = STAGES[job.stage]
     with locked(job.name):
-        require_replaceable(Path(os.path.normpath(job.out / name)) for name in about.cached + about.committed)
+        require_replaceable(STAGES[job.stage].outputs(job.out))
         config = job.read(job.stage, job.run, job.seed)
         module_of(job.stage, config).run(config, job)
 
@@ -276,10 +275,10 @@ def _join_processes(job: Job) -> None:
 
     if (torch := sys.modules.get("torch")) is None:
         return  # a stage without networks
-    study = job.study
-    torch.set_num_threads(study.threads if STAGES[job.stage].jobs == "one" else study.run_threads)
-    if "RANK" in os.environ and STAGES[job.stage].distributed:
-        cuda = study.device != "cpu" and torch.cuda.is_available()
+    about = STAGES[job.stage]
+    torch.set_num_threads(getattr(job.study, about.threads))
+    if "RANK" in os.environ and about.distributed:
+        cuda = job.study.device != "cpu" and torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if cuda else "gloo")

@@ -36,7 +36,7 @@ def code_files(sections: Sections) -> dict[str, str]:
 def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
     """Return what a job depends on besides the results of others, by paths: the code that it runs, and what params say of it."""
     study = sections.section("study")
-    params = {"study": {key: study.get(key) for key in ("device", "seed", _threads(stage))}}
+    params = {"study": {key: study.get(key) for key in ("device", "seed", STAGES[stage].threads)}}
     params[stage] = sections.frozen(stage, job)[0]
     params |= {name: sections.values[name] for name in STAGES[stage].params if name in sections.values}
     if path := sections.published(stage).get(job.run):
@@ -48,11 +48,6 @@ def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
 
 def _params_file(stage: str, item: str) -> str:
     return f"{CODE}/params/{f'{stage}@{item}' if item else stage}.json"
-
-
-def _threads(stage: str) -> str:
-    """Return which key of the section `study` says how many threads a stage has."""
-    return "threads" if STAGES[stage].jobs == "one" else "run_threads"
 
 
 def waves(sections: Sections) -> list[list[str]]:
@@ -139,8 +134,10 @@ def plots(sections: Sections) -> list[dict[str, Any]]:
 
 def _first_seeds(sections: Sections, stage: str) -> list[Path]:
     """Return the results folders of a stage's runs, of each that of its first seed."""
-    jobs = {job.run: job for job in reversed(sections.jobs(stage))}
-    return [folder_of(stage, *job) for job in reversed(jobs.values())]
+    first: dict[str | None, Replicate] = {}
+    for job in sections.jobs(stage):
+        first.setdefault(job.run, job)
+    return [folder_of(stage, *job) for job in first.values()]
 
 
 def _evaluated(sections: Sections, stage: str) -> list[Path]:
@@ -187,14 +184,14 @@ def _entry(sections: Sections, stage: str) -> dict[str, Any]:
     if about.jobs in ("seeds", "of"):
         command, out = f"{command} --seed ${{item.seed}}", f"{out}/${{item.seed}}"
     reads = [path for path, of in about.reads if not of or sections.has(of)]
-    needed = [_params_file(stage, item), *_code(sections, stage), *reads, *_of_studies(sections, stage)]
+    needed = [_params_file(stage, item), *_code(sections, stage), *reads, *files_of_studies(sections, stage)]
     entry = {"cmd": command, "deps": list(dict.fromkeys(needed))}
     cached = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
     committed = [_kept(os.path.normpath(f"{out}/{file}"), cache=False) for file in about.committed]
     return {**entry, "outs": cached + committed}
 
 
-def _of_studies(sections: Sections, stage: str) -> list[str]:
+def files_of_studies(sections: Sections, stage: str) -> list[str]:
     """Return the files that a stage reads of the studies that its section lists."""
     if not STAGES[stage].of_studies:
         return []

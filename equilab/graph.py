@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ class Stage:
     `family`: the family whose code it runs, or where its section names that: `network`, the run it is `of`, its `runs`.
     `source`: the key of an entry that names a run whose results it reads, `${item.KEY}` in `reads` as a folder.
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
+    `of_studies`: what it reads of each study whose folder its section lists as `studies`.
     """
 
     module: str
@@ -37,11 +39,18 @@ class Stage:
     cached: tuple[str, ...] = ()
     committed: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
-    of_studies: tuple[
-        str, ...
-    ] = ()  # what it reads of each study whose folder its section lists as `studies`
+    of_studies: tuple[str, ...] = ()
     optional: bool = False  # a study may do without
     distributed: bool = False  # several processes share its work; another is done by the first of them
+
+    @property
+    def threads(self) -> str:
+        """The key of the section `study` that says how many threads of the CPU a job has."""
+        return "threads" if self.jobs == "one" else "run_threads"
+
+    def outputs(self, out: Path) -> list[Path]:
+        """Return the files and folders that a job writes whose results folder is `out`."""
+        return [Path(os.path.normpath(out / name)) for name in self.cached + self.committed]
 
 
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,7 @@ def _plans(sections: Sections, stage: str) -> list[tuple[Job, Plan, float]]:
 
 def _left(job: Job, plan: Plan) -> float:
     """Return which share of a job is left to do."""
-    about = STAGES[job.stage]
-    files = [Path(os.path.normpath(job.out / file)) for file in about.cached + about.committed]
-    if all(file.exists() for file in files):
+    if all(path.exists() for path in STAGES[job.stage].outputs(job.out)):
         summary = job.out / "summary.json"
         config = plain(job.read(job.stage, job.run, job.seed))
         return 0.0 if not summary.exists() or read_json(summary).get("config", config) == config else 1.0

@@ -41,6 +41,12 @@ class Replicate(NamedTuple):
         """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0."""
         return f"{stage}@{self.item}" if self.item else stage
 
+    def arguments(self, stage: str) -> list[str]:
+        """Return the arguments of `python -m equilab` that run it."""
+        run = [] if self.run is None else [self.run]
+        seed = [] if self.seed is None else ["--seed", str(self.seed)]
+        return [stage, *run, *seed]
+
 
 class Seeds(Params):
     """What the entry of a run that is trained says of its seeds."""
@@ -245,7 +251,9 @@ def job_of(sections: Sections, stage: str, job: Replicate) -> Job:
 
 def _watcher(job: Job, nimg: int) -> Watcher:
     """Return what a training reports to, as `study.watch` says."""
-    return importlib.import_module("equilab.watching").Watched(job, nimg)  # torch and more
+    from equilab.watching import Watched  # torch and more
+
+    return Watched(job, nimg)
 
 
 def config_of(sections: Sections, stage: str, run: str | None = None, seed: int | None = None) -> Any:

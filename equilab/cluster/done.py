@@ -84,10 +84,7 @@ def _other_files(sections: Sections, task: Task) -> list[Path]:
         found.append(notebook_file(sections, str(task.job.run)))
     if sections.has("latents") and any(read.of == "latents" for read in STAGES[task.stage].reads):
         found.append(Path(sections.section("latents")["vae"]))
-    if STAGES[task.stage].of_studies:
-        folders = sections.section(task.stage)["studies"].values()
-        found += [Path(folder, file) for folder in folders for file in STAGES[task.stage].of_studies]
-    return found
+    return [*found, *map(Path, dvc.files_of_studies(sections, task.stage))]
 
 
 def _checksum(paths: Iterable[Path]) -> str:

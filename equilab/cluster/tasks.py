@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import graphlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +27,12 @@ class Task(NamedTuple):
     @property
     def command(self) -> list[str]:
         """The arguments of `python -m equilab` that run it."""
-        run = [] if self.job.run is None else [self.job.run]
-        return [self.stage, *run, *([] if self.job.seed is None else ["--seed", str(self.job.seed)])]
+        return self.job.arguments(self.stage)
 
     @property
     def outputs(self) -> list[Path]:
         """The files and folders that it writes, from the study's folder."""
-        about, out = STAGES[self.stage], folder_of(self.stage, *self.job)
-        return [Path(os.path.normpath(out / file)) for file in about.cached + about.committed]
+        return STAGES[self.stage].outputs(folder_of(self.stage, *self.job))
 
 
 def tasks_of(sections: Sections) -> dict[str, Task]:
