@@ -11,6 +11,7 @@ import yaml
 from smoke import ROOT, SMOKE, current_studies, write_study
 
 from equilab import dvc, graph, study
+from equilab.cluster.tasks import tasks_of
 from equilab.core import code
 
 STUDIES = [ROOT / "params.yaml", *sorted(ROOT.glob("studies/*/params.yaml"))]
@@ -273,7 +274,8 @@ def test_what_is_listed_to_run_at_once_needs_only_what_is_listed_before():
 
 @pytest.mark.parametrize("params", STUDIES, ids=lambda params: params.parent.name)
 def test_every_study_has_an_order_in_which_its_runs_are_made(params):
-    assert dvc.waves(study.read(params))
+    sections = study.read(params)
+    assert dvc.waves(sections) and tasks_of(sections)
 
 
 EXECUTED = [path for study in current_studies() for path in sorted(study.glob("results/notebook/*/*.ipynb"))]

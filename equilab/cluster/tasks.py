@@ -67,7 +67,8 @@ def _writers(sections: Sections, stage: str, job: Replicate, read: Read) -> list
     if read.path.startswith("${item.") and STAGES[stage].source:
         named, run = sections.source(stage, str(job.run))
         return [Replicate(run, job.seed if run else None).name(named)]
-    if not read.of or not sections.has(read.of):
+    # what no stage writes, or what params of the stage itself name, such as the VAE of latents
+    if read.of in ("", stage) or not sections.has(read.of):
         return []
     return [each.name(read.of) for each in sections.jobs(read.of)]
 
