@@ -65,12 +65,12 @@ def test_a_job_is_done_as_long_as_nothing_that_it_is_made_from_or_made_changes(s
         assert not done.is_done(sections, tasks[name])
         before = done.made_from(sections, tasks[name])
         make(tasks[name])
-        done.record(sections, tasks[name], before)
+        done.record(tasks[name], before)
         assert done.is_done(sections, tasks[name])
     weights = Path("results/teacher/weights.safetensors")
     weights.write_text("other")
     assert not done.is_done(sections, tasks["teacher"]) and done.is_done(sections, tasks["pairs"])
-    done.record(sections, tasks["teacher"], done.made_from(sections, tasks["teacher"]))
+    done.record(tasks["teacher"], done.made_from(sections, tasks["teacher"]))
     assert done.is_done(sections, tasks["teacher"]) and not done.is_done(sections, tasks["pairs"])
     write_study(Path(), {"data.test": 100})
     changed = study.read(Path("params.yaml"))
@@ -85,8 +85,8 @@ def test_what_dvc_holds_to_be_up_to_date_is_done_and_nothing_else(sections, monk
     done.adopt(sections, tasks)
     assert [name for name, task in tasks.items() if done.is_done(sections, task)] == ["data"]
     make(tasks["pairs"])
-    done.record(sections, tasks["pairs"], done.made_from(sections, tasks["pairs"]))
-    done.record(sections, tasks["teacher"], done.made_from(sections, tasks["teacher"]))  # the same bytes
+    done.record(tasks["pairs"], done.made_from(sections, tasks["pairs"]))
+    done.record(tasks["teacher"], done.made_from(sections, tasks["teacher"]))  # the same bytes
     assert done.is_done(sections, tasks["pairs"])
 
 

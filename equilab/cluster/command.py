@@ -32,7 +32,9 @@ def command(arguments: list[str]) -> int:
         if given.dry_run:
             _print(sections, left, given.cluster)
             return 0
-        return (_on_slurm if given.cluster == "slurm" else _here)(sections, tasks, left, given.jobs)
+        if given.cluster == "slurm":
+            return _on_slurm(sections, tasks, left)
+        return _here(sections, tasks, left, given.jobs)
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -86,7 +88,7 @@ def _here(sections: Sections, tasks: dict[str, Task], left: dict[str, Task], at_
     return 0
 
 
-def _on_slurm(sections: Sections, tasks: dict[str, Task], left: dict[str, Task], at_once: int | None) -> int:
+def _on_slurm(sections: Sections, tasks: dict[str, Task], left: dict[str, Task]) -> int:
     from equilab.cluster import slurm
 
     submitted, queued = slurm.submit(sections, left)

@@ -28,7 +28,7 @@ def is_done(sections: Sections, task: Task) -> bool:
     return record["outputs"] == _checksum(task.outputs)
 
 
-def record(sections: Sections, task: Task, before: str) -> None:
+def record(task: Task, before: str) -> None:
     """Note that a job is done; `before` is what `made_from` said when it began."""
     write_json(RECORDS / f"{task.name}.json", {"made_from": before, "outputs": _checksum(task.outputs)})
 
@@ -50,9 +50,9 @@ def adopt(sections: Sections, tasks: dict[str, Task]) -> None:
         if not all(path.exists() for path in task.outputs):
             continue
         if task.name not in changed and not is_done(sections, task):
-            record(sections, task, made_from(sections, task))
+            record(task, made_from(sections, task))
         elif _record(task.name) is None:
-            record(sections, task, UNKNOWN)
+            record(task, UNKNOWN)
 
 
 def _changed(tasks: dict[str, Task]) -> Collection[str]:

@@ -127,7 +127,7 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
                     progress.write(f"{name} begins{on}")
             for name in [name for name, each in work.running.items() if each.process.poll() is not None]:
                 machine.give_back(work.running[name].share)
-                progress.write(_end(sections, work, tasks[name]))
+                progress.write(_end(work, tasks[name]))
                 progress.update()
             time.sleep(0.05)
     skipped = [f"{', '.join(work.skipped)}: not run, since what they need failed"] if work.skipped else []
@@ -158,19 +158,19 @@ def _begin(sections: Sections, work: Work, task: Task, share: Share) -> None:
     work.running[task.name] = Running(start(task, torchrun, environment), share, before)
 
 
-def _end(sections: Sections, work: Work, task: Task) -> str:
+def _end(work: Work, task: Task) -> str:
     """Note how a job ended; return it in words."""
     ended = work.running.pop(task.name)
     if status := ended.process.returncode:
         work.failed[task.name] = failure(task, status)
         return work.failed[task.name]
-    done.record(sections, task, ended.made_from)
+    done.record(task, ended.made_from)
     return f"{task.name} is done"
 
 
 @contextlib.contextmanager
 def _ended(work: Work) -> Iterator[None]:
-    """End the jobs that run when this process is told to end."""
+    """End the jobs that still run when this process ends, or is told to."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt

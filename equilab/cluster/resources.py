@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from equilab.cluster.tasks import Task
 from equilab.core.config import Params, UserError, mapping, nearest, parse
 from equilab.graph import STAGES
 from equilab.study import Sections
@@ -61,9 +60,7 @@ def resources_of(sections: Sections, stage: str) -> Resources:
 
 def _alone(resources: Resources) -> Resources:
     """Return the same for a stage that works in one process: one node, and at most one GPU of it."""
-    return resources.model_copy(
-        update={"nodes": 1, "processes": 1, "gpus": min(1, resources.gpus)},
-    )
+    return resources.model_copy(update={"nodes": 1, "processes": 1, "gpus": min(1, resources.gpus)})
 
 
 def check(sections: Sections) -> None:
@@ -84,8 +81,3 @@ def torchrun_options(resources: Resources, job: str, node: int, first_host: str)
     port = 20_000 + sum(map(ord, job)) % 20_000  # another one for another job on the same node
     place = ["--node-rank", str(node), "--master-addr", first_host, "--master-port", str(port)]
     return ["--nnodes", str(resources.nodes), *options, *place]
-
-
-def describe(task: Task, resources: Resources) -> dict[str, Any]:
-    """Return what tells which jobs can be one array: those of a stage that need the same and take the same."""
-    return {"stage": task.stage, "needs": sorted(task.needs), **resources.model_dump()}

@@ -60,7 +60,7 @@ class Command:
         if status:
             sys.exit(f"equilab: {failure(task, status, job.node)}")
         if job.node == 0:
-            done.record(sections, task, before)
+            done.record(task, before)
 
     def checkpoint(self) -> Any:
         """Return what a job that was told to end is to do when it begins again: the same."""
@@ -77,7 +77,7 @@ def submit(sections: Sections, tasks: dict[str, Task]) -> tuple[dict[str, str], 
     queued = queue()
     submitted: dict[str, str] = {}
     left = {name: task for name, task in tasks.items() if name not in queued}
-    for group in alike(sections, left):
+    for group in alike(left):
         numbers = {**queued, **submitted}
         needs = [numbers[name] for name in group[0].needs if name in numbers]
         executor = executor_for(sections, group, needs, submitit().SlurmExecutor)
@@ -96,7 +96,7 @@ def submit(sections: Sections, tasks: dict[str, Task]) -> tuple[dict[str, str], 
 
 def scripts(sections: Sections, tasks: dict[str, Task]) -> Iterator[str]:
     """Yield the scripts that `submit` would hand to sbatch; a job that is needed is named instead of numbered."""
-    for group in alike(sections, tasks):
+    for group in alike(tasks):
         needs = [f"<{name}>" for name in group[0].needs if name in tasks]
         executor = executor_for(sections, group, needs, _anywhere())
         if len(group) > 1:
@@ -106,7 +106,7 @@ def scripts(sections: Sections, tasks: dict[str, Task]) -> Iterator[str]:
         yield f"# {names}\n{text}"
 
 
-def alike(sections: Sections, tasks: dict[str, Task]) -> list[list[Task]]:
+def alike(tasks: dict[str, Task]) -> list[list[Task]]:
     """Return jobs in groups, each one array: those of a stage that need the same jobs; needed ones come first."""
     groups: dict[tuple, list[Task]] = {}
     for task in tasks.values():
