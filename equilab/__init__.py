@@ -60,8 +60,8 @@ def load(
 
     The folder is that of a run ("results/distill/get-m"; its first seed, or `seed`), of one of its seeds, of the teacher, or
     one that was given away, here or on the Hugging Face Hub ("hf://owner/name"); a file of weights, such as a snapshot,
-    will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of
-    the autoencoder of a model that makes latents, where its study does not say it.
+    will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of the autoencoder of a model that makes latents,
+    where its study does not say it.
 
     >>> equilab.load("results/distill/get-m").sample(16, label=3, iterations=6)
 

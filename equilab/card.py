@@ -13,15 +13,16 @@ import pandas as pd
 import yaml
 from scipy import stats
 
+from equilab.claims.tests import SEEDS
 from equilab.core.config import UserError, plain
 from equilab.core.files import write, write_json
 from equilab.core.like import read
 from equilab.sampling import Generator
 from equilab.sampling.hub import FILES
 from equilab.sampling.opening import find_weights, open_run, study_of
-from equilab.tables import Results
+from equilab.tables import SCORES, Results
 
-CONFIDENCE, SEEDS = 0.95, 3  # of an interval over seeds, and how many it needs
+CONFIDENCE = 0.95  # of an interval over seeds
 BUDGET = {
     "nimg": "training images seen",
     "optimisation.batch": "images in an update",
@@ -30,15 +31,6 @@ BUDGET = {
     "teacher_calls": "evaluations of the teacher",
 }
 COST = ("nfe", "iterations", "block_evals", "flops")
-SCORES = (
-    "fid_",
-    "fd_",
-    "kid_",
-    "precision",
-    "recall",
-    "inception_score",
-    "l1_",
-)  # what their names begin with
 
 
 def command(arguments: list[str]) -> int:
@@ -150,12 +142,9 @@ def _budget(model: Generator, rows: pd.DataFrame) -> str:
 
 def _scores(model: Generator, rows: pd.DataFrame) -> str:
     """Return cost and scores at the headline setting: of this seed, and of all, with an interval."""
-    setting = model.setting or model.run.usual()
-    at = "## Scores\n\n" + (
-        ""
-        if setting is None
-        else f"At this setting, which `sample` takes unless told otherwise:\n\n{_yaml(setting)}\n\n"
-    )
+    setting, at = model.setting or model.run.usual(), "## Scores\n\n"
+    if setting is not None:
+        at += f"At this setting, which `sample` takes unless told otherwise:\n\n{_yaml(setting)}\n\n"
     if rows.empty:
         return f"{at}It has not been evaluated."
     own = rows[rows["seed"] == model.metadata.get("seed", rows["seed"].iloc[0])].iloc[0]

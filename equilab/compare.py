@@ -101,7 +101,7 @@ class Comparison:
         """Return the claims whose verdicts differ: `id`, `part`, `claim`, the two verdicts."""
         keys = ["id", "part"]
         tables = [
-            each.claims[[*keys, "claim", "verdict"]].fillna("").replace({"verdict": {"": "none"}})
+            each.claims[[*keys, "claim", "verdict"]].replace({"verdict": {"": "none"}})
             for each in (self.there, self.here)
         ]
         both = tables[0].merge(tables[1], on=keys, how="outer", suffixes=(" there", " here"), sort=False)
@@ -115,7 +115,7 @@ class Comparison:
         scores, verdicts, (same, files) = self.scores, self.verdicts, self.files()
         counts = scores["found"].value_counts()
         told = ", ".join(f"{counts[name]} {name}" for name in (SAME, CLOSE, APART, ABSENT) if name in counts)
-        differing = scores[~scores["found"].isin([SAME])].drop(columns="found" if len(counts) == 1 else [])
+        differing = scores[scores["found"] != SAME].drop(columns="found" if len(counts) == 1 else [])
         parts = [
             f"# {self.here.study}: results here against {self.revision}",
             f"- machine there: {machines(self.there)}\n- machine here: {machines(self.here)}\n- files: {same} of {files} are "

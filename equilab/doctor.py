@@ -190,7 +190,7 @@ def _no_scm() -> bool:
 
 
 def dvc() -> str:
-    """Return the version of DVC, and whether the study's graph is locked by another of its processes."""
+    """Return the version of DVC, which has to be on PATH."""
     version = f"dvc {importlib.metadata.version('dvc')}"
     if shutil.which("dvc") is None:
         raise Trouble(f"{version} is installed, but not on PATH; source .venv/bin/activate")

@@ -15,13 +15,7 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    FixedLocator,
-    FuncFormatter,
-    MaxNLocator,
-    NullLocator,
-)
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from equilab.models.family import family
 from equilab.models.registry import FAMILIES
@@ -116,9 +110,8 @@ def legend(figure: Figure, title: str = "", columns: int = 4) -> None:
             ax.get_legend().remove()
         for handle, label in zip(*ax.get_legend_handles_labels()):
             handles.setdefault(label, handle)
-    names = [
-        name for first in range(columns) for name in list(handles)[first::columns]
-    ]  # matplotlib fills columns
+    # matplotlib fills columns, one after another
+    names = [name for first in range(columns) for name in list(handles)[first::columns]]
     shown = [handles[name] for name in names]
     figure.legend(shown, names, loc="outside lower center", ncols=columns, title=title)
 

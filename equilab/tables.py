@@ -158,9 +158,7 @@ class Results:
         table = pd.DataFrame(rows)
         table["train_flops"] = table["train_flops_image"].astype(float) * table["nimg"]
         table["parameters_trained"] = table["parameters_trained"].fillna(table["parameters"])
-        table = table.drop(
-            columns=[name for name in table if table[name].isna().all()]
-        )  # keys that no run sets
+        table = table.dropna(axis="columns", how="all")  # keys that no run sets
         table = table.merge(self._headline(), on=["of", "seed"])
         table = table.merge(self._rises(), on=["of", "seed"], how="left")
         table = table.merge(self._from_first(), on=["of", "seed"], how="left")
@@ -252,12 +250,8 @@ class Results:
         counts = pairs.groupby(keys)[["deep", "shallow"]].sum() + 0.5
         counts = counts.reset_index().melt(keys, var_name="first", value_name="pairs")
         counts = counts.pivot(index=[*keys[:-1], "first"], columns="reading", values="pairs")
-        return (
-            counts.reindex(columns=["mean", "rms"])
-            .add_prefix("pairs_")
-            .rename_axis(columns=None)
-            .reset_index()
-        )
+        counts = counts.reindex(columns=["mean", "rms"]).add_prefix("pairs_")
+        return counts.rename_axis(columns=None).reset_index()
 
     @cached_property
     def relative(self) -> pd.DataFrame:
@@ -366,9 +360,7 @@ class Results:
         rows = self.reached(comparison.target) if table == "reached" else getattr(self, table)
         rows = rows[rows["of"] == point.run]
         if table == "reached" and side == "baseline":
-            seen = {
-                f"images_{end}": rows[f"images_{end}"].clip(upper=rows["nimg"]) for end in ("train", "test")
-            }
+            seen = rows[["images_train", "images_test"]].clip(upper=rows["nimg"], axis="index")
             return rows.assign(**seen)
         for column, value in point.at.items():
             rows = rows[rows[column].isna() if value is None else rows[column] == value]

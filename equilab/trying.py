@@ -63,10 +63,7 @@ def tries(
     _refuse_taken(folder, record)
     changed = with_values(sections, stage, run, values)
     found = [job_of(changed, stage, each) for each in jobs]
-    fields = [field.name for field in dataclasses.fields(Job)]
-    return [
-        Try(**{name: getattr(job, name) for name in fields}, folder=folder, record=record) for job in found
-    ]
+    return [Try(**vars(job), folder=folder, record=record) for job in found]
 
 
 def setting_of(text: str) -> tuple[str, Any]:
@@ -79,16 +76,9 @@ def setting_of(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: give a key of the run and its value, such as optimisation.lr=1e-3")
     try:
         return key, config.load(value)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # as config.read has it
-        raise UserError(
-            f"--set {key}: {value!r} is no value of YAML ({' '.join(str(error).split())})"
-        ) from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--set {key}: {value!r} is no value of YAML ({reason})") from None
 
 
 def with_values(sections: Sections, stage: str, run: str | None, values: Mapping[str, Any]) -> Sections:

@@ -66,9 +66,8 @@ class Claim(Params):
     measure: Column | None = "fd"
     cost: Column | None = None  # of cheaper
     times: Annotated[float, Field(ge=1)] = 1.0  # of better and cheaper: the claimed factor
-    margin: Annotated[float, Field(ge=0)] = (
-        0.0  # of cheaper and no worse: relatively so much worse counts as good
-    )
+    # of cheaper and no worse: relatively so much worse counts as good
+    margin: Annotated[float, Field(ge=0)] = 0.0
     hypotheses: Hypotheses
 
     @model_validator(mode="after")
@@ -147,7 +146,7 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
-    if claim.measure == "relative" and results.relative.empty:  # raises where its stage has not run
+    if claim.measure == "relative" and results.relative.empty:  # its stage has not run
         return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None

@@ -54,9 +54,8 @@ class Comparison(Params):
 
     runs: Annotated[Points, Field(min_length=1)]
     baseline: Points = ()  # as many as runs, or one for all of them
-    table: Literal["settings", "snapshots", "costs", "orders", "reached"] = (
-        "settings"  # whose rows are compared
-    )
+    # whose rows are compared
+    table: Literal["settings", "snapshots", "costs", "orders", "reached"] = "settings"
     target: Target | None = None  # of reached
 
     @model_validator(mode="after")

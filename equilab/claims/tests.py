@@ -96,7 +96,7 @@ class Ratio:
     low: float
     high: float
     means: tuple[float, float]  # of runs and of baseline
-    points: tuple[str, str]  # likewise
+    points: tuple[str, str]  # of runs and of baseline, in words
     seeds: int | None
 
     def verdict(self, target: float) -> str:

@@ -12,10 +12,8 @@ from equilab.core import config
 from equilab.core.config import UserError, did_you_mean, failures, shown
 
 LIKE, SHARED = "like", "shared"  # SHARED: the section of groups that no stage reads, and others are like
-MOST_VALUES, MOST_LEVELS = (
-    1_000_000,
-    50,
-)  # of params when each `like` is written out, and of groups each like the next
+MOST_VALUES = 1_000_000  # of params when each `like` is written out
+MOST_LEVELS = 50  # of groups each like the next
 
 
 def read(params: Path) -> dict[str, Any]:

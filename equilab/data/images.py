@@ -204,7 +204,7 @@ def label_counts(job: Job) -> dict[str, list[int]]:
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what estimates the stage's cost; how many images there are is not known before they are read.
+    """Check the config and return the estimate of its cost; how many images there are is not known before they are read.
 
     Raises: UserError if there is nothing where params say that the images lie.
     """

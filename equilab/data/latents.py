@@ -143,7 +143,7 @@ class Encoded:
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what estimates the stage's cost; how many images there are is not known before they are read.
+    """Check the config and return the estimate of its cost; how many images there are is not known before they are read.
 
     Raises: UserError if there is no VAE, or it does not turn the study's images into such latents.
     """

@@ -43,7 +43,7 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what counts the stage's cost: nothing to speak of.
+    """Check the claims and return the estimate of the stage's cost: no networks.
 
     Raises: UserError if the claims are mistaken.
     """

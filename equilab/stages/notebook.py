@@ -30,7 +30,7 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Return what estimates the stage's cost: no networks.
+    """Check the config and return the estimate of its cost: no networks.
 
     Raises: UserError if the repository has no such notebook, or it has no such parameter, or one of another type.
     """

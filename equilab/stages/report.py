@@ -77,7 +77,7 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Check the config and return what estimates the stage's cost: no networks.
+    """Check the config and return the estimate of its cost: no networks.
 
     Raises: UserError if a figure is of a notebook that the study does not execute.
     """

@@ -33,12 +33,10 @@ params were revised. Its verdicts are those of its earlier params, of which the 
 class Config(Params):
     """The params section `scoreboard`: one study of a repository has it, for all of them."""
 
-    studies: Annotated[
-        dict[str, str], Field(min_length=1)
-    ]  # their folders, from this study's, by their names
-    earlier: Annotated[
-        tuple[str, ...], Distinct
-    ]  # those whose results are of earlier params, and wait to be run again
+    # their folders, from this study's, by their names
+    studies: Annotated[dict[str, str], Field(min_length=1)]
+    # those whose results are of earlier params, and wait to be run again
+    earlier: Annotated[tuple[str, ...], Distinct]
 
     @model_validator(mode="after")
     def _known(self):
@@ -51,7 +49,7 @@ class Config(Params):
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
-    """Check the config and return what estimates the stage's cost: no networks.
+    """Check the config and return the estimate of its cost: no networks.
 
     Raises: UserError if there is no study where one is said to be.
     """
@@ -79,8 +77,7 @@ def scoreboard(studies: Mapping[str, str], earlier: Collection[str] = ()) -> pd.
     """Return a row for each claim and each study that tests it, in the order of both; of a claim that none tests, one without a study.
 
     `studies` are the folders of studies by their names; of those that are `earlier`, claims that have changed since are left out. All
-    columns are words: `paper`, `id`, `part`, `claim`, `where`, `published`,
-    `study`, `verdict`, `effect`, `low`, `high`, `seeds`.
+    columns are words: `paper`, `id`, `part`, `claim`, `where`, `published`, `study`, `verdict`, `effect`, `low`, `high`, `seeds`.
 
     Raises: UserError if a study has not judged its claims, or judged one that there is not.
     """
