@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -155,12 +156,9 @@ def _files(
 
 def _tell(name: str, judged: list[tuple[Claim, Outcome]]) -> None:
     """Say how many claims are judged how."""
-    found, path = table(judged), Path("results", f"{name}.md")
-    counts = found["verdict"].value_counts()
-    found_words = ", ".join(
-        f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if verdict in counts
-    )
-    print(f"{path}: {len(found)} claims judged{f': {found_words}' if found_words else ''}")
+    counts = Counter(outcome.verdict for _, outcome in judged)
+    found = ", ".join(f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if counts[verdict])
+    print(f"results/{name}.md: {len(judged)} claims judged{f': {found}' if found else ''}")
 
 
 def markdown(found: pd.DataFrame) -> str:
