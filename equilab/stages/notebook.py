@@ -47,12 +47,16 @@ def run(config: Config, job: Job) -> None:
     """
     import papermill  # these take seconds
     from nbclient.exceptions import CellTimeoutError
+    from nbclient.output_widget import OutputWidget
     from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
     if not is_first():
         return  # of several processes the first one does it
     source = _checked(config, job)
+    # nbclient would tell a widget what its cell has shown, past asyncio and on the socket that awaits the kernel's reply, which then
+    # goes unnoticed now and then, so that the notebook hangs; nothing here needs it
+    OutputWidget.sync_state = lambda widget: None
     failed = Path(".equilab/notebook") / f"{job.run}.failed.ipynb"
     failed.parent.mkdir(parents=True, exist_ok=True)
     os.environ |= {
