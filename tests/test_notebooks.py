@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from made import SOLVER, write_study
+from nbclient.output_widget import OutputWidget
 
 from equilab.core.config import UserError
 from equilab.core.job import Job, Study
@@ -176,6 +177,19 @@ def test_a_failing_cell_keeps_what_was_there_and_is_named_in_one_sentence(tmp_pa
     assert "scale = 2.0" in failed.cells[-2].source or any(
         "scale = 2.0" in cell.source for cell in failed.cells
     )
+
+
+@pytest.mark.slow
+def test_what_a_widget_shows_is_not_sent_back_to_the_kernel(tmp_path, monkeypatch):
+    """On the socket that awaits the reply of a cell it would make the reply go unnoticed now and then, and the notebook hang."""
+    sent = []
+    monkeypatch.setattr(OutputWidget, "send", lambda widget, data: sent.append(data))
+    monkeypatch.chdir(tmp_path)
+    book(tmp_path, "import ipywidgets\nipywidgets.interact(lambda text: print(text), text='shown');")
+    notebook.run(notebook.Config(parameters={}), job("notebook", "one", "."))
+    done = nbformat.read("results/notebook/one/one.ipynb", 4)
+    assert done.cells[-1].outputs[0].data["text/markdown"] == notebook.NOTE
+    assert not sent
 
 
 def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything_runs(tmp_path, monkeypatch):
