@@ -121,7 +121,7 @@ def clean(given: argparse.Namespace) -> int:
     os.chdir(given.params.absolute().parent)
     names = {job.name(stage) for stage in filter(sections.has, STAGES) for job in sections.jobs(stage)}
     unfinished = sorted(SCRATCH.glob("*"))
-    kept = [folder for folder in unfinished if folder.name in names - {given.run}]
+    kept = [folder for folder in unfinished if folder.name != given.run and _is_work_of(names, folder.name)]
     removed = [folder for folder in unfinished if folder not in kept]
     _refuse_unknown_work(given.run, unfinished)
     for folder in [*removed, *left_over(Path("results")), *filter(Path.exists, [LOGS])]:
@@ -134,6 +134,11 @@ def clean(given: argparse.Namespace) -> int:
     if not removed:
         print("nothing is left of runs that params.yaml no longer has")
     return 0
+
+
+def _is_work_of(jobs: set[str], folder: str) -> bool:
+    """Return whether a folder of unfinished work is that of one of these jobs, or of a try of it (JOB@TRY)."""
+    return folder in jobs or folder.rpartition("@")[0] in jobs
 
 
 def _refuse_unknown_work(name: str | None, unfinished: list[Path]) -> None:

@@ -598,7 +598,7 @@ def test_params_that_are_not_there_are_told(tmp_path):
 
 def test_clean_removes_unfinished_work_of_runs_that_are_gone_and_no_other(tmp_path, monkeypatch, capsys):
     folder = write_study(tmp_path, {"distill.get.seeds": [0]})
-    kept = ["distill@get-0", "evaluate@get-0", "pairs", "teacher"]
+    kept = ["distill@get-0", "distill@get-0@try1-0a1b2c3d", "evaluate@get-0", "pairs", "teacher"]
     gone = ["distill@get-1", "distill@old-0", ".distill@get-0.removed"]
     left = Path("results/distill/get/.0.new")
     for name in kept + gone:
