@@ -25,6 +25,7 @@ from equilab.core.job import Job
 from equilab.core.process import is_first
 
 SCRATCH = Path(".equilab/scratch")  # of unfinished work, a folder a job
+LOCK_SECONDS = 1.0  # one who only looks whether a job is at work holds its lock for a moment
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -269,7 +270,7 @@ def locked(name: str) -> Iterator[None]:
     path = Path(".equilab/locks") / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path).acquire(timeout=0)
+        held = FileLock(path).acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"another process is working on {name}; wait for it or stop it") from None
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
