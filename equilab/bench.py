@@ -64,7 +64,7 @@ DIGITS, CIFAR, LATENTS = {"cpu": 128, "cuda": 128}, {"cpu": 2, "cuda": 128}, {"c
 S2 = {"width": 384, "heads": 6}  # of DiT-S/2; the paper's XL/2 needs more memory than many a machine has
 WORKS = (
     Work("GET of digits", ".", "distill", "get-m", DIGITS),
-    Work("ViT of digits", ".", "distill", "vit-l", DIGITS),
+    Work("ViT of digits", ".", "distill", "vit-m", DIGITS),
     Work("GDD of digits", ".", "gan", "gdd", DIGITS),
     Work("GDD-I of digits", ".", "gan", "gdd-i", DIGITS),
     Work("GET-T/2", "studies/get-paper", "distill", "get-t", CIFAR),

@@ -13,7 +13,7 @@ from equilab.core.files import write, write_array
 from equilab.data import shards
 from equilab.models.classifier import CLASSIFIERS
 from equilab.study import Replicate, job_of, open_study
-from equilab.training import evaluator, trainer
+from equilab.training import evaluator, loop, trainer
 
 SHORT = {f"evaluator.optimisation.{key}": 32 for key in ("nimg", "batch", "micro_batch", "report_nimg")}
 
