@@ -21,7 +21,7 @@ from equilab.core.process import is_first
 from equilab.tables import NotRunError, Results, results
 
 HEAD = """\
-The effect is a ratio, above 1 where the results speak for the claim, with its {confidence:.0%} interval. Intervals are over seeds, of
+The effect is a ratio with its {confidence:.0%} interval, and speaks for the claim above 1, or above the threshold that the claim names. Intervals are over seeds, of
 logarithms (means are geometric): Welch's, or of the differences seed by seed where both sides are settings of one trained network. Of
 several pairs all have to hold; their intervals are right all at once, and the pair that decides is shown. A side with fewer than {seeds} seeds
 gives no verdict (–), unless the quantity is counted. A claim about images is judged against training images and against held-out images;

@@ -26,8 +26,8 @@ counted quantity: – marks numbers without a verdict, an empty cell a study tha
 is said in docs/figures.md. The effects are listed under the tables, and stand with their intervals in scoreboard.csv. Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
 
 EARLIER = """\
-\\* This study has not been run since the evaluator and the feature network of discriminators were given different images, and its
-params were revised. Its verdicts are those of its earlier params, of which the images that score were known to the discriminator."""
+\\* This study has not been run since its params, the evaluator and the discriminators' feature network were revised. Its verdicts are
+those of before, when these networks shared images; claims that have been put in other words since are left out of its column."""
 
 
 class Config(Params):
