@@ -281,7 +281,7 @@ def _join_processes(job: Job) -> None:
     if (torch := sys.modules.get("torch")) is None:
         return  # a stage without networks
     about = STAGES[job.stage]
-    torch.set_num_threads(getattr(job.study, about.threads))
+    torch.set_num_threads(getattr(job.study, about.threads_key))
     if "RANK" in os.environ and about.distributed:
         cuda = job.study.device != "cpu" and torch.cuda.is_available()
         if cuda:

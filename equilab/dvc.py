@@ -36,7 +36,7 @@ def code_files(sections: Sections) -> dict[str, str]:
 def files_of(sections: Sections, stage: str, job: Replicate) -> dict[str, str]:
     """Return what a job depends on besides the results of others, by paths: the code that it runs, and what params say of it."""
     study = sections.section("study")
-    params = {"study": {key: study.get(key) for key in ("device", "seed", STAGES[stage].threads)}}
+    params = {"study": {key: study.get(key) for key in ("device", "seed", STAGES[stage].threads_key)}}
     params[stage] = sections.frozen(stage, job)[0]
     params |= {name: sections.values[name] for name in STAGES[stage].params if name in sections.values}
     if path := sections.published(stage).get(job.run):

@@ -44,7 +44,7 @@ class Stage:
     distributed: bool = False  # several processes share its work; another is done by the first of them
 
     @property
-    def threads(self) -> str:
+    def threads_key(self) -> str:
         """The key of the section `study` that says how many threads of the CPU a job has."""
         return "threads" if self.jobs == "one" else "run_threads"
 

@@ -79,7 +79,7 @@ def share_of(sections: Sections, task: Task, machine: Machine) -> Share:
         gpus = min(resources_of(sections, task.stage).gpus, len(machine.gpus))
     if STAGES[task.stage].distributed:
         processes = max(1, gpus)
-    threads = getattr(sections.study, STAGES[task.stage].threads)
+    threads = getattr(sections.study, STAGES[task.stage].threads_key)
     cores = machine.cores if task.stage in ALONE else min(processes * threads, machine.cores)
     return Share(processes, cores, machine.gpus[:gpus])
 
