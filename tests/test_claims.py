@@ -502,7 +502,7 @@ def test_every_claim_is_about_a_comparison_of_some_study():
 @pytest.mark.slow
 def test_every_column_that_a_claim_can_be_about_is_one_of_the_tables():
     columns = set()
-    for folder in (".", "studies/digits-fpdm", "studies/digits-long"):
+    for folder in (".", "studies/digits-fpdm", "studies/digits-gdd"):
         found = equilab.results(ROOT / folder / "results")
         columns |= {*found.settings, *found.runs, *found.costs}
         for name in found.comparisons:
