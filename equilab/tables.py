@@ -98,7 +98,7 @@ class Results:
     @cached_property
     def params(self) -> dict[str, Any]:
         """The sections of the study's params.yaml, without runs whose published weights are optional and not there."""
-        study = self.folder.parent
+        study = self.folder.absolute().parent
         sections = read(study / "params.yaml")
         return without(sections, absent_runs(sections, study))
 

@@ -73,6 +73,11 @@ def test_a_run_is_a_row_for_each_seed_with_its_config_flattened(study):
     assert list(get["fd_train"]) == [2.0, 2.2, 2.4]  # the headline's
 
 
+def test_the_folder_may_be_the_one_that_one_is_in(study, monkeypatch):
+    monkeypatch.chdir(study)
+    assert list(equilab.results(".").runs["run"]) == list(equilab.results(study).runs["run"])
+
+
 def test_what_figures_and_claims_need_is_a_column(study):
     runs = equilab.results(study).runs.set_index(["of", "seed"])
     assert runs.loc[("distill/get", 0), "train_flops"] == 30 * 1000
