@@ -13,9 +13,11 @@ export PYTHONPATH := $(CURDIR)
 export DVC_NO_ANALYTICS := 1
 unexport VIRTUAL_ENV PYTHONHOME
 
-.PHONY: help study test test-all lint bench lab lock
+.PHONY: help install study test test-all lint bench lab lock
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed  ## install everything into .venv
 
 study: .venv/installed  ## run the default study; STUDY=studies/NAME for another, JOBS=N runs at a time
 	@[ -e .git ] || (cd $(STUDY) && dvc config --local core.no_scm true)

@@ -7,12 +7,14 @@ import sys
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import golden, weights_of
-from test_sampling import study  # noqa: F401, a fixture
+from sklearn.datasets import load_digits
 
+import equilab
 from equilab import __main__, graph
 from equilab.claims.claim import Claim
 from equilab.claims.comparisons import Comparison
@@ -80,10 +82,23 @@ def test_the_python_of_the_readme_runs_on_the_committed_results():
     assert "distill/get-m" in done.stdout
 
 
-def test_the_three_lines_of_the_readme_draw_images(study, capsys):  # noqa: F811
+def test_the_three_lines_of_the_readme_draw_images(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     (code,) = (block for block in blocks(ROOT / "README.md", "python") if "equilab.load" in block)
-    exec(code.replace("results/distill/get-m", str(study / "results/distill/get")), {})
+    exec(code, {})
     assert "(16, 1, 8, 8) 1 [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["get", "vit", "gdd-i", "fpdm"])
+def test_the_models_that_are_committed_draw_digits(name):
+    """The mean image of each class is nearer to the mean of the real ones than to that of any other class."""
+    labels = np.repeat(np.arange(10), 32)
+    images = equilab.load(ROOT / "models" / name).sample(len(labels), label=labels, seed=1).images
+    ours = images.reshape(10, 32, 64).mean(1) / 255
+    digits = load_digits()
+    real = np.stack([digits.data[digits.target == label].mean(0) for label in range(10)]) / 16
+    distances = np.linalg.norm(ours[:, None] - real, axis=-1)
+    assert list(distances.argmin(1)) == list(range(10))
 
 
 def test_the_model_of_the_docs_is_a_family_with_a_network_that_generates():
