@@ -309,7 +309,7 @@ class Results:
         parts = []
         for pair, sides in enumerate(comparison.pairs):
             for side, point in sides.items():
-                rows = self._rows(comparison, side, point)
+                rows = self._rows(comparison, point)
                 if rows.empty:
                     raise NotRunError(
                         f"comparisons.{name}: {self.folder} has no results of {point}; run its stages first"
@@ -333,7 +333,8 @@ class Results:
 
     def reached(self, target: Target) -> pd.DataFrame:
         """After how many training images a run comes as near as a target, a row for each evaluated replicate: `of`, `run`, `seed`,
-        `family`, `label`, `nimg` (all of its training), `images_train`, `images_test` (by either reference; inf: never).
+        `family`, `label`, and by either reference `images_train`, `images_test` (inf: not in its training), and
+        `images_train_least`, `images_test_least` (as many; of one that does not get there, all of its training).
 
         The target is the mean distance of a run at its end, and its margin. Between two snapshots the logarithm of the distance is
         taken to be linear in that of the images; before the first snapshot nothing is known, so that this is the least.
@@ -342,26 +343,26 @@ class Results:
         ends = self._headline().query("of == @target.run")
         rows = []
         for keys, curve in self.snapshots.groupby(["of", "run", "seed", "family", "label"], sort=False):
-            row = dict(zip(["of", "run", "seed", "family", "label"], keys), nimg=curve["nimg"].max())
+            row = dict(zip(["of", "run", "seed", "family", "label"], keys))
             for reference in ("train", "test"):
                 column = f"{name}_{reference}"
                 aim = (1 + target.margin) * stats.gmean(ends[column])
-                row[f"images_{reference}"] = _images_to(aim, curve.sort_values("nimg"), column)
+                images = _images_to(aim, curve.sort_values("nimg"), column)
+                row |= {
+                    f"images_{reference}": images,
+                    f"images_{reference}_least": min(images, curve["nimg"].max()),
+                }
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def _rows(self, comparison: Comparison, side: str, point: Point) -> pd.DataFrame:
-        """Return the rows of one point, a row for each seed; costs are of the first seed alone. A baseline that never reaches the
-        target has seen all images of its training by then, at least."""
+    def _rows(self, comparison: Comparison, point: Point) -> pd.DataFrame:
+        """Return the rows of one point, a row for each seed; costs are of the first seed alone."""
         table = comparison.table
         if table == "settings":
             rows = self._settings_of_runs[self._settings_of_runs["of"] == point.run]
             return rows[rows["position"] == position(self.params, point, "comparisons")]
         rows = self.reached(comparison.target) if table == "reached" else getattr(self, table)
         rows = rows[rows["of"] == point.run]
-        if table == "reached" and side == "baseline":
-            seen = rows[["images_train", "images_test"]].clip(upper=rows["nimg"], axis="index")
-            return rows.assign(**seen)
         for column, value in point.at.items():
             rows = rows[rows[column].isna() if value is None else rows[column] == value]
         return rows

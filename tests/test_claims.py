@@ -274,10 +274,27 @@ def test_readings_of_activity_must_agree():
     assert judged([12.0] * 6).verdict == INCONCLUSIVE
 
 
-def test_a_run_that_never_reaches_the_target_fails():
-    never = better(rows(([10.0, 20.0, np.inf], THEIRS)), "fd", 0.95)
-    assert never.verdict == FAILS and "never against" in never.effect
-    assert better(rows(([10.0, np.inf], [20.0, 30.0])), "fd", 0.95).verdict == NONE
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict", "effect"),
+    [
+        (
+            [10, 11, 12],
+            [50, 60, np.inf],
+            HOLDS,
+            "11 against 66.9 or more",
+        ),  # it is behind, whatever it would take
+        ([10, 11, 12], [10, 11, np.inf], INCONCLUSIVE, "or more"),
+        ([90, np.inf, np.inf], [10, 11, 12], FAILS, "96.5 or more against 11"),  # and here it is the run
+        ([11, 12, np.inf], [90, 91, 92], INCONCLUSIVE, "or more"),
+        ([np.inf] * 3, [50, np.inf, np.inf], INCONCLUSIVE, "100 or more against 79.4 or more"),
+        ([10, np.inf], [20, 30], NONE, ""),
+    ],
+)
+def test_what_did_not_happen_in_a_training_of_a_hundred_takes_more(ours, theirs, verdict, effect):
+    found = rows((ours, theirs)).rename(columns={"fd": "images_train"})
+    found["images_train_least"] = found["images_train"].clip(upper=100.0)
+    outcome = better(found, "images_train", 0.95)
+    assert outcome.verdict == verdict and effect in outcome.effect
 
 
 SECTIONS = {

@@ -2,8 +2,9 @@
 
 A quantity that training or sampling leaves to chance is compared over seeds: by Welch's t-interval of the difference of logarithms, or by
 that of the differences seed by seed where both sides are settings of the same trained networks. It needs three seeds on either side. What
-is counted needs none; what is measured in seconds has the spread of its calls. Of several pairs all must hold, and their intervals are
-wide enough to be right all at once (Bonferroni).
+is counted needs none; what is measured in seconds has the spread of its calls. A run that does not get somewhere within its training takes
+more images than it saw, nobody knows how many: it cannot be ahead, and nothing can be behind it. Of several pairs all must hold, and their
+intervals are wide enough to be right all at once (Bonferroni).
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Ratio:
     means: tuple[float, float]  # of runs and of baseline
     points: tuple[str, str]  # of runs and of baseline, in words
     seeds: int | None
+    open_ended: tuple[bool, bool] = (False, False)  # whether the means are the least that they can be
 
     def verdict(self, target: float) -> str:
         """Return whether the ratio lies above a target."""
@@ -108,7 +110,8 @@ class Ratio:
     def __str__(self) -> str:
         """Both values, and the ratio with its interval if it has one."""
         interval = f", {self.low:.3g} to {self.high:.3g}" if self.low < self.high else ""
-        ours, theirs = told_apart(self.means)
+        more = [" or more" if is_open else "" for is_open in self.open_ended]
+        ours, theirs = (number + end for number, end in zip(told_apart(self.means), more))
         return f"{ours} against {theirs} (ratio {self.value:.3g}{interval})"
 
 
@@ -157,15 +160,15 @@ def interval(
     runs: pd.DataFrame, baseline: pd.DataFrame, column: str, confidence: float
 ) -> tuple[float, float]:
     """Return between which bounds the ratio of `baseline` to `runs`, geometric means over seeds, lies; nan with fewer than three
-    seeds, or with a value of 0, which has no logarithm; 0 if any of `runs` is infinite: it never got there.
+    seeds, or with a value of 0, which has no logarithm; 0 and inf if any is infinite, so that nothing is known.
 
     Source: Welch 1947; two settings of the same run are compared seed by seed (Student 1908).
     """
     ours, theirs = (np.log(side.set_index("seed")[column]) for side in (runs, baseline))
     if min(len(ours), len(theirs)) < SEEDS:
         return np.nan, np.nan
-    if np.isposinf(ours).any():
-        return 0.0, 0.0
+    if np.isposinf(ours).any() or np.isposinf(theirs).any():
+        return 0.0, np.inf
     same = set(runs["of"]) == set(baseline["of"])
     samples = [(theirs - ours).dropna()] if same else [theirs, -ours]
     if any(np.isinf(sample).any() for sample in samples):
@@ -190,9 +193,7 @@ def told_apart(values: Sequence[float]) -> list[str]:
 
 
 def short(value: int | float, digits: int = 3) -> str:
-    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G; what is infinite was never reached."""
-    if np.isinf(value):
-        return "never"
+    """Return a number as people write it: 0.118, 3.45, 131k, 1.2M, 15G."""
     value = float(f"{value:.{digits}g}")  # 999.9k is 1M
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -203,9 +204,18 @@ def short(value: int | float, digits: int = 3) -> str:
 def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:
     """Return a ratio for each pair; the intervals of all are right at once with this confidence."""
     each = 1 - (1 - confidence) / rows["pair"].nunique()
-    needed = ["pair", "side", "point", "of", "seed", column, f"{column}_min", f"{column}_max"]
+    needed = [
+        "pair",
+        "side",
+        "point",
+        "of",
+        "seed",
+        column,
+        *(f"{column}_{end}" for end in ("min", "max", "least")),
+    ]
     narrow = rows[[name for name in needed if name in rows]]  # of a hundred columns
-    return [_ratio(pair, column, each) for _, pair in narrow.groupby("pair")]
+    compared = _censored if f"{column}_least" in narrow else _ratio
+    return [compared(pair, column, each) for _, pair in narrow.groupby("pair")]
 
 
 def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
@@ -226,6 +236,23 @@ def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
         low = baseline[f"{column}_min"].min() / runs[f"{column}_max"].max()
         high, seeds = baseline[f"{column}_max"].max() / runs[f"{column}_min"].min(), None
     return Ratio(value, low, high, means, points, seeds)
+
+
+def _censored(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
+    """Return the ratio of two sides of which some replicates did not get there (inf), and took this at least: `column`_least.
+
+    The lower bound supposes that those of `baseline` get there right after their training, and those of `runs` never; the
+    upper bound the other way round.
+    """
+    runs, baseline = (pair[pair["side"] == side] for side in ("runs", "baseline"))
+    least = [side.assign(**{column: side[f"{column}_least"]}) for side in (runs, baseline)]
+    low, _ = interval(runs, least[1], column, confidence)
+    _, high = interval(least[0], baseline, column, confidence)
+    ours, theirs = (mean(side[column]) for side in least)
+    points = runs["point"].iloc[0], baseline["point"].iloc[0]
+    open_ended = tuple(bool(np.isinf(side[column]).any()) for side in (runs, baseline))
+    seeds = min(runs["seed"].nunique(), baseline["seed"].nunique())
+    return Ratio(theirs / ours, low, high, (ours, theirs), points, seeds, open_ended)
 
 
 def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
