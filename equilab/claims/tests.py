@@ -99,7 +99,7 @@ class Ratio:
     means: tuple[float, float]  # of runs and of baseline
     points: tuple[str, str]  # of runs and of baseline, in words
     seeds: int | None
-    open_ended: tuple[bool, bool] = (False, False)  # whether the means are the least that they can be
+    open_ended: tuple[bool, bool]  # whether the means are the least that they can be
 
     def verdict(self, target: float) -> str:
         """Return whether the ratio lies above a target."""
@@ -204,30 +204,27 @@ def short(value: int | float, digits: int = 3) -> str:
 def _ratios(rows: pd.DataFrame, column: str, confidence: float) -> list[Ratio]:
     """Return a ratio for each pair; the intervals of all are right at once with this confidence."""
     each = 1 - (1 - confidence) / rows["pair"].nunique()
-    needed = [
-        "pair",
-        "side",
-        "point",
-        "of",
-        "seed",
-        column,
-        *(f"{column}_{end}" for end in ("min", "max", "least")),
-    ]
+    bounds = [f"{column}_{end}" for end in ("min", "max", "least")]
+    needed = ["pair", "side", "point", "of", "seed", column, *bounds]
     narrow = rows[[name for name in needed if name in rows]]  # of a hundred columns
-    compared = _censored if f"{column}_least" in narrow else _ratio
-    return [compared(pair, column, each) for _, pair in narrow.groupby("pair")]
+    return [_ratio(pair, column, each) for _, pair in narrow.groupby("pair")]
 
 
 def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
+    """Return the ratio of the sides of a pair.
+
+    Of replicates that did not get there (inf) the lower bound supposes that those of `baseline` do so right after their
+    training, and those of `runs` never; the upper bound the other way round.
+    """
     runs, baseline = (pair[pair["side"] == side] for side in ("runs", "baseline"))
+    least = [_least(side, column) for side in (runs, baseline)]
     points = runs["point"].iloc[0], baseline["point"].iloc[0]
     counted = column in COUNTED + MEMORY
-    means = tuple(
-        np.float64(side[column].mean()) if counted else mean(side[column]) for side in (runs, baseline)
-    )
+    means = tuple(np.float64(side[column].mean()) if counted else mean(side[column]) for side in least)
     with np.errstate(divide="ignore", invalid="ignore"):  # a recall of 0
         value = means[0] / means[1] if column in HIGHER else means[1] / means[0]
-        low, high = interval(runs, baseline, column, confidence)
+        low, _ = interval(runs, least[1], column, confidence)
+        _, high = interval(least[0], baseline, column, confidence)
         low, high = (1 / high, 1 / low) if column in HIGHER else (low, high)
     seeds = min(runs["seed"].nunique(), baseline["seed"].nunique())
     if counted:
@@ -235,24 +232,13 @@ def _ratio(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
     elif f"{column}_min" in pair:
         low = baseline[f"{column}_min"].min() / runs[f"{column}_max"].max()
         high, seeds = baseline[f"{column}_max"].max() / runs[f"{column}_min"].min(), None
-    return Ratio(value, low, high, means, points, seeds)
-
-
-def _censored(pair: pd.DataFrame, column: str, confidence: float) -> Ratio:
-    """Return the ratio of two sides of which some replicates did not get there (inf), and took this at least: `column`_least.
-
-    The lower bound supposes that those of `baseline` get there right after their training, and those of `runs` never; the
-    upper bound the other way round.
-    """
-    runs, baseline = (pair[pair["side"] == side] for side in ("runs", "baseline"))
-    least = [side.assign(**{column: side[f"{column}_least"]}) for side in (runs, baseline)]
-    low, _ = interval(runs, least[1], column, confidence)
-    _, high = interval(least[0], baseline, column, confidence)
-    ours, theirs = (mean(side[column]) for side in least)
-    points = runs["point"].iloc[0], baseline["point"].iloc[0]
     open_ended = tuple(bool(np.isinf(side[column]).any()) for side in (runs, baseline))
-    seeds = min(runs["seed"].nunique(), baseline["seed"].nunique())
-    return Ratio(theirs / ours, low, high, (ours, theirs), points, seeds, open_ended)
+    return Ratio(value, low, high, means, points, seeds, open_ended)
+
+
+def _least(side: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the rows of a side with the least that each can have taken, where the table tells it."""
+    return side.assign(**{column: side.get(f"{column}_least", side[column])})
 
 
 def _outcome(ratios: Sequence[Ratio], target: float, column: str) -> Outcome:
