@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import timeit
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from equilab.metrics.measuring import peak_memory
 from equilab.models import dit, fpdm
 from equilab.models.family import family
 from equilab.models.unet import UNet
+from equilab.published.loading import load_network
 from equilab.solvers import Gradient, Solver, equilibrium
 
 CPU = torch.device("cpu")
@@ -128,3 +130,19 @@ def test_reading_a_published_file_takes_less_than_twice_its_size(tmp_path):
         read = subprocess.run([sys.executable, "-c", READ, name, path], capture_output=True, text=True)
         assert read.returncode == 0, read.stderr
         assert 0.9 < 1024 * int(read.stdout) / path.stat().st_size < 1.5
+
+
+@pytest.mark.slow
+def test_reading_a_published_file_takes_no_longer_than_torch(tmp_path):
+    net = dit.DiT((4, 32, 32), 10, width=768, depth=5, heads=12, patch=2, expansion=4, learned_variance=True)
+    state, path = net.state_dict(), tmp_path / "dit.pt"
+    keys = family("dit").published.keys(net)
+    torch.save({"ema": authors.state_dict({theirs: state[ours] for theirs, ours in keys.items()})}, path)
+
+    def seconds(read):
+        return min(timeit.repeat(read, number=1, repeat=5))
+
+    ours = seconds(lambda: load_network("dit", path, {"heads": 12}))
+    assert ours < 1.5 * seconds(
+        lambda: torch.load(path)
+    )  # at equal speed, with room for what else the machine does
