@@ -60,8 +60,9 @@ def speed_of(job: Job) -> Speed:
     there = read_json(folder / "cost.json", environment=dict[str, Any])["environment"]
     if there.get("device") != environment(job)["device"]:
         return Speed(peak, USUAL_SHARE, {})
-    costs = read_table(folder / "cost.csv", ("of", "what", "as_trained", "peak_share"), ("peak_share",))
-    trained = costs[(costs["what"] == "train") & costs["as_trained"].isin([True])]
+    costs = read_table(folder / "cost.csv", ("of", "what", "peak_share"), ("peak_share",))
+    # of training steps, which not every study measures
+    trained = costs[(costs["what"] == "train") & costs.get("as_trained", pd.Series()).isin([True])]
     return Speed(peak, float(costs["peak_share"].median()), dict(zip(trained["of"], trained["peak_share"])))
 
 

@@ -77,8 +77,8 @@ COSTS = (
     "peak_share",
 )
 ACTIVATION = (*RUN, "layer", "depth", "step", "at", "mean", "rms", "judged_up_to")
-RELATIVE = ("seed", "first", "second", "distance", "images")
-CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "published", "where")
+RELATIVE = ("seed", "first", "second", "distance", "images", "noises")
+CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "by_kid", "published", "where", "differs")
 # counts in the summary of a training, where it has them
 COUNTED = ("parameters", "parameters_trained", "flops_image", "train_flops_image")
 # how the columns of scores begin
@@ -144,7 +144,8 @@ class Results:
         - its config, keys joined by dots: `network.width`, `optimisation.lr`, `equilibrium.iterations`, ...; lists are tuples;
         - cost and scores at its headline setting, named as in `settings`;
         - `rise_train`, `rise_test`: the distance at the end of training over the lowest of all snapshots (1: the end is best);
-        - `relative`: the distance of its images to those of the first run in `relative`, if the stage relative has run.
+        - `relative`: the distance of its images to those of the first run in `relative`, of the same noises, and `relative_others`, of
+          other noises (of that run itself too), if the stage relative has run.
         """
         rows = []
         for path in self._evaluated():
@@ -256,8 +257,8 @@ class Results:
     @cached_property
     def relative(self) -> pd.DataFrame:
         """The distance between the images of two runs of one seed, a row each: `seed`, `first`, `second`, `distance`, `images` (of
-        either side); `first_of`, `second_of` name them as `of`. Where both are the same run, its images of two disjoint sets of noises
-        are compared: what no difference looks like, between so many images.
+        either side), made of which `noises` ("same" or "others"); `first_of`, `second_of` name them as `of`. Where both are the same
+        run, of other noises, this is what no difference looks like, between so many images.
 
         Without rows if the stage relative has not run.
         """
@@ -266,8 +267,9 @@ class Results:
 
     @cached_property
     def claims(self) -> pd.DataFrame:
-        """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `published`, `where`. Without
-        rows if the stage claims has not run."""
+        """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `by_kid` (the verdict that KID
+        in place of FD would give), `published`, `where`, `differs` (how the comparison is other than the paper's). Without rows if the
+        stage claims has not run."""
         return self._read("claims.csv", CLAIMS, CLAIMS).fillna("")
 
     @cached_property
@@ -491,11 +493,13 @@ class Results:
         return table.reindex(columns=list(dict.fromkeys([*table, *columns])))
 
     def _from_first(self) -> pd.DataFrame:
-        """Return for the runs of `relative` but its first, and their seeds, the distance between the images of both."""
+        """Return for the runs of `relative` and their seeds the distances between their images and those of the first."""
         table = self._relative
-        table = table[table["first"].isin(table["first"].head(1)) & (table["second"] != table["first"])]
-        table = table.assign(of=table["second"].map(self._of)).rename(columns={"distance": "relative"})
-        return table[["of", "seed", "relative"]]
+        table = table[table["first"].isin(table["first"].head(1))]
+        table = table.assign(of=table["second"].map(self._of), noises=table["noises"].fillna("same"))
+        by_noises = table.pivot(index=["of", "seed"], columns="noises", values="distance")
+        names = {"same": "relative", "others": "relative_others"}
+        return by_noises.reindex(columns=list(names)).rename(columns=names).reset_index()
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
         """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in

@@ -121,12 +121,13 @@ def test_a_sweep_has_a_row_a_setting_with_its_cost_and_a_curve_a_row_a_snapshot(
 def test_runs_are_compared_within_the_seeds_that_all_have(study):
     assert called(study, "relative") == 0
     rows = table(study / "results/relative/relative.csv")
-    assert [tuple(row[key] for key in ("seed", "first", "second", "images")) for row in rows] == [
-        ("1", "get", "vit", "100"),
-        ("1", "vit", "get", "100"),
-        ("1", "get", "get", "50"),
+    assert [tuple(row[key] for key in ("seed", "first", "second", "images", "noises")) for row in rows] == [
+        ("1", "get", "vit", "100", "same"),
+        ("1", "vit", "get", "100", "same"),
+        ("1", "get", "get", "50", "others"),
+        ("1", "get", "vit", "50", "others"),
     ]
-    assert float(rows[2]["distance"]) > 0  # two sets of noises
+    assert float(rows[2]["distance"]) > 0
     assert float(rows[0]["distance"]) == pytest.approx(float(rows[1]["distance"]), rel=1e-6)
 
 

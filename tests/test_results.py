@@ -209,15 +209,20 @@ def test_images_until_a_target_are_read_off_the_curve_and_are_all_of_a_training_
 
 def test_relative_distances_name_their_runs(study):
     rows = [
-        {"seed": 0, "first": "cd", "second": "get", "distance": 1.5},
-        {"seed": 0, "first": "get", "second": "cd", "distance": 1.5},
-        {"seed": 0, "first": "cd", "second": "cd", "distance": 0.5},  # two halves of one run's images
+        {"seed": 0, "first": "cd", "second": "get", "distance": 1.5, "noises": "same"},
+        {"seed": 0, "first": "get", "second": "cd", "distance": 1.5, "noises": "same"},
+        {"seed": 0, "first": "cd", "second": "cd", "distance": 0.5, "noises": "others"},
+        {"seed": 0, "first": "cd", "second": "get", "distance": 1.75, "noises": "others"},
     ]
     table(study / "relative/relative.csv", rows)
     found = equilab.results(study)
-    assert list(found.relative["second_of"]) == ["distill/get", "consistency/cd", "consistency/cd"]
-    runs = found.runs.set_index(["of", "seed"])["relative"].dropna()
-    assert runs.to_dict() == {("distill/get", 0): 1.5}
+    assert list(found.relative["second_of"])[:3] == ["distill/get", "consistency/cd", "consistency/cd"]
+    runs = found.runs.set_index(["of", "seed"])
+    assert runs["relative"].dropna().to_dict() == {("distill/get", 0): 1.5}
+    assert runs["relative_others"].dropna().to_dict() == {
+        ("consistency/cd", 0): 0.5,
+        ("distill/get", 0): 1.75,
+    }
 
 
 def test_an_entry_of_evaluate_need_not_be_called_as_its_run(study):

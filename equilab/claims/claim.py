@@ -14,8 +14,6 @@ from pydantic import AfterValidator, Field, model_validator
 from equilab.claims import HERE
 from equilab.claims.tests import (
     COLUMNS,
-    FAILS,
-    HOLDS,
     INCONCLUSIVE,
     NONE,
     Outcome,
@@ -146,13 +144,29 @@ def judge(claim: Claim, results: Results, confidence: float) -> Outcome | None:
     if claim.comparison not in results.comparisons:
         return None
     rows = results.compare(claim.comparison)
-    if claim.measure == "relative" and results.relative.empty:  # its stage has not run
+    if claim.measure in ("relative", "relative_others") and results.relative.empty:  # its stage has not run
         return None
     if claim.cost and (claim.cost not in rows or rows[claim.cost].isna().any()):
         return None
-    outcomes = [tested(claim, rows, column, confidence) for column in columns(claim, rows)]
-    outcome = agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
+    outcome = _judged(claim, rows, confidence)
     return outcome if claim.measure is None or claim.measured else of_trained(outcome, rows["of"], results)
+
+
+def judge_by_kid(claim: Claim, results: Results, confidence: float) -> str:
+    """Return the verdict that KID in place of FD would give a claim that `judge` judges; none where KID is not measured, or is not
+    positive everywhere, as it need not be of images that can hardly be told from real ones."""
+    rows = results.compare(claim.comparison)
+    by_kid = claim.model_copy(update={"measure": "kid"})
+    kid = rows.reindex(columns=["kid_train", "kid_test"])
+    if claim.measure != "fd" or not (kid > 0).all(axis=None):
+        return NONE
+    return of_trained(_judged(by_kid, rows, confidence), rows["of"], results).verdict
+
+
+def _judged(claim: Claim, rows: pd.DataFrame, confidence: float) -> Outcome:
+    """Return what comes of a claim's test on the rows of its comparison, against all references or in all readings."""
+    outcomes = [tested(claim, rows, column, confidence) for column in columns(claim, rows)]
+    return agreed(outcomes, INCONCLUSIVE if claim.measure == "pairs" else DEPENDS)
 
 
 def of_trained(outcome: Outcome, compared: Collection[str], results: Results) -> Outcome:
@@ -200,14 +214,9 @@ def tested(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: flo
 
 
 def agreed(outcomes: Sequence[Outcome], split: str = DEPENDS) -> Outcome:
-    """Return what the references or readings come to together: what they agree on, or `split` where one holds and one fails."""
+    """Return what the references or readings come to together: what they agree on, or `split`."""
     verdicts = {outcome.verdict for outcome in outcomes}
-    if len(verdicts) == 1:
-        verdict = outcomes[0].verdict
-    elif NONE in verdicts:
-        verdict = NONE
-    else:
-        verdict = split if verdicts == {HOLDS, FAILS} else INCONCLUSIVE
+    verdict = verdicts.pop() if len(verdicts) == 1 else NONE if NONE in verdicts else split
     effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
     low, high = np.min([(outcome.low, outcome.high) for outcome in outcomes], axis=0)
     return Outcome(verdict, low, high, effects, outcomes[0].seeds)

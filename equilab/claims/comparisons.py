@@ -57,6 +57,7 @@ class Comparison(Params):
     # whose rows are compared
     table: Literal["settings", "snapshots", "costs", "orders", "reached"] = "settings"
     target: Target | None = None  # of reached
+    differs: str = ""  # how it is other than the paper's, in words that stand beside the verdict
 
     @model_validator(mode="after")
     def _paired(self) -> Comparison:

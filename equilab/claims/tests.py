@@ -40,6 +40,7 @@ SCORES = (
     "l1_train",
     "rise",
     "relative",
+    "relative_others",
     "residual",
     "residual_ratio",
     "pairs",
@@ -56,6 +57,7 @@ NAMES = {
     "l1_held_out": "L1 on held-out pairs",
     "l1_train": "L1 on training pairs",
     "relative": "distance to the images of the first run",
+    "relative_others": "distance to the first run's images of other noises",
     "images_train": "images until the target, by training images",
     "images_test": "images until the target, by held-out images",
     "pairs_mean": "pairs of layers, by the mean of a layer's outputs",
@@ -140,7 +142,8 @@ def cheaper(
         return spent
     reached = _outcome(_ratios(rows, measure, confidence), 1 / (1 + margin), measure)
     verdict = _all([spent.verdict, reached.verdict])
-    return Outcome(verdict, reached.low, reached.high, reached.effects + spent.effects, reached.seeds)
+    seeds = spent.seeds if spent.verdict == FAILS != reached.verdict else reached.seeds  # of what decides
+    return Outcome(verdict, reached.low, reached.high, reached.effects + spent.effects, seeds)
 
 
 def ordered(rows: pd.DataFrame, measure: str, confidence: float) -> Outcome:

@@ -6,13 +6,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from equilab.claims.claim import DEPENDS, Claim, judge, read_claims, refuse_mistyped
+from equilab.claims.claim import DEPENDS, Claim, judge, judge_by_kid, read_claims, refuse_mistyped
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcome, mean
 from equilab.core.config import Params
 from equilab.core.files import write_json, write_together
@@ -25,7 +25,8 @@ The effect is a ratio with its {confidence:.0%} interval, and speaks for the cla
 logarithms (means are geometric): Welch's, or of the differences seed by seed where both sides are settings of one trained network. Of
 several pairs all have to hold; their intervals are right all at once, and the pair that decides is shown. A side with fewer than {seeds} seeds
 gives no verdict (–), unless the quantity is counted. A claim about images is judged against training images and against held-out images;
-where it holds against one and fails against the other it *depends on the reference*. What this study does not compare is not listed.
+where the two verdicts are not the same it *depends on the reference*. By KID: the verdict that KID in place of FD would give. What
+this study does not compare is not listed.
 Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
 VERDICTS = {
     HOLDS: "hold",
@@ -63,8 +64,8 @@ def run(config: Config, job: Job) -> None:
     found, claims = results("results"), read_claims()
     refuse_mistyped(claims, found.comparisons)
     judged = judged_claims(found, config.confidence, claims)
-    counted = [(claim, outcome) for claim, outcome in judged if not claim.measured]
-    measured = [(claim, outcome) for claim, outcome in judged if claim.measured]
+    counted = [one for one in judged if not one.claim.measured]
+    measured = [one for one in judged if one.claim.measured]
     absent = ", ".join(not_run(found, job))
     end = f"Not run yet: {absent}." if absent else ""
     head, name = HEAD.format(confidence=config.confidence, seeds=SEEDS), job.study.name
@@ -93,13 +94,23 @@ def write_metrics(found: Results, folder: Path) -> None:
             path.unlink()
 
 
-def judged_claims(found: Results, confidence: float, claims: Sequence[Claim]) -> list[tuple[Claim, Outcome]]:
-    """Return the claims that a study can judge by the results that there are, each with what came of it."""
+class Judged(NamedTuple):
+    """A claim, what came of it in a study, the verdict by KID, and how the comparison is other than the paper's."""
+
+    claim: Claim
+    outcome: Outcome
+    by_kid: str
+    differs: str
+
+
+def judged_claims(found: Results, confidence: float, claims: Sequence[Claim]) -> list[Judged]:
+    """Return the claims that a study can judge by the results that there are."""
     judged = []
     for claim in claims:
         with contextlib.suppress(NotRunError):
             if (outcome := judge(claim, found, confidence)) is not None:
-                judged.append((claim, outcome))
+                by_kid = judge_by_kid(claim, found, confidence)
+                judged.append(Judged(claim, outcome, by_kid, found.comparisons[claim.comparison].differs))
     return judged
 
 
@@ -115,54 +126,59 @@ def not_run(found: Results, job: Job) -> list[str]:
     return [name for name, path in needed.items() if not path.exists()]
 
 
-def table(judged: list[tuple[Claim, Outcome]]) -> pd.DataFrame:
-    """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, and what was published where."""
+def table(judged: list[Judged]) -> pd.DataFrame:
+    """Return a row for each claim: what it says, the verdict, the effect with its interval, seeds, the verdict by KID, what was
+    published where, and how the comparison is other than that."""
     rows = []
-    for claim, outcome in judged:
+    for claim, outcome, by_kid, differs in judged:
         bounds = ["" if np.isnan(bound) else f"{bound:.4g}" for bound in (outcome.low, outcome.high)]
-        found = outcome.verdict, outcome.effect, *bounds, _seeds(claim, outcome)
-        rows.append((claim.id, claim.part, claim.claim, *found, claim.published, claim.where))
-    columns = ["id", "part", "claim", "verdict", "effect", "low", "high", "seeds", "published", "where"]
-    return pd.DataFrame(rows, columns=columns)
+        found = outcome.verdict, outcome.effect, *bounds, _seeds(claim, outcome), by_kid
+        rows.append((claim.id, claim.part, claim.claim, *found, claim.published, claim.where, differs))
+    about, found = ("id", "part", "claim"), ("verdict", "effect", "low", "high", "seeds", "by_kid")
+    return pd.DataFrame(rows, columns=[*about, *found, "published", "where", "differs"])
 
 
 def _seeds(claim: Claim, outcome: Outcome) -> str:
     """Return over how many seeds a claim was judged, or why it needs none."""
     if outcome.seeds is None:
-        return "measured" if claim.measured else "counted"
+        return "measured, one network" if claim.measured else "counted"
     return str(outcome.seeds)
 
 
-def hypotheses(judged: list[tuple[Claim, Outcome]]) -> str:
+def hypotheses(judged: list[Judged]) -> str:
     """Return in Markdown why claims with a verdict might hold or fail."""
     lines = [
         f"- {claim.name} ({outcome.verdict}): {getattr(claim.hypotheses, outcome.verdict)}"
-        for claim, outcome in judged
+        for claim, outcome, *_ in judged
         if outcome.verdict in (HOLDS, FAILS)
     ]
     head = ["## Hypotheses", "", "Why this might be so; nothing here tests it.", ""]
     return "\n".join(head + lines) if lines else ""
 
 
-def _files(
-    name: str, title: str, head: str, judged: list[tuple[Claim, Outcome]], end: str
-) -> dict[Path, str]:
+def differences(judged: list[Judged]) -> str:
+    """Return in Markdown how comparisons are other than those of the papers."""
+    lines = [f"- {claim.name}: {differs}" for claim, _, _, differs in judged if differs]
+    return "\n".join(["## Where this study compares otherwise than the paper", "", *lines]) if lines else ""
+
+
+def _files(name: str, title: str, head: str, judged: list[Judged], end: str) -> dict[Path, str]:
     """Return a table and a page of claims, by their paths."""
     found, path = table(judged), Path("results", f"{name}.md")
-    parts = [f"# {title}", head, markdown(found), hypotheses(judged), end]
+    parts = [f"# {title}", head, markdown(found), differences(judged), hypotheses(judged), end]
     page = "\n\n".join(part for part in parts if part) + "\n"
     return {path.with_suffix(".csv"): found.to_csv(index=False, lineterminator="\n"), path: page}
 
 
-def _tell(name: str, judged: list[tuple[Claim, Outcome]]) -> None:
+def _tell(name: str, judged: list[Judged]) -> None:
     """Say how many claims are judged how."""
-    counts = Counter(outcome.verdict for _, outcome in judged)
+    counts = Counter(one.outcome.verdict for one in judged)
     found = ", ".join(f"{counts[verdict]} {words}" for verdict, words in VERDICTS.items() if counts[verdict])
     print(f"results/{name}.md: {len(judged)} claims judged{f': {found}' if found else ''}")
 
 
 def markdown(found: pd.DataFrame) -> str:
-    """Return the table in six columns, for a page."""
+    """Return the table in seven columns, for a page."""
     if found.empty:
         return "This study compares nothing that such a claim is about."
     named = found["id"] + found["part"].map(lambda part: f", {part}" if part else "")
@@ -171,4 +187,7 @@ def markdown(found: pd.DataFrame) -> str:
         verdict=found["verdict"].replace("", "–"),
         published=found["published"] + " (" + found["where"] + ")",
     )
-    return shown[["id", "claim", "verdict", "effect", "seeds", "published"]].to_markdown(index=False)
+    shown = shown.rename(columns={"by_kid": "by KID"})
+    return shown[["id", "claim", "verdict", "by KID", "effect", "seeds", "published"]].to_markdown(
+        index=False
+    )

@@ -55,11 +55,12 @@ def _common_seeds(config: Config, job: Job) -> list[int]:
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `relative.csv`: the distance between the images of each two runs of a seed, on the evaluator's features, and how
-    many `images` either side has.
+    """Write `relative.csv`: distances between the images of two runs of a seed, on the evaluator's features, and of how many
+    `images` on either side, made of which `noises`:
 
-    A last row for each seed is the null, what no difference looks like: two halves of the first run's images, which have no noise
-    in common. Fewer images are farther apart, so that the runs, with twice as many, are nearer where there is no difference.
+    - "same", as published: all images of each two runs, made of the same noises;
+    - "others": the first half of the first run's images against the second half of each run's, its own among them, which is what
+      no difference looks like.
 
     Raises: UserError if the samples of a run are missing.
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
@@ -71,17 +72,17 @@ def run(config: Config, job: Job) -> None:
     rows = []
     for seed in _common_seeds(config, job):
         samples = {name: _samples(name, seed, job.image) for name in config.runs}
-        statistics = {name: scorer.statistics(images) for name, images in samples.items()}
+        half = len(samples[config.runs[0]]) // 2
+        all_of = {name: scorer.statistics(images) for name, images in samples.items()}
         for first, second in itertools.permutations(config.runs, 2):
-            distance = frechet(statistics[first], statistics[second])
+            distance = frechet(all_of[first], all_of[second])
             named = {"seed": seed, "first": first, "second": second}
-            rows.append({**named, "distance": distance, "images": len(samples[first])})
-        name = config.runs[0]
-        half = len(samples[name]) // 2
-        sides = (scorer.statistics(samples[name][part]) for part in (slice(half), slice(half, 2 * half)))
-        rows.append(
-            {"seed": seed, "first": name, "second": name, "distance": frechet(*sides), "images": half}
-        )
+            rows.append({**named, "distance": distance, "images": len(samples[first]), "noises": "same"})
+        begun = scorer.statistics(samples[config.runs[0]][:half])
+        for second, images in samples.items():
+            distance = frechet(begun, scorer.statistics(images[half : 2 * half]))
+            named = {"seed": seed, "first": config.runs[0], "second": second}
+            rows.append({**named, "distance": distance, "images": half, "noises": "others"})
     with publishing(job.out) as fresh:
         write_table(fresh / "relative.csv", rows)
     print(f"relative: {len(rows)} distances between the images of two runs, in {job.out / 'relative.csv'}")

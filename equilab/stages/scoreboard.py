@@ -18,12 +18,14 @@ from equilab.core.process import is_first
 
 KEYS = ["id", "part"]
 ABOUT = ["paper", *KEYS, "claim", "where", "published"]
-FOUND = ["verdict", "effect", "low", "high", "seeds"]
+FOUND = ["verdict", "effect", "low", "high", "seeds", "by_kid", "differs"]
 EFFECTS = "## Effects"  # a heading
 HEAD = f"""\
 Every claim once, with a column for each study that tests a claim of its paper. A verdict needs {SEEDS} seeds on either side, or a
 counted quantity: – marks numbers without a verdict, an empty cell a study that does not make the comparison. What the verdicts mean
-is said in docs/figures.md. The effects are listed under the tables, and stand with their intervals in scoreboard.csv. Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
+is said in docs/figures.md. Under the tables stand the effects, by FD unless they say otherwise, with the verdict that KID would give, how
+a comparison is other than the paper's, and why a verdict might be so, which nothing here tests; scoreboard.csv has their intervals.
+Published numbers are FID, of GET and GDD on CIFAR-10, of FPDM on ImageNet 256, unless they say otherwise."""
 
 EARLIER = """\
 \\* This study has not been run since its params, the evaluator and the discriminators' feature network were revised. Its verdicts are
@@ -168,10 +170,18 @@ def _verdicts(rows: pd.DataFrame, studies: Sequence[str]) -> pd.DataFrame:
 def _effects(rows: pd.DataFrame) -> str:
     """Return a line for each claim and study that tests it."""
     tested = rows[rows["study"] != ""]
+    why = {claim.name: claim.hypotheses for claims in read_papers().values() for claim in claims}
     lines = []
     for name, row in zip(_names(tested), tested.itertuples()):
         seeds = f"{row.seeds} seed{'s' * (row.seeds != '1')}" if row.seeds.isdigit() else row.seeds
-        lines.append(f"- **{name}**, {row.study}: {row.effect} ({seeds})")
+        line = f"- **{name}**, {row.study}: {row.effect} ({seeds})."
+        if row.by_kid:
+            line += f" By KID: {row.by_kid}."
+        if row.differs:
+            line += f" Other than in the paper: {row.differs}."
+        if row.verdict in (HOLDS, FAILS):
+            line += f" Perhaps since {getattr(why[name], row.verdict)}."
+        lines.append(line)
     return "\n".join(lines)
 
 
