@@ -14,7 +14,7 @@ from scipy import stats
 from smoke import current_studies
 
 import equilab
-from equilab.claims.claim import DEPENDS, judge, read_claims, refuse_mistyped
+from equilab.claims.claim import DEPENDS, judge, judge_by_kid, read_claims, refuse_mistyped
 from equilab.claims.comparisons import check_comparisons
 from equilab.claims.tests import (
     COLUMNS,
@@ -201,6 +201,24 @@ def test_of_a_run_that_is_no_better_than_the_mean_image_nothing_is_concluded(tmp
         outcome = judge(claim, equilab.results(results), 0.95)
         assert outcome.verdict == verdict
         assert ("mean image" in outcome.effect) == (verdict == NONE)
+
+
+def test_kid_has_a_verdict_of_its_own_where_it_is_positive(tmp_path):
+    """By FD the first run is the better one; `kid` is that of the other."""
+    (claim,) = claims_of(tmp_path / "claims", CLAIM)
+    for kid, verdict in ((0.4, HOLDS), (0.1, FAILS), (-0.1, NONE), (None, NONE)):
+        kids = {"distill/get": 0.2, "distill/vit": kid}
+        given = {of: [{"kid_train": each, "kid_test": each}] for of, each in kids.items() if each}
+        runs = {"distill/get": {"fd": FD}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
+        runs = {of: {**run, "settings": given.get(of, [{}])} for of, run in runs.items()}
+        found = equilab.results(write_study(tmp_path / str(kid), runs, comparisons=COMPARISONS))
+        assert judge(claim, found, 0.95).verdict == HOLDS
+        assert judge_by_kid(claim, found, 0.95) == verdict
+
+
+def test_a_cost_that_is_counted_decides_without_seeds():
+    outcome = cheaper(rows(([1.0], [2.0]), parameters=(20, 10)), "fd", 0.95, "parameters")
+    assert (outcome.verdict, outcome.seeds) == (FAILS, None)
 
 
 def test_references_that_disagree_are_said_to(tmp_path):
@@ -477,7 +495,7 @@ def test_numbers_have_as_many_digits_as_tell_them_apart():
 def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
     runs = {"distill/get": {"fd": FD, "parameters": 10}, "distill/vit": {"fd": [2 * fd for fd in FD]}}
     comparisons = {
-        "get against vit, parameters": COMPARISONS["get against vit"],
+        "get against vit, parameters": {**COMPARISONS["get against vit"], "differs": "of two ViTs one"},
         "get against a costlier vit": COMPARISONS["get against vit"],
     }
     results = write_study(tmp_path, runs, comparisons=comparisons)
@@ -497,10 +515,12 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
     run_stage(tmp_path, monkeypatch)
     claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
     assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
+    assert claims.loc["GET-1", "differs"] == "of two ViTs one" and claims.loc["GET-1", "by_kid"] == NONE
     measured = pd.read_csv(results / "measured.csv", keep_default_na=False)
     assert set(measured["id"]) == {"GET-3"} and set(measured["part"]) == {"training memory", "training speed"}
     page = (results / "claims.md").read_text()
     assert "| GET-1 " in page and "Hypotheses" in page and "made" in page.splitlines()[0]
+    assert "GET-1: of two ViTs one" in page
 
 
 def test_every_declared_comparison_serves_a_claim():
@@ -536,5 +556,5 @@ def test_the_committed_claims_are_what_the_committed_results_say(folder):
     judged = stage.judged_claims(equilab.results(results), 0.95, read_claims())
     for name, measured in (("claims", False), ("measured", True)):
         kept = pd.read_csv(results / f"{name}.csv", keep_default_na=False, dtype=str)
-        said = stage.table([(claim, outcome) for claim, outcome in judged if claim.measured == measured])
+        said = stage.table([one for one in judged if one.claim.measured == measured])
         pd.testing.assert_frame_equal(said.reset_index(drop=True), kept, check_dtype=False)

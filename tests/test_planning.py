@@ -143,6 +143,8 @@ def test_time_is_that_of_the_flops_at_the_share_that_runs_reach(folder):
     assert speed.seconds(PEAK, job) == pytest.approx(planning.START + 1 / 0.5)
     other = job_of(sections(), "data", Replicate())
     assert speed.seconds(PEAK, other) == pytest.approx(planning.START + 1 / 0.2)
+    (cost / "cost.csv").write_text("of,what,peak_share\nteacher,call,0.2\n")  # no training step was measured
+    assert planning.speed_of(job).seconds(PEAK, job) == pytest.approx(planning.START + 1 / 0.2)
     (cost / "cost.json").write_text(json.dumps({"environment": {"device": "another"}}))
     assert planning.speed_of(job) == usual
 
