@@ -180,7 +180,7 @@ def _effects(rows: pd.DataFrame) -> str:
         if row.differs:
             line += f" Other than in the paper: {row.differs}."
         if row.verdict in (HOLDS, FAILS):
-            line += f" Perhaps since {getattr(why[name], row.verdict)}."
+            line += f" Perhaps because {getattr(why[name], row.verdict)}."
         lines.append(line)
     return "\n".join(lines)
 
