@@ -1,7 +1,7 @@
 """equilab: one-step and equilibrium generators on one teacher, one data path, one metric and one cost currency.
 
 >>> import equilab
->>> model = equilab.load("results/distill/get-m")
+>>> model = equilab.load("models/get")
 >>> samples = model.sample(16, label=3, seed=0, iterations=6)
 >>> equilab.show(samples)
 """
@@ -63,9 +63,9 @@ def load(
     will do too. `device` is "cpu", "cuda" or "auto"; `vae` the folder of the autoencoder of a model that makes latents,
     where its study does not say it.
 
-    >>> equilab.load("results/distill/get-m").sample(16, label=3, iterations=6)
+    >>> equilab.load("models/get").sample(16, label=3, iterations=6)
 
-    Raises: UserError if the weights are missing or damaged.
+    Raises: UserError if the weights are missing or damaged, or `seed`, `precision` or `vae` does not fit them.
     """
     from equilab.sampling.opening import open_run  # torch, which takes seconds
 
@@ -98,12 +98,16 @@ def show(samples: Samples | np.ndarray, columns: int | None = None) -> None:
     """Show samples of a model, or images (N, C, H, W) uint8, side by side in a notebook.
 
     >>> equilab.show(model.sample(16))
+
+    Raises: UserError for anything else.
     """
     from IPython.display import Image, display
 
-    from equilab.sampling.pictures import grid, png
+    from equilab.sampling.pictures import grid, png, require_images
 
-    display(Image(png(grid(getattr(samples, "images", samples), columns))))
+    images = getattr(samples, "images", samples)
+    require_images(images, columns)
+    display(Image(png(grid(images, columns))))
 
 
 def watch(path: Path | str, seconds: float | int = 5) -> None:

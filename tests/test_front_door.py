@@ -2,7 +2,11 @@
 
 import inspect
 import io
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +14,12 @@ import torch
 import yaml
 from conftest import golden, weights_of
 from PIL import Image
+from smoke import ROOT
 from test_sampling import CHAIN, ENTRIES, HEUN, IMAGE, ITERATE, study  # noqa: F401, a fixture
 
 import equilab
 from equilab.core.config import UserError
+from equilab.sampling.settings import changed
 
 SETTINGS = {"teacher": {"sampler": [HEUN]}, "distill/get": {"solver": [{**ITERATE, "iterations": 2}]}}
 SETTINGS |= {
@@ -93,17 +99,88 @@ def test_options_change_the_setting_by_their_names(results):
         ("consistency/cd", {"colour": 1}, "CD takes no option 'colour'; it takes none"),
         ("distill/get", {"iterations": 0}, "option.iterations"),
         ("distill/get", {"init": "zero"}, "did you mean 'zeros'"),
-        ("diffusion/fpdm", {"guidance_scale": 2.0}, "option.guidance_channels: missing"),
+        ("diffusion/fpdm", {"guidance_channels": "all"}, "option.guidance_scale: missing"),
+        ("diffusion/fpdm", {"budget": 3}, "option.budget: 3 is no budget; give constant, increasing"),
+        ("diffusion/fpdm", {"budget": "constent"}, "did you mean 'constant'"),
+        ("diffusion/fpdm", {"memory": 3}, "option.solver: memory and mixing"),
+        ("diffusion/fpdm", {"method": "ddpm", "eta": 0.5}, "give 0..1 for ddim and None for ddpm"),
         ("diffusion/fpdm", {"blocks": 3}, "FPDM: blocks is 3, but 4 steps"),
-        ("distill/get", {"count": 0}, "count is 0; give a whole number from 1 on"),
+        ("distill/get", {"count": 0}, "count is 0; give a whole number from 1 to"),
         ("distill/get", {"batch": 0}, "batch is 0"),
-        ("distill/get", {"seed": -1}, "seed is -1; give a whole number from 0 on"),
+        ("distill/get", {"seed": -1}, "seed is -1; give a whole number from 0 to 2**63 - 1"),
+        ("distill/get", {"seed": 2**70}, "to 2**63 - 1"),
     ],
 )
 def test_an_option_that_cannot_be_is_told_with_the_remedy(results, of, options, sentence):
     with pytest.raises(UserError) as error:
         model(results, of).sample(**{"count": 2, **options})
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_method_brings_along_what_it_needs(results):
+    get, fpdm, dit = (model(results, of) for of in ("distill/get", "diffusion/fpdm", "diffusion/dit"))
+
+    def same(found, short, long):
+        assert np.array_equal(found.sample(2, **short).images, found.sample(2, **long).images)
+
+    anderson, plainly = {"memory": 5, "mixing": 1.0}, {"memory": None, "mixing": None}
+    same(get, {"method": "anderson"}, {"method": "anderson", **anderson})
+    same(fpdm, {"solver": "anderson"}, {"solver": "anderson", **anderson})
+    same(fpdm, {"method": "ddpm"}, {"method": "ddpm", "eta": None})
+    assert dit.sample(2, method="ddpm").nfe == 4
+    drawn = replace(dit, setting=changed(dit.setting, {"method": "ddpm"}))
+    same(drawn, {"method": "ddim"}, {"method": "ddim", "eta": 0.0})
+    fast = replace(get, setting=changed(get.setting, {"method": "anderson", "memory": 3}))
+    same(fast, {"method": "iterate"}, {"method": "iterate", **plainly})
+    assert changed(fast.setting, {"method": "anderson"}).memory == 3  # no other method
+    same(fpdm, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_channels": "first_three"})
+
+
+# what a type checker would find, without one
+AS_TYPED = """
+import numpy as np
+import equilab
+model = equilab.load("models/get", device="cpu")
+images = np.zeros((2, 1, 8, 8), np.uint8)
+for call in (
+    lambda: equilab.load("models/get", precision="fp16"),
+    lambda: model.sample(1, label="3"),
+    lambda: equilab.published.load("get", {"a": 1}),
+    lambda: equilab.published.load("get", {"a": np.zeros(3)}),
+    lambda: equilab.published.load("get", None),
+    lambda: equilab.show(images / 255),
+    lambda: equilab.show(images[0]),
+    lambda: equilab.show(images.transpose(0, 2, 3, 1)),
+    lambda: equilab.show(images[:0]),
+    lambda: equilab.show("images"),
+    lambda: equilab.show(images, columns=-1),
+):
+    try:
+        call()
+    except equilab.UserError as error:
+        print(error)
+"""
+
+
+def test_values_of_another_type_are_told():
+    done = subprocess.run([sys.executable, "-c", AS_TYPED], cwd=ROOT, capture_output=True, text=True)
+    expected = [
+        "'fp16'; give one of fp32, tf32, bf16",
+        "label is '3'",
+        "int under 'a'",
+        "ndarray under 'a'",
+        "weights is None",
+    ]
+    shown = ["float64", r"\(1, 8, 8\)", r"\(2, 8, 8, 1\)", r"\(0, 1, 8, 8\)", "are str;", "columns is -1"]
+    told = done.stdout.splitlines()
+    assert len(told) == len(expected + shown), done.stderr
+    for line, sentence in zip(told, expected + shown):
+        assert re.search(sentence, line)
+
+
+def test_a_model_is_told_in_a_line(results):
+    told = repr(model(results, "distill/get"))
+    assert "distill/get" in told and "fp32 on cpu" in told and len(told) < 120
 
 
 def test_a_path_leads_to_a_run_a_seed_or_a_file(results, tmp_path):
@@ -120,9 +197,13 @@ def test_a_path_leads_to_a_run_a_seed_or_a_file(results, tmp_path):
     ("path", "how", "sentence"),
     [
         ("distill/gte", {}, "distill/gte is not there; give the folder of a run"),
-        ("distill", {}, "is not the folder of a run (it holds get, vit)"),
+        ("distill", {}, "holds no weights of a run (it holds get, vit)"),
         ("distill/get", {"seed": 3}, "has no seed 3; it has 0"),
-        ("distill/get", {"device": "tpu"}, "device is 'tpu'"),
+        ("distill/get/0", {"seed": 0}, "0 has no seeds to choose from; leave it out"),
+        ("distill/get/0/weights.safetensors", {"seed": 1}, "seed is 1"),
+        ("distill/get", {"device": "tpu"}, "'tpu', which torch does not have here; give cpu"),
+        ("distill/get", {"vae": "vae"}, "vae is 'vae', but GET makes images"),
+        ("diffusion/fpdm", {"vae": "vae"}, "vae holds no VAE"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_told(results, path, how, sentence):
@@ -136,6 +217,27 @@ def test_weights_that_are_not_there_yet_are_named(tmp_path):
     (tmp_path / "get/summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"get/weights\.safetensors is not there"):
         equilab.load(tmp_path / "get")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"PK\x03\x04 by torch", "equilab.published.load"),
+        (b"\x80\x04 a pickle", "python -m equilab import FAMILY"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (None, "is damaged .*; fetch it again"),
+    ],
+)
+def test_what_is_no_file_of_ours_is_told_with_what_fetches_or_reads_it(results, tmp_path, content, sentence):
+    whole = (results / "distill/get/0/weights.safetensors").read_bytes()
+    (tmp_path / "weights.safetensors").write_bytes(whole[:-100] if content is None else content)
+    with pytest.raises(UserError, match=rf"weights\.safetensors .*{sentence}"):
+        equilab.load(tmp_path)
+
+
+def test_a_path_may_begin_at_home(results, monkeypatch):
+    monkeypatch.setenv("HOME", str(results))
+    assert equilab.load("~/distill/get", device="cpu").run.of == "distill/get"
 
 
 def test_latents_are_no_images_without_what_decodes_them():

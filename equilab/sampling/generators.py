@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from equilab.core.config import UserError, nearest, parse
+from equilab.core.config import UserError, nearest, parse, shown
 from equilab.core.job import Job
 from equilab.core.machine import device_of, precision
 from equilab.core.progress import bar
@@ -41,6 +41,7 @@ from equilab.sampling.settings import Setting, changed
 from equilab.training import consistency, diffusion, distill, gan, progressive, teacher
 
 Label = int | Sequence[int] | np.ndarray | Tensor | None
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class Kind(NamedTuple):
@@ -81,6 +82,15 @@ class Generator:
     setting: Setting | None = None  # at which it is sampled unless told otherwise; None: as its paper does
     vae: Path | None = None  # the folder of what turns its latents into pixels, where it makes latents
 
+    def __repr__(self) -> str:
+        """Return in a line what model it is."""
+        size = " x ".join(map(str, self.run.shape))
+        parameters = sum(each.numel() for each in self.net.parameters())
+        return (
+            f"<Generator {self.run.of}: {self.run.family.label}, {parameters:,} parameters, {size}, "
+            f"{self.run.classes or 'no'} classes, {self.precision} on {self.device}>"
+        )
+
     def sample(
         self, count: int = 16, *, label: Label = None, seed: int = 0, batch: int = 64, **options: Any
     ) -> Samples:
@@ -103,6 +113,10 @@ class Generator:
                 if chosen is not None:
                     inputs = inputs._replace(label=chosen[indices].to(self.device))
                 outputs = self.generate(inputs, setting)
+                if "published" in self.metadata and outputs.image.isnan().any():
+                    raise UserError(
+                        f"{self.run.of} makes pixels that are not numbers; give other options, or precision fp32"
+                    )
                 images = self.pixels.decode(outputs.image).cpu().numpy()
                 parts.append(self._samples(images, inputs.label, outputs, setting))
                 progress.update(len(indices))
@@ -140,10 +154,13 @@ class Generator:
             return None
         classes = self.run.classes
         if not classes:
-            raise UserError(f"label is {label}, but the model knows no classes; leave it out")
+            raise UserError(f"label is {label!r}, but the model knows no classes; leave it out")
         labels = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
         if labels.dtype.kind not in "iu" or labels.shape not in ((), (count,)):
-            raise UserError(f"label is {label}; give a class, or one for each of the {count} images")
+            given = shown(labels.tolist())
+            raise UserError(
+                f"label is {given}; give a class as a whole number, or one for each of the {count} images"
+            )
         if outside := [each for each in labels.flatten() if not 0 <= each < classes]:
             raise UserError(
                 f"label is {outside[0]}, but classes go from 0 to {classes - 1}; give one of them"
@@ -255,8 +272,10 @@ def from_network(
 ) -> Generator:
     """Return a network with what is kept with its weights, in a file `where`, as what samples from it.
 
-    Raises: UserError if the config that is kept is none of its stage.
+    Raises: UserError if the config that is kept is none of its stage, or there is no such precision.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; give one of {', '.join(PRECISIONS)}")
     stage = metadata["stage"]
     training = KINDS[stage].training
     if config is None:
@@ -312,7 +331,7 @@ def _require_counts(**counts: int) -> None:
     for name, value in counts.items():
         least = 0 if name == "seed" else 1
         if not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
-            raise UserError(f"{name} is {value!r}; give a whole number from {least} on")
+            raise UserError(f"{name} is {value!r}; give a whole number from {least} to 2**63 - 1")
 
 
 def batches(count: int, batch: int) -> Iterator[np.ndarray]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from equilab.core.config import UserError, parse, read_json
 from equilab.core.like import read
+from equilab.data.reading import expanded
 from equilab.models.checkpoint import load_network
 from equilab.sampling.generators import Generator, from_network
 from equilab.sampling.hub import fetch, is_on_hub
@@ -17,6 +19,9 @@ from equilab.sampling.runs import Run
 from equilab.sampling.settings import Setting
 
 WEIGHTS = "weights.safetensors"
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+POINTED = "is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
+BY_OTHERS = (b"PK\x03\x04", b"\x80")  # how the files of torch and of pickle begin
 
 
 def open_run(
@@ -33,44 +38,91 @@ def open_run(
     first is taken, or `seed`. "hf://owner/name" is a folder on the Hugging Face Hub. `vae` is the folder of the autoencoder
     of a model that makes latents, if its study does not say it.
 
-    Raises: UserError if there are no weights, or they are damaged.
+    Raises: UserError if there are no weights, they are damaged, or they have no such seed or make no latents.
     """
     weights = find_weights(fetch(path) if is_on_hub(path) else Path(path), seed)
-    generator = from_network(
-        *load_network(weights), str(weights), device=device_named(device), precision=precision
-    )
+    generator = from_network(*_read(weights), str(weights), device=device_named(device), precision=precision)
     study = study_of(weights)
     if study is None:
         setting = _given_setting(weights, generator.run)
     else:
         sections = read(study / "params.yaml")
         setting = headline(study, sections, generator.run)
-        if vae is None and generator.run.latent and sections.get("latents"):
-            vae = study / sections["latents"]["vae"]
-    return replace(generator, setting=setting, vae=None if vae is None else Path(vae))
+        if generator.run.latent and sections.get("latents"):
+            generator = replace(generator, vae=study / sections["latents"]["vae"])
+    return with_vae(replace(generator, setting=setting), vae)
+
+
+def with_vae(generator: Generator, vae: Path | str | None) -> Generator:
+    """Return a model whose latents the autoencoder in a folder decodes; None leaves it as it is.
+
+    Raises: UserError if the model makes no latents, or there is no autoencoder of them.
+    """
+    if vae is None:
+        return generator
+    if not generator.run.latent:
+        raise UserError(
+            f"vae is {str(vae)!r}, but {generator.run.family.label} makes images, not latents; leave it out"
+        )
+    found = replace(generator, vae=expanded(str(vae)))
+    _ = found.pixels  # read now, so that a mistake is told now
+    return found
+
+
+def _read(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network with what is kept with its weights.
+
+    Raises: UserError if the file is missing, damaged or was not written by equilab; where no stage wrote it, none is named.
+    """
+    start = b""
+    if weights.is_file():
+        with open(weights, "rb") as file:
+            start = file.read(len(POINTER))
+    if start == POINTER:
+        raise UserError(f"{weights} {POINTED}")
+    if start.startswith(BY_OTHERS) and start[8:9] != b"{":
+        raise UserError(
+            f"{weights} was not written by equilab; read the authors' checkpoints with equilab.published.load, or by "
+            f"`python -m equilab import FAMILY {weights}`"
+        )
+    try:
+        return load_network(weights)
+    except UserError as error:
+        raise UserError(str(error).replace("run the stage that writes it", "fetch it")) from None
 
 
 def find_weights(path: Path, seed: int | None = None) -> Path:
     """Return the file of weights that a path leads to: itself, that of a folder, or that of a seed in it, by default the first.
 
-    Raises: UserError if it leads to none.
+    Raises: UserError if it leads to none, or has no such seed.
     """
+    path = expanded(str(path))
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there; give the folder of a run, such as models/get of the repository"
+        )
     if path.is_file():
+        _require_none(seed, path)
         return path
-    if not path.is_dir():
-        raise UserError(f"{path} is not there; give the folder of a run, such as results/distill/get-m")
     folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir()}
     seeds = sorted(int(name) for name in folders if name.isdigit())
     if (path / WEIGHTS).exists() or (not seeds and (path / "summary.json").exists()):
+        _require_none(seed, path)
         return path / WEIGHTS
     if not seeds:
         names = ", ".join(folders) or "nothing"
         raise UserError(
-            f"{path} is not the folder of a run (it holds {names}); give one such as results/distill/get-m"
+            f"{path} holds no weights of a run (it holds {names}); give a folder that does, such as models/get of the repository"
         )
     if seed is not None and seed not in seeds:
         raise UserError(f"{path} has no seed {seed}; it has {', '.join(map(str, seeds))}")
     return path / str(seeds[0] if seed is None else seed) / WEIGHTS
+
+
+def _require_none(seed: int | None, path: Path) -> None:
+    """Refuse a seed where there is none to choose from."""
+    if seed is not None:
+        raise UserError(f"seed is {seed}, but {path} has no seeds to choose from; leave it out")
 
 
 def device_named(name: str) -> torch.device:
@@ -82,9 +134,9 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError):
         raise UserError(
-            f"device is {name!r}, which torch does not have here ({str(error).splitlines()[0]}); give cpu, cuda or auto"
+            f"device is {name!r}, which torch does not have here; give cpu, cuda or auto"
         ) from None
 
 

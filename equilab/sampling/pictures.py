@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -39,12 +39,33 @@ def require_place(out: Path) -> None:
 
     Raises: UserError saying which places can be.
     """
-    if out.suffix not in (".png", ".npz", ""):
+    if out.suffix.lower() not in (".png", ".npz", ""):
         raise UserError(
             f"{out} is none of GRID.png, ARRAYS.npz and a folder for an image a file; give one of these"
         )
-    if not out.suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; give a new folder, or remove it")
+    for above in out.parents:
+        if above.exists() and not above.is_dir():
+            raise UserError(f"{above} is a file, not a folder; give another place than {out}")
+    empty = not out.suffix and out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty:
+        raise UserError(f"{out} is there already; give a new name, or remove it")
+
+
+def require_images(images: Any, columns: Any = None) -> None:
+    """Refuse what `grid` could not show.
+
+    Raises: UserError saying what it is, and what can be shown.
+    """
+    is_array = isinstance(images, np.ndarray)
+    fits = is_array and images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+    if not fits or images.size == 0:
+        what = f"{images.dtype} of shape {images.shape}" if is_array else type(images).__name__
+        raise UserError(
+            f"the images are {what}; give samples of a model, or an array of uint8 of shape (count, channels, height, width), "
+            "of 1 or 3 channels"
+        )
+    if columns is not None and (not isinstance(columns, int) or columns < 1):
+        raise UserError(f"columns is {columns!r}; give a whole number from 1 on")
 
 
 def save(samples: Samples, out: Path) -> None:
@@ -55,7 +76,7 @@ def save(samples: Samples, out: Path) -> None:
     Source: the layout of .npz is that of guided-diffusion (Dhariwal 2021), whose evaluator and others read it.
     """
     require_place(out)
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
         arrays = {"arr_0": samples.images.transpose(0, 2, 3, 1), "arr_1": samples.labels}
         write_arrays(out, {name: array for name, array in arrays.items() if array is not None})
     elif out.suffix:

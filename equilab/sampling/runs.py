@@ -352,7 +352,7 @@ class Denoiser(Run):
         evenly(self.config.diffusion.timesteps, setting.steps)
         if setting.guidance and not self.config.label_dropout:
             raise ValueError(
-                "guidance needs a run with conditional true and label_dropout above 0; set guidance to null"
+                "guidance needs a run with conditional true and label_dropout above 0; draw without guidance"
             )
         if setting.fixed_point is not None and self._unguided_iterations(setting) < setting.steps:
             explicit = self.network.blocks(0)

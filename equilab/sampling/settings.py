@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, WrapValidator, model_validator
 
-from equilab.core.config import Params, UserError, parse, plain
+from equilab.core.config import Params, UserError, did_you_mean, parse, plain, shown
 from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
 from equilab.solvers.solver import METHODS
@@ -28,6 +28,27 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Tolerance = Annotated[float, Field(ge=0)]  # relative residual at which a sample stops; 0: never
 Memory = Annotated[int, Field(ge=2, le=1000)]  # of Anderson: states combined
 Mixing = Annotated[float, Field(gt=0, le=1)]  # of Anderson: weight of the residual
+BUDGETS = ("constant", "increasing", "decreasing", "adaptive")
+
+
+def _budget(value: Any, read: Any) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError(
+            f"{shown(value)} is no budget; give {', '.join(BUDGETS)}, or a list of the iterations of each step"
+            f"{did_you_mean(value, BUDGETS)}"
+        ) from None
+
+
+# how iterations are spread over steps, or those of each step, the noisiest first
+Spread = Annotated[Literal[BUDGETS] | tuple[Count, ...], WrapValidator(_budget)]
+
+# what an option that changes the method brings along unless it is given too (docs/checkpoints.md)
+ANDERSON = {"memory": 5, "mixing": 1.0}
+WITHOUT_ANDERSON = {"memory": None, "mixing": None}
+ETA = {"ddim": 0.0, "ddpm": None}
+GUIDED = "first_three"  # channels, as published
 
 
 class Solve(Params):
@@ -77,8 +98,7 @@ class FixedPointAlongChain(Params):
     """How the fixed points along a chain are solved, and what they may cost."""
 
     blocks: Count  # of a chain without guidance (which takes two): over all steps, explicit layers included
-    # how iterations are spread over steps, or those of each step, the noisiest first
-    budget: Literal["constant", "increasing", "decreasing", "adaptive"] | tuple[Count, ...]
+    budget: Spread
     reuse: bool  # each step starts from the solution of the one before
     method: Method
     tolerance: Tolerance
@@ -143,12 +163,12 @@ def options_of(kind: type[Setting], without: tuple[str, ...] = ()) -> list[str]:
 
 
 def changed(setting: Setting, options: Mapping[str, Any]) -> Setting:
-    """Return a setting with other values of some of its `options_of`.
+    """Return a setting with other values of some of its `options_of`, and with those that another method needs.
 
     Raises: UserError with a sentence for each value that cannot be.
     """
     values = plain(setting)
-    for name, value in options.items():
+    for name, value in {**_brought(setting, options), **options}.items():
         if name in values:
             values[name] = value
         else:
@@ -160,4 +180,24 @@ def changed(setting: Setting, options: Mapping[str, Any]) -> Setting:
         sentences = str(error)
     for name, (group, key) in GROUPED.items():
         sentences = sentences.replace(f"option.{group}.{key}:", f"option.{name}:")
-    raise UserError(sentences)
+    sentences = sentences.replace("option.fixed_point:", "option.solver:")
+    raise UserError(sentences.replace("null", "None"))  # options are given in Python
+
+
+def _brought(setting: Setting, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that options bring along: of another method, and of guidance where there was none."""
+    brought = {}
+    if isinstance(setting, ChainSampler):
+        if options.get("method", setting.method) != setting.method:
+            brought["eta"] = ETA.get(str(options["method"]))
+        if "guidance_scale" in options and setting.guidance is None:
+            brought["guidance_channels"] = GUIDED
+    solved, name = setting, "method"
+    if isinstance(setting, ChainSampler):
+        solved, name = setting.fixed_point, "solver"
+    if (
+        isinstance(solved, (Solve, FixedPointAlongChain))
+        and options.get(name, solved.method) != solved.method
+    ):
+        brought |= ANDERSON if str(options[name]).endswith("anderson") else WITHOUT_ANDERSON
+    return brought
