@@ -176,6 +176,12 @@ def test_a_training_checkpoint_of_a_named_model_needs_no_config(legacy, tmp_path
         published.load("fpdm", path)
 
 
+def test_heads_that_do_not_fit_are_said_to_be_those_of_the_file(tmp_path):
+    authors.training(tmp_path / "get.pth", weights_of(golden("get_uncond")[0]), {"model": "GET-M/2"})
+    with pytest.raises(UserError, match=r"heads, 6; heads is that of the settings in the file, heads=\.\.\."):
+        published.load("get", tmp_path / "get.pth")
+
+
 def test_the_settings_in_a_file_count_where_none_are_given(tmp_path):
     weights = weights_of(golden("gdd_ncsnpp")[0])
     authors.nvidia(tmp_path / "gdd.pkl", weights, "GDDPrecond", eps=0.001, sigma_data=0.25)
@@ -295,7 +301,7 @@ def test_tensors_that_are_no_network_are_refused_in_a_sentence(weights, sentence
 
 def test_weights_of_ours_are_said_to_be(tmp_path):
     save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match="holds weights of ours"):
+    with pytest.raises(UserError, match=r"holds weights of ours: equilab\.load\("):
         published.load("get", tmp_path / "weights.safetensors", heads=2)
 
 

@@ -26,6 +26,7 @@ HEADS = {"heads": 2}
         ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, HEADS, "unexpected key 'blocks.0.attn.kqv.weight'"),
         ({"blocks.0.attn.kqv.weight": torch.zeros(1)}, HEADS, "the nearest is 'blocks.0.attn.qkv.weight'"),
         ({"blocks.0.mlp.fc1.bias": torch.zeros(7)}, HEADS, "'blocks.0.mlp.fc1.bias' has shape (7,)"),
+        ({"blocks.0.mlp.fc1.bias": torch.zeros(7)}, HEADS, "are damaged, or of another model"),
         ({"x_embedder.proj.weight": torch.zeros(3)}, HEADS, "'x_embedder.proj.weight' has shape (3,)"),
         ({"deq_blocks.0.mlp.fc1.weight": torch.zeros(4, 0)}, HEADS, "'deq_blocks.0.mlp.fc1.weight'"),
         ({"module.pos_embed": torch.zeros(1)}, HEADS, "'module.pos_embed' is there twice"),
@@ -133,9 +134,14 @@ def test_an_imported_network_is_read_as_one_that_a_stage_trained(
     ("arguments", "sentence"),
     [
         (["get", "get.pt", "heads"], "'heads' is not KEY=VALUE"),
-        (["get", "get.pt", "heads=[2"], "'heads=\\[2'"),
-        (["get", "get.pt", "heads=2", "--out", "../there"], "'../there' is no name"),
+        (["get", "get.pt", "heads=[2"], "heads: '\\[2'"),
+        (["get", "get.pt", "heads=2", "heads=4"], "heads is given twice"),
+        (["get", "get.pt", "--ot=theirs"], "'--ot=theirs' is not KEY=VALUE"),
+        (["get", "get.pt", "heads=2", "--out", "../there"], "--out: '../there' is no name"),
+        (["get", "GET M v2.pth"], "'GET M v2' is no name.*; give --out NAME"),
         (["get", "gte.pt", "heads=2"], "gte.pt is not there"),
+        (["get", "Get-m.pth", "heads=2"], "GET-M.pth, 77 MB"),
+        (["get", "get-b-plu.pth", "heads=2"], "the nearest is 'GET-B-plus.pth'"),
     ],
 )
 def test_an_import_that_cannot_be_is_refused_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch):
@@ -144,3 +150,43 @@ def test_an_import_that_cannot_be_is_refused_and_leaves_nothing(arguments, sente
     with pytest.raises(UserError, match=sentence):
         importing.command(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["get.pt"]
+
+
+def test_an_import_that_is_there_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(GET, "get.pt")
+    path = importing.run("get", tmp_path / "get.pt", "theirs", HEADS)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="theirs is there already"):
+        importing.run("get", tmp_path / "get.pt", "theirs", {"heads": 4})
+    assert path.read_bytes() == before
+
+
+def test_the_arguments_that_an_import_needs_are_named_alone(capsys):
+    with pytest.raises(SystemExit):
+        importing.command(["get"])
+    assert "required: FILE\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_refused_by_their_key(value):
+    bias = GET["blocks.0.mlp.fc1.bias"].double().index_fill(0, torch.tensor([1]), value)
+    with pytest.raises(UserError, match="'blocks.0.mlp.fc1.bias' holds numbers that are not finite"):
+        published.load("get", {**GET, "blocks.0.mlp.fc1.bias": bias}, heads=2)
+
+
+def test_a_value_of_another_type_is_told_by_its_key():
+    with pytest.raises(UserError, match="edm.sigma_data: expected a number, got 'abc'"):
+        published.load("edm", weights_of(golden("edm_ncsnpp")[0]), sigma_data="abc")
+
+
+def test_a_vae_of_a_model_that_makes_no_latents_is_refused():
+    with pytest.raises(UserError, match="vae is 'vae', but GET makes images"):
+        published.load("get", GET, heads=2, vae="vae")
+
+
+def test_weights_of_others_that_make_no_numbers_are_not_to_be_trained_again():
+    weights, key = weights_of(golden("vit_cond")[0]), "x_embedder.proj.weight"
+    model = published.load("vit", {**weights, key: torch.full_like(weights[key], 3e38)}, heads=2)
+    with pytest.raises(UserError, match="are not numbers; give other options"):
+        model.sample(1)

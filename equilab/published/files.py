@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
+import difflib
 from pathlib import Path
 from typing import NamedTuple
-
-from equilab.models.published_keys import nearest_key
 
 TABLE = Path(__file__).with_name("files.csv")
 
@@ -30,10 +29,11 @@ def published_files() -> list[PublishedFile]:
 
 def absent(path: Path) -> str:
     """Return the sentence about a file of weights that is not there: where it is published, its size, where to put it."""
-    known = {each.file: each for each in published_files()}
-    if (found := known.get(path.name)) is None:
-        near = nearest_key(path.name, known)
-        return f"{path} is not there; docs/checkpoints.md says which files are published, and where{near}"
+    known = {each.file.lower(): each for each in published_files()}
+    if (found := known.get(path.name.lower())) is None:
+        near = difflib.get_close_matches(path.name.lower(), known, 1, 0.3)
+        hint = f"; the nearest is {known[near[0]].file!r}" if near else ""
+        return f"{path} is not there; docs/checkpoints.md says which files are published, and where{hint}"
     return (
         f"{path} is not there: {found.file}, {found.megabytes:,} MB of weights, is published at {found.place}; place it "
         "there, or correct the path"

@@ -28,6 +28,7 @@ from equilab.published.tensors import (
     stored,
     tensor,
 )
+from equilab.sampling.opening import POINTED, POINTER
 
 AVERAGED, RAW = "ema", ("model", "net", "state_dict")  # under which entry of a checkpoint weights are
 MOST_LEVELS = 50  # of modules within modules
@@ -35,7 +36,7 @@ LARGEST_HEADER = 2**26  # bytes that tell where numbers are: the pickle in an ar
 
 # how a file begins that is none of the formats: what it is, and the remedy
 FOREIGN = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the weights: fetch them with `git lfs pull`",
+    POINTER: POINTED,
     b"<": "is a web page that was saved under the name: open its address in a browser and download the file itself",
     b"\x1f\x8b": "is compressed by gzip: unpack it first",
     b"BZh": "is compressed by bzip2: unpack it first",
@@ -102,7 +103,7 @@ def _safetensors(path: Path, size: int, header: int) -> dict[str, StoredTensor]:
         file.seek(8)
         entries = json.loads(file.read(header))
     if KEY in entries.pop("__metadata__", {}):
-        raise UserError(f"{path} holds weights of ours: equilab.models.checkpoint.load_network reads them")
+        raise UserError(f"{path} holds weights of ours: equilab.load({str(path)!r}) reads them")
     weights = {}
     for name, entry in entries.items():
         dtype = SAFETENSORS[entry["dtype"]]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import create_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from equilab.core.config import UserError, nearest, spec
+from equilab.core.config import Params, UserError, nearest, parse, spec
+from equilab.data.reading import expanded
 from equilab.models.family import Family
 from equilab.models.family import family as family_of
 from equilab.models.published_keys import Described, nearest_key, need
@@ -21,7 +23,7 @@ from equilab.models.registry import FAMILIES
 from equilab.published.formats import Contents, read
 from equilab.published.tensors import StoredTensor
 from equilab.sampling.generators import Generator, from_network
-from equilab.sampling.opening import device_named
+from equilab.sampling.opening import device_named, with_vae
 
 PREFIXES = ("module.", "net.", "model.")  # of DDP, and of the classes around networks
 COMPILED = "_orig_mod."  # of torch.compile, at any place in a key
@@ -76,15 +78,15 @@ def load(
     (16, 3, 32, 32)
 
     Raises: UserError for an unknown family, a file that is damaged, of another family or unsafe, a missing, unexpected or
-        misshapen key (with the nearest one), or a `config` entry that the family does not take.
+        misshapen key (with the nearest one), numbers that are not finite, or a `config` entry that the family does not take.
     """
-    name = "weights" if isinstance(weights, Mapping) else Path(weights).stem
     loaded = load_network(family, weights, config)
+    name = "weights" if isinstance(weights, Mapping) else Path(weights).stem
     device = device_named(device)
     generator = from_network(
         loaded.network.eval(), loaded.about(name), name, device=device, precision=precision
     )
-    return replace(generator, vae=vae and Path(vae))
+    return with_vae(generator, vae)
 
 
 def load_network(
@@ -96,17 +98,23 @@ def load_network(
     """
     reading = _family(family)
     if isinstance(weights, Mapping):
+        _require_tensors(weights)
         name, contents, limit = "the weights", Contents(dict(weights)), None
-    else:
-        path = Path(weights)
+    elif isinstance(weights, (str, Path)):
+        path = expanded(str(weights))
         name, contents, limit = str(path), read(path), path.stat().st_size
+    else:
+        raise UserError(
+            f"weights is {weights!r}; give a file, or a mapping from published key names to tensors"
+        )
     try:
         bare = _bare(contents.weights)
         contents.weights.clear()  # what is read is forgotten
         _check_family(reading, bare, contents.module)
         shapes = {key: torch.empty(value.shape, device="meta") for key, value in bare.items()}
-        described = _described(reading, shapes, reading.published.config(contents.settings), config)
-        network = _network(reading, described, f"{name}: network")
+        settings = reading.published.config(contents.settings)
+        described = _described(reading, shapes, settings, config)
+        network = _network(reading, described, name, settings.keys() - config.keys())
         _check_keys(network, reading, shapes)
         _check_memory(bare, limit)
         _fill(network, reading, bare)
@@ -119,6 +127,19 @@ def load_network(
             file=sys.stderr,
         )
     return Loaded(reading, network, described, contents.entry)
+
+
+def _require_tensors(weights: Mapping[Any, Any]) -> None:
+    """Refuse a mapping that is none from names to tensors.
+
+    Raises: UserError naming the first entry that is not.
+    """
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"the weights hold {type(value).__name__} under {key!r}; give a mapping from published key names to torch's "
+                "tensors, such as the entry of a checkpoint in which they are"
+            )
 
 
 def _family(name: str) -> Family:
@@ -179,6 +200,9 @@ def _described(
         if name not in known:
             takes = ", ".join(known)
             raise ValueError(f"{family.name} takes no {name!r}{nearest_key(name, known)}; it takes {takes}")
+    types = typing.get_type_hints(describe)
+    given = create_model("Given", __base__=Params, **{name: (types[name], ...) for name in config})
+    parse(given, dict(config), family.name)
     config = {**settings, **config}
     for entry in entries:
         if entry.default is entry.empty and entry.name not in config:
@@ -188,11 +212,21 @@ def _described(
     return describe(shapes, **config)
 
 
-def _network(family: Family, described: Described, path: str) -> nn.Module:
-    """Return the network that is described, without numbers."""
-    network = spec({family.kind: family.network}, {"kind": family.kind, **described.sizes}, path)
-    with _Unfilled():
-        return network.build(described.image, described.classes)
+def _network(family: Family, described: Described, where: str, of_file: Collection[str]) -> nn.Module:
+    """Return the network that is described, without numbers; `of_file` are the keys that the settings in the file say.
+
+    Raises: UserError if its sizes do not fit each other.
+    """
+    sizes = {"kind": family.kind, **described.sizes}
+    try:
+        network = spec({family.kind: family.network}, sizes, f"{where}: network")
+        with _Unfilled():
+            return network.build(described.image, described.classes)
+    except UserError as error:
+        told = [
+            f"{name} is that of the settings in the file, {name}=... overrides it" for name in sorted(of_file)
+        ]
+        raise UserError("; ".join([str(error), *told])) from None
 
 
 class _Unfilled(TorchFunctionMode):
@@ -217,7 +251,7 @@ def _check_keys(network: nn.Module, family: Family, shapes: Mapping[str, Tensor]
         if tensor.shape != own[keys[published]].shape:
             raise ValueError(
                 f"published key {published!r} has shape {tuple(tensor.shape)}, the {family.name} model built here needs "
-                f"{tuple(own[keys[published]].shape)}; check the sizes given as config"
+                f"{tuple(own[keys[published]].shape)}; the weights are damaged, or of another model"
             )
 
 
@@ -235,4 +269,13 @@ def _fill(network: nn.Module, family: Family, weights: dict[str, Tensor | Stored
         tensor = weights.pop(published)
         tensor = tensor.read() if isinstance(tensor, StoredTensor) else tensor.detach().clone()
         filled[ours] = tensor.to(own[ours].dtype)
+        _require_finite(published, filled[ours])
     network.load_state_dict(filled, assign=True)
+
+
+def _require_finite(key: str, tensor: Tensor) -> None:
+    """Refuse a tensor that holds numbers of which no image can be made."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        raise ValueError(
+            f"published key {key!r} holds numbers that are not finite; fetch the weights again, or give others"
+        )
