@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,10 +48,17 @@ def _answered(arguments: list[str] | None) -> int:
 def _arguments(arguments: list[str]) -> argparse.Namespace:
     from equilab.graph import STAGES
 
-    others = "; or ".join(f"{name}: {str(command.__doc__).lower()}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(prog="equilab", description=__doc__)
-    own = "; or ".join(f"{name}: {what} ({name} --help)" for name, (_, what) in OWN.items())
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}; or {others}; or {own}")
+    commands = {name: str(command.__doc__).rstrip(".") for name, command in COMMANDS.items()}
+    commands |= {name: f"{what} ({name} --help)" for name, (_, what) in OWN.items()}
+    lines = [f"  {name:<8} {what[0].lower()}{what[1:]}" for name, what in commands.items()]
+    stages = textwrap.fill(", ".join(STAGES), 100, initial_indent="  ", subsequent_indent="  ")
+    parser = argparse.ArgumentParser(
+        prog="equilab",
+        description=__doc__,
+        epilog="\n".join(["stages:", stages, "", "commands:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", metavar="STAGE", help="a stage, or a command, of those below")
     parser.add_argument("run", metavar="RUN", nargs="?", help="the run, of a stage that has runs")
     parser.add_argument(
         "--seed", metavar="K", type=int, help="this replicate of the run; all of them if left out"
@@ -67,6 +75,8 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
         help="train with another value of a key of the run (optimisation.lr=1e-3), any number of them; needs --out",
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="train into a folder of its own")
+    if not arguments:
+        parser.exit(2, parser.format_help())
     return parser.parse_args(arguments)
 
 

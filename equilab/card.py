@@ -36,7 +36,7 @@ COST = ("nfe", "iterations", "block_evals", "flops")
 def command(arguments: list[str]) -> int:
     """Print the card of a run, or write the folder to give away."""
     parser = argparse.ArgumentParser(prog="equilab card", description=__doc__)
-    parser.add_argument("path", metavar="PATH", help="the folder of a run, such as results/distill/get-m")
+    parser.add_argument("path", metavar="PATH", help="the folder of a run, such as models/get")
     parser.add_argument(
         "--out", metavar="FOLDER", type=Path, help="a new folder; without it the card is printed"
     )
@@ -68,9 +68,14 @@ def give(path: Path | str, out: Path) -> None:
 def card(weights: Path) -> str:
     """Return the card of a run, in Markdown: what it is, its data, budget, scores with intervals, limits and licence.
 
+    A folder that was given away has its card already.
+
     Raises: UserError if the weights, or results of the study that they lie in, are damaged.
     """
-    model, study = open_run(weights, device="cpu"), study_of(weights)
+    study = study_of(weights)
+    if study is None and all(weights.with_name(name).exists() for name in FILES):
+        return weights.with_name("README.md").read_text(encoding="utf-8")
+    model = open_run(weights, device="cpu")
     params = read(study / "params.yaml") if study else {}
     rows = pd.DataFrame()
     if study and any((study / "results").glob("evaluate/*/*/metrics.json")):
@@ -78,7 +83,7 @@ def card(weights: Path) -> str:
         rows = rows[rows["of"] == model.run.of]
         if model.metadata.get("seed", rows["seed"].min()) not in rows["seed"].tolist():
             rows = pd.DataFrame()  # others may have been evaluated, this seed has not
-    parts = [_head(model, params), _loading(), _data(params), _budget(model, rows), _scores(model, rows)]
+    parts = [_head(model, params), _loading(model), _data(params), _budget(model, rows), _scores(model, rows)]
     return "\n\n".join([*parts, _limits(model, rows), _licence(model)]) + "\n"
 
 
@@ -100,18 +105,24 @@ def _head(model: Generator, params: dict[str, Any]) -> str:
     source = next((line for line in documented if line.startswith("Source:")), "")
     classes = f"of {run.classes} classes" if run.classes else "without classes"
     size = " x ".join(map(str, run.shape))
-    what = f"It makes images ({size}) {classes}, and has {model.metadata['parameters']:,} parameters."
+    makes = "latents" if _in_latents(model) else "images"
+    what = f"It makes {makes} ({size}) {classes}, and has {model.metadata['parameters']:,} parameters."
     return "\n\n".join(
         [tags, f"# {family.label}: {run.of}{study}", f"{documented[0]} {source}".strip(), what]
     )
 
 
-def _loading() -> str:
+def _in_latents(model: Generator) -> bool:
+    """Return whether an autoencoder makes images of what the model makes."""
+    return model.vae is not None or getattr(model.run, "in_latents", False)
+
+
+def _loading(model: Generator) -> str:
     """Return how the model is loaded."""
-    code = '```python\nimport equilab\n\nmodel = equilab.load("PATH")  # of this folder, or "hf://owner/name"\nsamples = model.sample(16, seed=0)\n```'
-    return (
-        f"## How to load it\n\n{code}\n\n`python -m equilab sample PATH --out grid.png` draws from a shell."
-    )
+    vae, option = (', vae="FOLDER"', " --vae FOLDER") if _in_latents(model) else ("", "")
+    code = f'import equilab\n\nmodel = equilab.load("PATH"{vae})  # of this folder, or "hf://owner/name"'
+    shell = f"`python -m equilab sample PATH{option} --out grid.png` draws from a shell."
+    return f"## How to load it\n\n```python\n{code}\nsamples = model.sample(16, seed=0)\n```\n\n{shell}"
 
 
 def _data(params: dict[str, Any]) -> str:
@@ -185,7 +196,7 @@ def _limits(model: Generator, rows: pd.DataFrame) -> str:
         limits.append(
             f"In brackets are intervals of {CONFIDENCE:.0%} over seeds, by Student's t on logarithms."
         )
-    if model.vae or getattr(model.run, "in_latents", False):
+    if _in_latents(model):
         limits.append("It makes latents: give the folder of their autoencoder as `vae`.")
     return "## Limits\n\n" + "\n".join(f"- {each}" for each in limits)
 

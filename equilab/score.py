@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from equilab.core.machine import device_of
 from equilab.core.progress import bar
 from equilab.data import reading
 from equilab.data.images import load
-from equilab.data.reading import REFUSALS, RefusedError, open_images
+from equilab.data.reading import REFUSALS, RefusedError, expanded, open_images
 from equilab.metrics.fidelity import BATCH, CACHE, SPLITS, Images, Scorer
 from equilab.study import Replicate, job_of, open_study
+
+ACCEPTED = "a folder or zip of images, an .npz with the images as arr_0, or an .npy"
 
 
 def command(arguments: list[str]) -> int:
@@ -28,13 +31,13 @@ def command(arguments: list[str]) -> int:
         "images",
         metavar="IMAGES",
         type=Path,
-        help="a folder or zip of images, an .npz with arr_0, or an .npy",
+        help=ACCEPTED,
     )
     parser.add_argument(
         "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
     )
     given = parser.parse_args(arguments)
-    for name, value in score(given.images.absolute(), given.params).items():
+    for name, value in score(given.images, given.params).items():
         print(f"{name:<16} {value:.6g}")
     return 0
 
@@ -45,12 +48,15 @@ def score(path: Path, params: Path) -> dict[str, float]:
     Raises: UserError if the images cannot be read, are too few or of another shape than the study's, or the study has not
         run its stages `data` and `evaluator`.
     """
+    path = expanded(str(path)).absolute()
+    found = _opened(path)
     sections = open_study(params)
     os.chdir(params.absolute().parent)
     job = job_of(sections, "evaluator", Replicate())
     config = job.read("evaluator")
+    _require_stages(params)
     shape = load(folder_of("data"), "train").images.shape[1:]
-    count, images = _arrays(path, shape) if path.suffix in (".npz", ".npy") else _files(path, shape)
+    count, images = _arrays(path, found, shape) if isinstance(found, np.ndarray) else _files(found, shape)
     if count < SPLITS:
         raise UserError(f"{path} holds {count} images, scores need {SPLITS} or more; give more")
     if count != config.samples:
@@ -63,11 +69,20 @@ def score(path: Path, params: Path) -> dict[str, float]:
     return scorer.scores(images)
 
 
-def _arrays(path: Path, shape: tuple[int, ...]) -> tuple[int, Images]:
-    """Return the number of images in a file of numpy's, and the images (N, C, H, W); in an .npz, (N, H, W, C) as `arr_0`."""
+def _opened(path: Path) -> np.ndarray | reading.Images:
+    """Return the array in a file of numpy's, in an .npz that called `arr_0`; or the images in a folder or zip.
+
+    Raises: UserError if it is none of these, or cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there; give {ACCEPTED}")
+    if path.suffix not in (".npz", ".npy"):
+        if not path.is_dir() and path.suffix != ".zip" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is none of what is scored; give {ACCEPTED}")
+        return open_images(path, "IMAGES", labelled=False)
     try:
         found = np.load(path, mmap_mode="r")
-        images = found if isinstance(found, np.ndarray) else found["arr_0"]
+        return found if isinstance(found, np.ndarray) else found["arr_0"]
     except KeyError:
         raise UserError(
             f"{path} has no arr_0, in which the images are looked for; rename the array"
@@ -76,6 +91,25 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> tuple[int, Images]:
         raise UserError(
             f"{path} cannot be read ({error}); write it again, by numpy.savez or numpy.save"
         ) from None
+
+
+def _require_stages(params: Path) -> None:
+    """Refuse a study, whose folder is the current one, that has not run the stages which scores need.
+
+    Raises: UserError naming the commands that run them.
+    """
+    results = {
+        "data": folder_of("data") / "meta.json",
+        "evaluator": folder_of("evaluator") / "weights.safetensors",
+    }
+    missing = [stage for stage, result in results.items() if not result.exists()]
+    if missing:
+        commands = " and ".join(f"`python -m equilab {stage} --params {params}`" for stage in missing)
+        raise UserError(f"{params}: {results[missing[0]]} is not there; run {commands} first")
+
+
+def _arrays(path: Path, images: np.ndarray, shape: tuple[int, ...]) -> tuple[int, Images]:
+    """Return the number of images in an array, and the images (N, C, H, W); the channels may come last."""
     if images.ndim == 4 and images.shape[1:] != shape:
         images = images.transpose(0, 3, 1, 2)
     if images.dtype != np.uint8 or images.shape[1:] != shape:
@@ -86,9 +120,8 @@ def _arrays(path: Path, shape: tuple[int, ...]) -> tuple[int, Images]:
     return len(images), images
 
 
-def _files(path: Path, shape: tuple[int, ...]) -> tuple[int, Images]:
+def _files(images: reading.Images, shape: tuple[int, ...]) -> tuple[int, Images]:
     """Return the number of images in a folder or zip, and batches of them."""
-    images = open_images(path, "IMAGES", labelled=False)
     count = len(images.names)
 
     def batches() -> Iterator[np.ndarray]:

@@ -7,7 +7,7 @@ from smoke import write_study
 from test_front_door import results  # noqa: F401, a fixture
 from test_sampling import study  # noqa: F401, a fixture
 
-from equilab import __main__
+from equilab import __main__, graph
 from equilab.core.config import UserError, plain
 from equilab.models.checkpoint import save_tensors
 from equilab.sampling import command, opening
@@ -49,6 +49,25 @@ def test_options_are_given_by_their_names_with_values_as_in_params(sample, tmp_p
     assert "nfe 2, 8 iterations each" in told
     with np.load(out) as arrays:
         assert arrays["arr_1"].tolist() == [3, 4]
+    for value in ("None", "null"):
+        sample(
+            "--out", tmp_path / f"{value}.PNG", "--method", "ddpm", "--eta", value, of="diffusion/fpdm"
+        )  # ddpm has none
+
+
+def test_a_label_that_is_no_class_is_told(capsys):
+    with pytest.raises(SystemExit):
+        command.command(["models/get", "--out", "a.png", "--label", "cat"])
+    assert "'cat' is no class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_every_stage_and_command_is_named(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(arguments)
+    printed = "".join(capsys.readouterr())
+    assert all(name in printed for name in (*graph.STAGES, *__main__.COMMANDS, *__main__.OWN))
+    assert ended.value.code == (0 if arguments else 2)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +75,9 @@ def test_options_are_given_by_their_names_with_values_as_in_params(sample, tmp_p
     [
         (["--out", "a.jpg"], "a.jpg is none of GRID.png"),
         (["--out", "full"], "full is there already"),
+        (["--out", "full/file.png"], "full/file.png is there already"),
+        (["--out", "full/file.png/a.png"], "full/file.png is a file, not a folder"),
+        (["--out", "a.png", "--iterations", "6", "--iterations=7"], "--iterations is given twice"),
         (["--out", "a.png", "--iterations"], "--iterations is no --OPTION with a value"),
         (["--out", "a.png", "six"], "six is no --OPTION"),
         (["--out", "a.png", "--iteration", "6"], "did you mean 'iterations'"),
@@ -72,7 +94,7 @@ def test_a_mistake_is_told_before_anything_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").touch()
+    (tmp_path / "full/file.png").touch()
     assert __main__.main(["sample", str(results / GET), *arguments]) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -138,11 +160,12 @@ GREY = np.zeros((20, 1, 8, 8), np.uint8)
         ("a.npz", write("a.npz", np.zeros((20, 16, 16, 3), np.uint8)), r"holds uint8 \(20, 3, 16, 16\)"),
         ("a.npz", lambda folder: np.savez(folder / "a.npz", images=GREY), "has no arr_0"),
         ("a.npz", lambda folder: (folder / "a.npz").write_bytes(b"PK nothing"), "a.npz cannot be read"),
-        ("a.npy", lambda folder: None, "a.npy cannot be read"),
+        ("a.npy", lambda folder: None, "a.npy is not there"),
+        ("a.png", lambda folder: Image.new("L", (8, 8)).save(folder / "a.png"), "a.png is none of .* zip"),
         ("", picture("RGB"), "in .* is refused: such images are not as data.image says"),
         ("", picture("RGBA"), "is refused: such images are neither 8-bit grey nor RGB"),
         ("", lambda folder: None, "holds no image"),
-        ("nowhere", lambda folder: None, "IMAGES .* is not there"),
+        ("nowhere", lambda folder: None, "nowhere is not there"),
     ],
 )
 def test_images_that_cannot_be_scored_are_told(scored, tmp_path, name, make, sentence):
@@ -154,7 +177,7 @@ def test_images_that_cannot_be_scored_are_told(scored, tmp_path, name, make, sen
 def test_a_study_without_an_evaluator_is_told(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(folder)
-    assert __main__.main(["data"]) == 0
     np.save("a.npy", GREY)
-    with pytest.raises(UserError, match="evaluator/weights.safetensors"):
+    asked = f"--params {folder / 'params.yaml'}"
+    with pytest.raises(UserError, match=f"equilab data {asked}` and `python -m equilab evaluator {asked}`"):
         score(tmp_path / "a.npy", folder / "params.yaml")

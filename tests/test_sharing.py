@@ -96,6 +96,27 @@ def test_the_card_of_published_weights_says_whose_they_are(tmp_path, monkeypatch
     assert "It has not been evaluated" in text
 
 
+def test_the_card_of_a_model_that_makes_latents_says_so(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(weights_of(golden("fpdm_tiny")[0]), "fpdm.pt")
+    config = {"heads": 2, "pre_post_timestep": False}
+    text = card(importing.run("fpdm", tmp_path / "fpdm.pt", "theirs", config))
+    assert "It makes latents (" in text and 'equilab.load("PATH", vae="FOLDER")' in text
+    assert "sample PATH --vae FOLDER" in text
+
+
+def test_a_folder_that_was_given_away_has_its_card(results, tmp_path, capsys):  # noqa: F811
+    give(results / GET, tmp_path / "given")
+    (tmp_path / "given/README.md").write_text("edited\n")
+    assert __main__.main(["card", str(tmp_path / "given")]) == 0
+    assert capsys.readouterr().out == "edited\n"
+    give(tmp_path / "given", tmp_path / "again")
+    assert (tmp_path / "again/README.md").read_text() == "edited\n"
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "given/config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
