@@ -275,7 +275,7 @@ def _fill(network: nn.Module, family: Family, weights: dict[str, Tensor | Stored
 
 def _require_finite(key: str, tensor: Tensor) -> None:
     """Refuse a tensor that holds numbers of which no image can be made."""
-    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():  # a sum takes a tenth of the time
         raise ValueError(
             f"published key {key!r} holds numbers that are not finite; fetch the weights again, or give others"
         )

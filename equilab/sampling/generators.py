@@ -97,7 +97,7 @@ class Generator:
         """Return so many images, `batch` at a time, with what was done for them.
 
         `label` is a class for all of them, or one for each; without it they are drawn as in the evaluation. An image is
-        a function of `seed` and of its place among the images. `options` are those of `self.options` (`iterations`,
+        a function of `seed` and of its place among the images, up to rounding. `options` are those of `self.options` (`iterations`,
         `steps`, `budget`, ...), which change the setting of the study or, where that has none, of the paper.
 
         >>> model.sample(16, label=3, seed=0, iterations=6)
