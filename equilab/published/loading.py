@@ -224,7 +224,9 @@ def _network(family: Family, described: Described, where: str, of_file: Collecti
             return network.build(described.image, described.classes)
     except UserError as error:
         told = [
-            f"{name} is that of the settings in the file, {name}=... overrides it" for name in sorted(of_file)
+            f"{name} is that of the settings in the file, {name}=... overrides it"
+            for name in described.sizes
+            if name in of_file
         ]
         raise UserError("; ".join([str(error), *told])) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ def with_vae(generator: Generator, vae: Path | str | None) -> Generator:
 def _read(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return a network with what is kept with its weights.
 
-    Raises: UserError if the file is missing, damaged or was not written by equilab; where no stage wrote it, none is named.
+    Raises: UserError if the file is missing, damaged or was not written by equilab.
     """
     start = b""
     if weights.is_file():
@@ -85,8 +86,16 @@ def _read(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{weights} was not written by equilab; read the authors' checkpoints with equilab.published.load, or by "
             f"`python -m equilab import FAMILY {weights}`"
         )
+    return _fetched(load_network, weights)
+
+
+def _fetched(reader: Callable, *arguments: Any) -> Any:
+    """Return what reads a file that may be of no stage; a mistake then names none.
+
+    Raises: UserError as the reader does.
+    """
     try:
-        return load_network(weights)
+        return reader(*arguments)
     except UserError as error:
         raise UserError(str(error).replace("run the stage that writes it", "fetch it")) from None
 
@@ -153,7 +162,7 @@ def _given_setting(weights: Path, run: Run) -> Setting | None:
     path = weights.with_name("config.json")
     if run.setting is None or not path.exists():
         return None
-    setting = read_json(path, "setting")["setting"]
+    setting = _fetched(read_json, path, "setting")["setting"]
     return None if setting is None else parse(run.setting, setting, f"{path}: setting")
 
 

@@ -64,7 +64,7 @@ def require_images(images: Any, columns: Any = None) -> None:
             f"the images are {what}; give samples of a model, or an array of uint8 of shape (count, channels, height, width), "
             "of 1 or 3 channels"
         )
-    if columns is not None and (not isinstance(columns, int) or columns < 1):
+    if columns is not None and (not isinstance(columns, (int, np.integer)) or columns < 1):
         raise UserError(f"columns is {columns!r}; give a whole number from 1 on")
 
 

@@ -32,6 +32,7 @@ BUDGETS = ("constant", "increasing", "decreasing", "adaptive")
 
 
 def _budget(value: Any, read: Any) -> Any:
+    """Return a budget as `read` gives it; of none, one sentence."""
     try:
         return read(value)
     except ValidationError:
@@ -195,9 +196,9 @@ def _brought(setting: Setting, options: Mapping[str, Any]) -> dict[str, Any]:
     solved, name = setting, "method"
     if isinstance(setting, ChainSampler):
         solved, name = setting.fixed_point, "solver"
-    if (
-        isinstance(solved, (Solve, FixedPointAlongChain))
-        and options.get(name, solved.method) != solved.method
-    ):
-        brought |= ANDERSON if str(options[name]).endswith("anderson") else WITHOUT_ANDERSON
+    if isinstance(solved, (Solve, FixedPointAlongChain)) and name in options:
+        if not str(options[name]).endswith("anderson"):
+            brought |= WITHOUT_ANDERSON
+        elif solved.memory is None:
+            brought |= ANDERSON
     return brought
