@@ -219,7 +219,7 @@ def stage(given: argparse.Namespace) -> int:
     _refuse_half_a_torchrun()
     shared, launch = STAGES[given.stage].distributed, jobs[0].study.launch or ""
     if "RANK" not in os.environ and launch.startswith("torchrun") and shared and not given.dry_run:
-        return processes(launch, _command(given))
+        return processes(launch, _command(given, out))
     if not shared and not is_first():
         return 0  # the first process does it alone
     _join_processes(jobs[0])
@@ -233,11 +233,13 @@ def stage(given: argparse.Namespace) -> int:
     return 0
 
 
-def _command(given: argparse.Namespace) -> list[str]:
-    """Return the arguments by which a stage is started again; the study's folder is the current one."""
+def _command(given: argparse.Namespace, out: Path | None) -> list[str]:
+    """Return the arguments by which a stage is started again; the study's folder is the current one, and `out` leads from it."""
     from equilab.study import Replicate
 
-    return [*Replicate(given.run, given.seed).arguments(given.stage), "--params", given.params.name]
+    job = Replicate(given.run, given.seed).arguments(given.stage)
+    tried = [*(f"--set={setting}" for setting in given.set), *([f"--out={out}"] if out else [])]
+    return [*job, "--params", given.params.name, *tried]
 
 
 def _run(job: Job) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from smoke import called, refused, write_study
 
+from equilab import launching
 from equilab.models.checkpoint import read_metadata
 from equilab.trying import TRAINED
 
@@ -44,6 +45,20 @@ def test_a_try_of_a_run_has_a_folder_for_each_seed_and_says_its_config(study, ca
     called("distill", "get", "--set", "optimisation.lr=5e-1", "--out", "x", "--dry-run")
     assert capsys.readouterr().out.count("lr: 0.5") == 2
     assert not Path("x").exists()
+
+
+def test_a_try_is_handed_on_to_the_processes_that_share_it(study, monkeypatch, capsys):
+    """From another folder than the study's: that of `--out` is the one that was meant."""
+    write_study(study, {"study.launch": "torchrun --standalone --nproc-per-node 2 -m equilab"})
+    handed_on = []
+    monkeypatch.setattr(launching, "processes", lambda launch, arguments: handed_on.extend(arguments) or 0)
+    monkeypatch.chdir(study / "results")
+    given = ("--params", "../params.yaml", "--set", "optimisation.lr=5e-1", "--set", "network.depth=1")
+    called("distill", "vit", "--seed", "0", *given, "--out", "try1")
+    assert "--out=results/try1" in handed_on
+    called(*handed_on, "--dry-run")
+    planned = capsys.readouterr().out
+    assert "lr: 0.5" in planned and "depth: 1" in planned
 
 
 @pytest.mark.parametrize(
