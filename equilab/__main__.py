@@ -121,7 +121,8 @@ def stages(given: argparse.Namespace) -> int:
 
 
 def clean(given: argparse.Namespace) -> int:
-    """Remove what is left of unfinished runs that params.yaml no longer has, and what it lists as kept where RUN names it."""
+    """Remove what is left of unfinished runs that params.yaml no longer has, and what it lists as kept where RUN names it; put
+    back results that a killed process had put aside, with no others in their place."""
     from equilab.core.edge import LOGS
     from equilab.core.files import SCRATCH, left_over, locked, remove
     from equilab.graph import STAGES
@@ -135,10 +136,16 @@ def clean(given: argparse.Namespace) -> int:
     removed = [folder for folder in unfinished if folder not in kept]
     _refuse_unknown_work(given.run, unfinished)
     for folder in [*removed, *left_over(Path("results")), *filter(Path.exists, [LOGS])]:
-        print(f"{folder}: {_mebibytes(folder)}{'' if given.dry_run else ', removed'}")
-        if not given.dry_run:
-            with locked(_job_that_writes(folder)):
+        size = _mebibytes(folder)
+        if given.dry_run:
+            print(f"{folder}: {size}")
+            continue
+        with locked(_job_that_writes(folder)):
+            if place := _place_of_former_results(folder):
+                os.replace(folder, place)
+            else:
                 remove(folder)
+        print(f"{folder}: {size}, {f'put back as {place}' if place else 'removed'}")
     for folder in kept:
         print(f"{folder}: {_mebibytes(folder)}, kept; `python -m equilab clean {folder.name}` removes it")
     if not removed:
@@ -157,6 +164,13 @@ def _refuse_unknown_work(name: str | None, unfinished: list[Path]) -> None:
     known = [folder.name for folder in unfinished]
     if name is not None and name not in known:
         raise UserError(f"there is no unfinished work of {name!r}{nearest(name, known)}")
+
+
+def _place_of_former_results(folder: Path) -> Path | None:
+    """Return where the results in a folder belong that a process put aside, and was killed before it put others there."""
+    place = folder.with_name(folder.stem.removeprefix("."))
+    put_aside = folder.parts[0] == "results" and folder.suffix == ".removed"
+    return place if put_aside and folder.exists() and not place.exists() else None
 
 
 def _mebibytes(folder: Path) -> str:

@@ -630,6 +630,22 @@ def test_clean_removes_the_unfinished_work_that_it_is_told_to(tmp_path, monkeypa
     assert [path.name for path in Path(".equilab/scratch").iterdir()] == ["distill@get-0"]
 
 
+def test_clean_puts_back_results_that_have_nothing_in_their_place(tmp_path, monkeypatch, capsys):
+    """A process was killed between the two moves by which it publishes."""
+    monkeypatch.chdir(write_study(tmp_path))
+    aside, superseded = Path("results/evaluate/vit/.0.removed"), Path("results/evaluate/get/.0.removed")
+    for folder in (aside, aside.with_name(".0.new"), superseded, superseded.with_name("0")):
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(folder.name)
+    called("clean", "--dry-run")
+    assert aside.exists() and superseded.exists()
+    called("clean")
+    assert "put back as results/evaluate/vit/0" in capsys.readouterr().out
+    for name, content in {"vit": ".0.removed", "get": "0"}.items():
+        (kept,) = Path("results/evaluate", name).iterdir()
+        assert kept.name == "0" and (kept / "metrics.json").read_text() == content
+
+
 def test_clean_leaves_work_that_is_going_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write_study(tmp_path))
     Path(".equilab/scratch/distill@old-0").mkdir(parents=True)
