@@ -161,6 +161,17 @@ def book(root, source):
 
 
 @pytest.mark.slow
+def test_start_up_files_of_the_user_are_not_run(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("mine = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "mine.py"))
+    book(tmp_path, "print('mine' in globals())")
+    notebook.run(notebook.Config(parameters={}), job("notebook", "one", "."))
+    done = nbformat.read("results/notebook/one/one.ipynb", 4)
+    assert done.cells[-1].outputs[0].text == "False\n"
+
+
+@pytest.mark.slow
 def test_a_failing_cell_keeps_what_was_there_and_is_named_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     book(tmp_path, 'open(out + "/new.csv", "w").close()\n1 / 0')

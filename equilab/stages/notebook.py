@@ -76,7 +76,10 @@ def run(config: Config, job: Job) -> None:
                 log_output=False,
                 start_timeout=START_SECONDS,
                 execution_timeout=CELL_SECONDS,
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                extra_arguments=[
+                    "--IPKernelApp.log_level=CRITICAL",
+                    "--IPKernelApp.exec_PYTHONSTARTUP=False",  # another start-up file of the user's
+                ],
             )
         except PapermillExecutionError as error:
             raise UserError(
