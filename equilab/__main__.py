@@ -66,6 +66,9 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--params", metavar="FILE", type=Path, default=Path("params.yaml"), help="the study's params"
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="work in this process alone, whatever study.launch says"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and what it costs")
     parser.add_argument(
         "--set",
@@ -232,7 +235,8 @@ def stage(given: argparse.Namespace) -> int:
         job.read(job.stage, job.run, job.seed)  # refuses mistakes of a later one before the first begins
     _refuse_half_a_torchrun()
     shared, launch = STAGES[given.stage].distributed, jobs[0].study.launch or ""
-    if "RANK" not in os.environ and launch.startswith("torchrun") and shared and not given.dry_run:
+    alone = given.alone or given.dry_run or "RANK" in os.environ  # or one of those that torchrun has started
+    if shared and launch.startswith("torchrun") and not alone:
         return processes(launch, _command(given, out))
     if not shared and not is_first():
         return 0  # the first process does it alone

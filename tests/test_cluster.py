@@ -1,5 +1,6 @@
 """A study's graph on this machine and on SLURM: what needs what, what is done, what is interrupted and goes on."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -218,6 +219,16 @@ def uninterrupted(tmp_path_factory):
     folder = write_study(tmp_path_factory.mktemp("here") / "study", LONG)
     assert "dvc commit" in submit(folder, *GETS)
     return folder
+
+
+@pytest.mark.slow
+def test_a_job_has_the_processes_that_it_was_given_whatever_study_launch_says(tmp_path):
+    short = {f"evaluator.optimisation.{key}": 32 for key in ("nimg", "batch", "micro_batch", "report_nimg")}
+    two = {"study.launch": "torchrun --standalone --nproc-per-node 2 -m equilab"}
+    folder = write_study(tmp_path / "study", {**short, **two})
+    submit(folder, "evaluator")
+    made = json.loads((folder / "results/evaluator/summary.json").read_text())
+    assert made["environment"]["processes"] == 1
 
 
 @pytest.mark.slow

@@ -25,17 +25,19 @@ def start(
     environment: Mapping[str, str] | None = None,
     node: int = 0,
 ) -> subprocess.Popen:
-    """Start a job in the current folder, which is the study's, by torchrun where options of it are given.
+    """Start a job in the current folder, which is the study's: by torchrun where options of it are given, or else as one
+    process, whatever `study.launch` says.
 
     Raises: UserError if its log cannot be written.
     """
     by = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
-    command = [sys.executable, *by, "-m", "equilab", *task.command]
+    words = [*task.command, *([] if torchrun else ["--alone"])]
+    command = [sys.executable, *by, "-m", "equilab", *words]
     path = log_of(task, node)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as log:
-            log.write(f"$ python -m equilab {' '.join(task.command)}\n".encode())
+            log.write(f"$ python -m equilab {' '.join(words)}\n".encode())
             log.flush()
             return subprocess.Popen(
                 command,
