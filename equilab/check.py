@@ -40,34 +40,52 @@ def write_code(sections: Sections) -> None:
 
 
 def mistakes(sections: Sections) -> list[str]:
-    """Return what is wrong with a study, a sentence each: first what can be read off its params; if that is right, what only
-    those who build the networks can tell."""
-    found = failures([partial(_refuse_nothing, sections)]) or failures(_readings(sections))
-    return found or failures(_plans(sections))
+    """Return what is wrong with a study, a sentence each: what can be read off its params, what only those who build the
+    networks can tell and, if all params can be read, what they say together."""
+    if found := failures([partial(_refuse_nothing, sections)]):
+        return found
+    read = failures([*_readings(sections), *_of_every_run(sections, _read)])
+    planned = failures(_of_every_run(sections, _plan))
+    together = [] if read else failures(_agreements(sections))
+    return list(dict.fromkeys([*read, *planned, *together]))
 
 
 def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of what params say, of every section and every run."""
+    """Yield the checks of what params say besides that of every run."""
     yield partial(refuse_other_code, sections)
     for name in sections.values:
         yield partial(_refuse_unknown, sections, name)
+
+
+def _of_every_run(sections: Sections, check: Callable[..., None]) -> Iterator[Callable[[], Any]]:
+    """Yield a check (sections, stage, run) for every run of every stage."""
     for stage in STAGES:
         if sections.has(stage) or not STAGES[stage].optional:
-            yield from _readings_of_stage(sections, stage)
+            for run in _runs(sections, stage):
+                yield partial(check, sections, stage, run)
 
 
-def _readings_of_stage(sections: Sections, stage: str) -> Iterator[Callable[[], Any]]:
+def _runs(sections: Sections, stage: str) -> list[str | None]:
     try:
-        runs = [None] if STAGES[stage].jobs == "one" else sections.runs(stage)
+        return [None] if STAGES[stage].jobs == "one" else sections.runs(stage)
     except UserError:
-        runs = [""]  # the section is none of runs; reading any says so
-    for run in runs:
-        yield partial(_read, sections, stage, run)
+        return [""]  # the section is none of runs; reading any says so
 
 
 def _read(sections: Sections, stage: str, run: str | None) -> None:
     config_of(sections, stage, run)
     sections.families(stage, run)
+
+
+def _plan(sections: Sections, stage: str, run: str | None) -> None:
+    """Let a stage check a run, of which it builds the network without memory."""
+    from equilab.core.machine import device_of  # torch, which what params say does not need
+
+    seed = None if run is None else sections.seeds(stage, run)[0]
+    job = job_of(sections, stage, Replicate(run, seed))
+    device_of(job)
+    config = job.read(stage, run, seed)
+    module_of(stage, config).plan(config, job)
 
 
 def _refuse_nothing(sections: Sections) -> None:
@@ -90,17 +108,13 @@ def _refuse_other_graph(sections: Sections) -> None:
         raise UserError(f"{path.name} is not what {sections.where} gives; run `python -m equilab graph`")
 
 
-def _plans(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of the graph, of what is compared and claimed, and of every run by its stage, which builds its network
-    without memory."""
+def _agreements(sections: Sections) -> Iterator[Callable[[], Any]]:
+    """Yield the checks of the graph, of resources, and of what is compared and claimed."""
     yield partial(dvc.waves, sections)
     yield partial(resources.check, sections)
     yield partial(_refuse_other_graph, sections)
     yield partial(_refuse_evaluated_twice, sections)
     yield partial(_check_claimed, sections)
-    for stage in filter(sections.has, STAGES):
-        for run in dict.fromkeys(job.run for job in sections.jobs(stage)):
-            yield partial(_plan, sections, stage, run)
 
 
 def _refuse_evaluated_twice(sections: Sections) -> None:
@@ -119,13 +133,3 @@ def _check_claimed(sections: Sections) -> None:
 
     declared = check_comparisons(sections.values, f"{sections.where}: ")
     refuse_mistyped(read_claims(), declared)
-
-
-def _plan(sections: Sections, stage: str, run: str | None) -> None:
-    from equilab.core.machine import device_of  # torch, which what params say does not need
-
-    seed = None if run is None else sections.seeds(stage, run)[0]
-    job = job_of(sections, stage, Replicate(run, seed))
-    device_of(job)
-    config = job.read(stage, run, seed)
-    module_of(stage, config).plan(config, job)

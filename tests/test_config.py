@@ -382,6 +382,14 @@ def test_check_tells_all_mistakes_that_the_networks_show(tmp_path, capsys, monke
         assert any(key in sentence for sentence in told), (key, told)
 
 
+def test_what_params_the_networks_and_the_disk_show_is_told_in_one_round(tmp_path, capsys, monkeypatch):
+    changes = {"cost.warmup": -1, "distill.get.network.heads": 3, "data.source": "folder"}
+    told = check(write_study(tmp_path, {**changes, "data.path": "nowhere"}), capsys, monkeypatch)
+    assert len(told) == 3
+    for key in ("cost.warmup", "distill.get.network", "data.path"):
+        assert any(key in sentence for sentence in told), (key, told)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
