@@ -8,6 +8,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.orig_argv[1:3] == ["-m", "equilab"]:  # a command, of which this is what Python runs first
+    from equilab import launching
+
+    sys.excepthook = launching.say
+
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal

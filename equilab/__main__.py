@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from equilab.launching import STOPPED
+
 if TYPE_CHECKING:
     from equilab.core.job import Job
 
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _answered(arguments)
     except KeyboardInterrupt:
-        print("equilab: stopped; the same command continues where it was", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
 
 

@@ -1,11 +1,23 @@
-"""A stage as several processes: `study.launch`, and what is said when one of them ends too early."""
+"""How commands begin and what they say when they end too early: interrupted, or as one of several processes (`study.launch`).
+
+It is imported before all else, so it imports little itself: interrupted after that, a command answers in a sentence.
+"""
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Sequence
+
+STOPPED = "equilab: stopped; the same command continues where it was"
+
+
+def say(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Say of an interruption, in place of its traceback, that the command was stopped: an excepthook of `sys`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(STOPPED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def processes(launch: str, arguments: Sequence[str]) -> int:
@@ -15,6 +27,8 @@ def processes(launch: str, arguments: Sequence[str]) -> int:
 
     Raises: KeyboardInterrupt if it is interrupted.
     """
+    import logging
+
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

@@ -587,6 +587,14 @@ sys.exit(equilab.__main__.main())
     assert status == 130 and len(err.splitlines()) == 1
 
 
+def test_an_interruption_is_answered_before_the_command_itself_is_imported(tmp_path):
+    """A module in place of Python's argparse interrupts it."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    script = "import signal, subprocess\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsubprocess.run([sys.executable, '-m', 'equilab', 'check'])"
+    _, _, err = run(tmp_path, script=script)
+    assert len(err.splitlines()) == 1 and "stopped" in err
+
+
 def test_a_command_starts_from_any_folder(tmp_path):
     folder = write_study(tmp_path / "study")
     done = subprocess.run(
