@@ -45,6 +45,18 @@ def test_what_a_user_can_mend_is_told_without_a_log(tmp_path, monkeypatch, capsy
     assert answered(capsys, lambda: None) == (0, []) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "results/a"), OSError(5, "I/O", "results/a")]
+)
+def test_of_a_file_too_what_nobody_foresaw_has_a_log(error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").touch()
+    status, (sentence,) = answered(capsys, failing(error))
+    (log,) = Path(".equilab").rglob("*.log")
+    assert status == 1 and "results/a" in sentence and str(log) in sentence
+    assert type(error).__name__ in log.read_text()
+
+
 def test_a_log_that_cannot_be_written_is_told_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").touch()

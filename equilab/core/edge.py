@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -13,6 +14,16 @@ from pathlib import Path
 from equilab.core.config import UserError
 
 LOGS = Path(".equilab/errors")  # of a study: tracebacks, a file each
+MENDABLE = (  # a file that may not be read or written, a full disk, something else in the place of a file or folder
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 def answered(command: Callable[[], int | None], words: Sequence[str]) -> int:
@@ -27,13 +38,13 @@ def answered(command: Callable[[], int | None], words: Sequence[str]) -> int:
         for line in str(error).splitlines():
             _say(line)
         return 2
-    except OSError as error:  # a file in the way, a full disk
-        _say(
-            f"{error.filename or 'a file'}: {error.strerror or error}; make it readable or writable, free disk space, or "
-            "run the stage that writes it again"
-        )
-        return 2
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            _say(
+                f"{_in_hand(error) or 'a file'}: {error.strerror}; make it readable or writable, free disk space, or run the "
+                "stage that writes it again"
+            )
+            return 2
         what = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].rstrip(": ")
         path = _in_hand(error)
         held = f", with {path} in hand" if path else ""
@@ -47,9 +58,12 @@ def _say(line: str) -> None:
     print(f"equilab: {line}", file=sys.stderr)
 
 
-def _in_hand(error: Exception) -> Path | None:
-    """Return the file or folder that the package was last busy with, as the innermost of its functions that has one says."""
-    found = None
+def _in_hand(error: Exception) -> object:
+    """Return the file or folder that the error names, or that the package was last busy with, as the innermost of its functions
+    that has one says; None if there is none."""
+    found = getattr(error, "filename", None)
+    if found is not None:
+        return found
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "equilab":
             paths = [value for value in frame.f_locals.values() if isinstance(value, Path)]
