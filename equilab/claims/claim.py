@@ -216,7 +216,12 @@ def tested(claim: Claim, rows: pd.DataFrame, column: str | None, confidence: flo
 def agreed(outcomes: Sequence[Outcome], split: str = DEPENDS) -> Outcome:
     """Return what the references or readings come to together: what they agree on, or `split`."""
     verdicts = {outcome.verdict for outcome in outcomes}
-    verdict = verdicts.pop() if len(verdicts) == 1 else NONE if NONE in verdicts else split
+    if len(verdicts) == 1:
+        verdict = outcomes[0].verdict
+    elif NONE in verdicts:
+        verdict = NONE
+    else:
+        verdict = split
     effects = tuple(effect for outcome in outcomes for effect in outcome.effects)
     low, high = np.min([(outcome.low, outcome.high) for outcome in outcomes], axis=0)
     return Outcome(verdict, low, high, effects, outcomes[0].seeds)

@@ -142,7 +142,8 @@ def cheaper(
         return spent
     reached = _outcome(_ratios(rows, measure, confidence), 1 / (1 + margin), measure)
     verdict = _all([spent.verdict, reached.verdict])
-    seeds = spent.seeds if spent.verdict == FAILS != reached.verdict else reached.seeds  # of what decides
+    cost_alone_fails = spent.verdict == FAILS and reached.verdict != FAILS
+    seeds = spent.seeds if cost_alone_fails else reached.seeds  # of what decides
     return Outcome(verdict, reached.low, reached.high, reached.effects + spent.effects, seeds)
 
 
