@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     import pandas as pd
 
@@ -131,16 +133,18 @@ def watch(path: Path | str, seconds: float | int = 5) -> None:
     watch(path, seconds)
 
 
-def results(folder: Path | str = "results") -> Results:
+def results(folder: Path | str = "results", shows: Iterable[str] | None = None) -> Results:
     """Return a study's results folder as tidy tables: runs, settings, snapshots, costs.
 
     >>> equilab.results("results").runs[["of", "seed", "parameters", "fd_train"]]
 
-    Raises: UserError if it holds no evaluated run.
+    `shows`, for notebooks that a study executes: what of the results the tables hold, such as ["distill", "cost", "claims/get"].
+
+    Raises: UserError if it holds no evaluated run, or `shows` names what no stage writes.
     """
     from equilab.tables import results  # pandas, needed for this alone
 
-    return results(folder)
+    return results(folder, shows)
 
 
 def published_numbers(name: str) -> pd.DataFrame:

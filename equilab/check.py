@@ -13,7 +13,8 @@ from equilab.claims.comparisons import check_comparisons
 from equilab.cluster import resources
 from equilab.core.config import UserError, failures, nearest
 from equilab.core.files import write
-from equilab.graph import GENERATORS, OTHERS, STAGES
+from equilab.core.stages import GENERATORS
+from equilab.graph import OTHERS, STAGES
 from equilab.study import CODE, Replicate, Sections, config_of, job_of, module_of, read, refuse_other_code
 
 

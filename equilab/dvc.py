@@ -12,7 +12,8 @@ import yaml
 from equilab.core import code, files
 from equilab.core.config import UserError, mapping
 from equilab.core.job import folder_of
-from equilab.graph import GENERATORS, STAGES
+from equilab.core.stages import GENERATORS
+from equilab.graph import STAGES
 from equilab.study import CODE, Replicate, Sections, listings, read
 
 HEADER = """# Written by `python -m equilab graph` from params.yaml. A stage depends on the modules that it imports, on its part of
@@ -82,13 +83,12 @@ def _source(sections: Sections, stage: str, job: Replicate) -> tuple[str, str | 
 
 def _reads_runs(stage: str) -> bool:
     """Return whether a stage reads what runs make, or what a stage makes that does."""
-    return any(
-        STAGES[of].jobs != "one" or _reads_runs(of) for _, of in STAGES[stage].reads if of not in ("", stage)
-    )
+    needed = [of for _, of in STAGES[stage].reads if of not in ("", stage)]
+    return STAGES[stage].names != "" or any(STAGES[of].jobs != "one" or _reads_runs(of) for of in needed)
 
 
 def graph(sections: Sections) -> dict[str, Any]:
-    """Return the content of dvc.yaml for a study: each job is a stage of DVC's, named `distill@get-m-0`."""
+    """Return the content of dvc.yaml for a study: each job is a stage of DVC's, named `distill@get-m-0`, `notebook-scaling`."""
     root = "${study.root}"
     sources = [f"{root}/{file.relative_to(code.PACKAGE.parent).as_posix()}" for file in code.files()]
     notebooks = [f"{root}/notebooks/{run}.ipynb" for run in _runs(sections, "notebook")]
@@ -105,6 +105,8 @@ def graph(sections: Sections) -> dict[str, Any]:
     for stage in filter(sections.has, STAGES):
         if STAGES[stage].jobs == "one":
             stages[stage] = _entry(sections, stage)
+        elif STAGES[stage].jobs == "entries":
+            stages |= {job.name(stage): _entry(sections, stage, job.run) for job in sections.jobs(stage)}
         else:
             items = {job.item: _item(sections, stage, job) for job in sections.jobs(stage)}
             stages[stage] = {"foreach": items, "do": _entry(sections, stage)}
@@ -175,16 +177,24 @@ def _item(sections: Sections, stage: str, job: Replicate) -> dict[str, Any]:
     return item
 
 
-def _entry(sections: Sections, stage: str) -> dict[str, Any]:
-    """Return a stage as DVC has it, or all its jobs, with `${item}` for what tells one from the others."""
+def _entry(sections: Sections, stage: str, run: str | None = None) -> dict[str, Any]:
+    """Return a stage, or a run of one without seeds, as DVC has it; of a stage with seeds all jobs, with `${item}` for what tells one
+    from the others."""
     about = STAGES[stage]
     command, out, item = f"python -m equilab {stage}", f"results/{stage}", ""
-    if about.jobs != "one":
-        command, out, item = f"{command} ${{item.run}}", f"{out}/${{item.run}}", "${key}"
+    if run is not None:
+        command, out, item = f"{command} {run}", f"{out}/{run}", run
     if about.jobs in ("seeds", "of"):
-        command, out = f"{command} --seed ${{item.seed}}", f"{out}/${{item.seed}}"
+        command = f"{command} ${{item.run}} --seed ${{item.seed}}"
+        out, item = f"{out}/${{item.run}}/${{item.seed}}", "${key}"
     reads = [path for path, of in about.reads if not of or sections.has(of)]
-    needed = [_params_file(stage, item), *_code(sections, stage), *reads, *files_of_studies(sections, stage)]
+    reads += [read.path for read in sections.named(stage, run)]
+    needed = [
+        _params_file(stage, item),
+        *_code(sections, stage, run),
+        *reads,
+        *files_of_studies(sections, stage),
+    ]
     entry = {"cmd": command, "deps": list(dict.fromkeys(needed))}
     cached = [_kept(os.path.normpath(f"{out}/{file}")) for file in about.cached]
     committed = [_kept(os.path.normpath(f"{out}/{file}"), cache=False) for file in about.committed]
@@ -200,10 +210,10 @@ def files_of_studies(sections: Sections, stage: str) -> list[str]:
     return [os.path.normpath(f"{folder}/{file}") for folder in folders for file in STAGES[stage].of_studies]
 
 
-def _code(sections: Sections, stage: str) -> list[str]:
-    """Return the files on which a stage depends as on its code: `listings` of all its jobs."""
+def _code(sections: Sections, stage: str, run: str | None) -> list[str]:
+    """Return the files on which a stage depends as on its code: `listings` of all its jobs, and its notebook."""
     if STAGES[stage].jobs == "entries":
-        return [f"{CODE}/{stage}/${{item.run}}.txt"]
+        return [f"{CODE}/{stage}/{run}.txt", f"${{study.root}}/notebooks/{run}.ipynb"]
     families = sections.families(stage) if STAGES[stage].jobs == "one" else ["${item.family}"]
     return [f"{CODE}/{stage}.txt", *(f"{CODE}/families/{name}.txt" for name in families)]
 

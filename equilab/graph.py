@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from equilab.core.stages import GENERATORS, MEASUREMENTS
+
 
 class Read(NamedTuple):
     """A file or folder that a stage reads, from the study's folder; a study without the stage `of` has none."""
@@ -27,6 +29,8 @@ class Stage:
     `jobs`: one; one for each entry; one for each seed of an entry; or one for each seed of the run that an entry is `of`.
     `family`: the family whose code it runs, or where its section names that: `network`, the run it is `of`, its `runs`.
     `source`: the key of an entry that names a run whose results it reads, `${item.KEY}` in `reads` as a folder.
+    `names`: whose results it reads besides: the `runs` that its section lists, "trained" or "evaluated" ones, or what its notebook
+    "shows".
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     `of_studies`: what it reads of each study whose folder its section lists as `studies`.
     """
@@ -35,6 +39,7 @@ class Stage:
     jobs: Literal["one", "entries", "seeds", "of"] = "one"
     family: str = ""
     source: str = ""
+    names: Literal["", "trained", "evaluated", "shown"] = ""
     reads: tuple[Read, ...] = ()
     cached: tuple[str, ...] = ()
     committed: tuple[str, ...] = ()
@@ -56,10 +61,7 @@ class Stage:
 DATA, EVALUATOR, PAIRS = result("data"), result("evaluator"), result("pairs")
 TEACHER = result("teacher/weights.safetensors")
 VAE = Read("${latents.vae}", "latents")
-CLAIMS = Read("results/claims.csv", "claims"), Read("results/measured.csv", "claims")
-# stages whose runs make images
-GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency", "progressive")
-RUNS = tuple(result(name) for name in GENERATORS)
+CLAIMS = result("claims"), Read("results/measured.csv", "claims")
 LOGGED = ("log.csv", "summary.json")
 TRAINED = {
     "cached": ("weights.safetensors", "snapshots"),
@@ -72,8 +74,7 @@ TABLES = (
     result("teacher/summary.json"),
     result("pairs/meta.json"),
     result("evaluator/summary.json"),
-    *RUNS[1:],
-    *(result(name) for name in ("evaluate", "relative", "activation", "cost")),
+    *(result(name) for name in (*GENERATORS[1:], "evaluate", *MEASUREMENTS)),
 )
 STAGES = {
     "data": Stage("equilab.data.images", cached=("",)),
@@ -131,36 +132,37 @@ STAGES = {
     ),
     "relative": Stage(
         "equilab.stages.relative",
-        reads=(DATA, EVALUATOR, result("evaluate")),
+        names="evaluated",
+        reads=(DATA, EVALUATOR),
         committed=("relative.csv",),
         optional=True,
     ),
     "activation": Stage(
-        "equilab.stages.activation", family="runs", reads=RUNS, committed=("activation.csv",), optional=True
+        "equilab.stages.activation",
+        family="runs",
+        names="trained",
+        committed=("activation.csv",),
+        optional=True,
     ),
-    "cost": Stage("equilab.stages.cost", family="runs", reads=RUNS, committed=("cost.csv", "cost.json")),
+    "cost": Stage("equilab.stages.cost", family="runs", names="trained", committed=("cost.csv", "cost.json")),
     "claims": Stage(
         "equilab.stages.claims",
         reads=TABLES,
-        committed=("../claims.csv", "../claims.md", "../measured.csv", "../measured.md", "../metrics"),
+        committed=("", "../claims.md", "../measured.csv", "../measured.md", "../metrics"),
         params=("comparisons",),
     ),
     "scoreboard": Stage(
         "equilab.stages.scoreboard",
         reads=CLAIMS,
-        of_studies=("results/claims.csv", "results/measured.csv"),
+        of_studies=("results/claims", "results/measured.csv"),
         committed=("../scoreboard.csv", "../scoreboard.md"),
         optional=True,
     ),
     "notebook": Stage(
         "equilab.stages.notebook",
         jobs="entries",
-        reads=(
-            Read("${study.root}/notebooks/${item.run}.ipynb"),
-            TEACHER,
-            *TABLES,
-            *CLAIMS,
-        ),
+        names="shown",
+        reads=(result("evaluator/summary.json"),),
         committed=("",),
         params=("comparisons",),
     ),

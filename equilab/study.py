@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,10 @@ from pydantic import Field
 from equilab.core import code, config, like
 from equilab.core.absent import absent_runs, without
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.job import Distinct, Job, Seed, Study, Watcher, checked_name
-from equilab.graph import GENERATORS, STAGES
+from equilab.core.job import Distinct, Job, Seed, Study, Watcher, checked_name, folder_of
+from equilab.core.notebooks import code_of, parameters, read_notebook
+from equilab.core.stages import GENERATORS, SHOWN, refuse_unknown
+from equilab.graph import STAGES
 from equilab.models.registry import FAMILIES
 
 CODE = "results/code"  # what the stages depend on besides the results of others
@@ -38,14 +39,29 @@ class Replicate(NamedTuple):
         return self.run if self.seed is None else f"{self.run}-{self.seed}"
 
     def name(self, stage: str) -> str:
-        """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0."""
-        return f"{stage}@{self.item}" if self.item else stage
+        """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0, or without a seed notebook-scaling."""
+        if self.run is None:
+            return stage
+        return f"{stage}-{self.run}" if self.seed is None else f"{stage}@{self.item}"
 
     def arguments(self, stage: str) -> list[str]:
         """Return the arguments of `python -m equilab` that run it."""
         run = [] if self.run is None else [self.run]
         seed = [] if self.seed is None else ["--seed", str(self.seed)]
         return [stage, *run, *seed]
+
+
+class Named(NamedTuple):
+    """Results that a job reads because params name them, or its notebook: where they are, and what writes them."""
+
+    path: str  # from the study's folder
+    stage: str
+    run: str | None = None
+
+
+def named(stage: str, run: str | None) -> Named:
+    """Return the results of a run, of all its seeds, or of a stage without runs."""
+    return Named(folder_of(stage, run).as_posix(), stage, run)
 
 
 class Seeds(Params):
@@ -145,6 +161,53 @@ class Sections:
         (entry, path), key = self.entry(stage, run), STAGES[stage].source
         return self.trained(entry.get(key), f"{path}.{key}")
 
+    def named(self, stage: str, run: str | None) -> list[Named]:
+        """Return the results that a job reads since its section lists the `runs` that they are of, or its notebook shows them.
+
+        Raises: UserError if there is no such run, or the notebook shows what no stage writes.
+        """
+        match STAGES[stage].names:
+            case "trained":
+                return [named(*self.trained(name, path)) for name, path in self._listed(stage)]
+            case "evaluated":
+                return [named("evaluate", name) for name, _ in self._listed(stage)]
+            case "shown":
+                return self._shown(str(run))
+            case _:
+                return []
+
+    def _listed(self, stage: str) -> list[tuple[Any, str]]:
+        """Return the names of runs that a section lists, each with the path of the key that does."""
+        entry, path = self.entry(stage, None)
+        if not isinstance(entry.get("runs"), list):
+            raise UserError(f"{path}.runs: expected a list, got {entry.get('runs')!r}")
+        return [(name, f"{path}.runs") for name in entry["runs"]]
+
+    def _shown(self, notebook: str) -> list[Named]:
+        """Return the results that a notebook shows: of runs how they were trained and evaluated, measurements, claims."""
+        shown = self.shown(notebook)
+        found = []
+        for stage in filter(self.has, [name for name in shown if name in STAGES]):
+            runs = [None] if STAGES[stage].jobs == "one" else self.runs(stage)
+            found += [named(stage, run) for run in runs]
+        for run in self.runs("evaluate") if self.has("evaluate") else []:
+            if self.source("evaluate", run)[0] in shown:
+                found.append(named("evaluate", run))
+        if self.has("claims"):
+            tables = [name for name in shown if name not in STAGES]
+            found += [Named(f"results/{name}.csv", "claims") for name in tables]
+        return found
+
+    def shown(self, notebook: str) -> list[str]:
+        """Return the names of results that a notebook shows, as the list `shows` of its cell `parameters` says; without it, all of them.
+
+        Raises: UserError if it is missing, damaged, or names what no stage writes.
+        """
+        path = notebook_file(self, notebook)
+        shown = parameters(read_notebook(path)).get("shows", [*SHOWN])
+        refuse_unknown(shown, f"{path}: shows")
+        return shown
+
     def jobs(self, stage: str) -> list[Replicate]:
         """Return the jobs of a stage, in the order of its section."""
         if STAGES[stage].jobs == "one":
@@ -175,19 +238,17 @@ class Sections:
         said = STAGES[stage].family
         if said in ("", *FAMILIES):
             return [said] if said else []
-        entry, path = self.entry(stage, run)
+        entry, _ = self.entry(stage, run)
         if said == "network":
             network = entry.get("network")
             if not isinstance(network, dict) or network.get("kind") not in [*FAMILIES]:
                 config_of(self, stage, run)  # says what is wrong
             return [network["kind"]]
-        named = [entry.get("of")] if said == "of" else entry.get("runs")
-        if not isinstance(named, list):
-            raise UserError(f"{path}.runs: expected a list, got {named!r}")
-        found = []
-        for name in named:
-            found += self.families(*self.trained(name, f"{path}.{said}"))
-        return list(dict.fromkeys(found))
+        if said == "of":
+            return self.families(*self.source(stage, str(run)))
+        return list(
+            dict.fromkeys(name for each in self.named(stage, run) for name in self.families(*each[1:]))
+        )
 
 
 def read(params: Path) -> Sections:
@@ -294,7 +355,7 @@ def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str
     """Return the files that say which code a job runs, by their paths from the study's folder: that of its stage, or of its
     notebook, and those of its families."""
     if stage == "notebook":
-        modules = code.of_script(cells(notebook_file(sections, str(run))))
+        modules = code.of_script(code_of(read_notebook(notebook_file(sections, str(run)))))
         return {f"{CODE}/notebook/{run}.txt": code.listing([STAGES[stage].module, *modules])}
     modules = [STAGES[stage].module, *([PUBLISHED] if sections.published(stage) else [])]
     found = {f"{CODE}/{stage}.txt": code.listing(modules)}
@@ -306,15 +367,3 @@ def listings(sections: Sections, stage: str, run: str | None = None) -> dict[str
 def notebook_file(sections: Sections, name: str) -> Path:
     """Return the path of a notebook of the repository."""
     return sections.folder / sections.study.root / "notebooks" / f"{name}.ipynb"
-
-
-def cells(notebook: Path) -> str:
-    """Return the code of a notebook.
-
-    Raises: UserError if it is missing or damaged.
-    """
-    try:
-        found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return "\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "code")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{notebook} is missing or no notebook ({error!r}); restore it") from None

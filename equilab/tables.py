@@ -6,7 +6,7 @@ them: `of`, a trained run as params name it ("distill/get-m", or "teacher"), and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from equilab.core.absent import absent_runs, without
 from equilab.core.checked import read_arrays, read_table
 from equilab.core.config import UserError, nearest, parse, read_json, unreadable
 from equilab.core.like import read
+from equilab.core.stages import refuse_unknown
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
@@ -92,9 +93,14 @@ class NotRunError(UserError):
 
 @dataclass(frozen=True)
 class Results:
-    """The results folder of one study. `folder` is that folder; the study's params.yaml lies beside it."""
+    """The results folder of one study. `folder` is that folder; the study's params.yaml lies beside it.
+
+    `shows`: which results the tables hold, as a notebook declares them, so that it runs again when these change: stages of runs
+    ("distill", and how they were evaluated), measurements ("cost"), claims ("claims/get", "measured"); None: all that there are.
+    """
 
     folder: Path
+    shows: tuple[str, ...] | None = None
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -122,14 +128,14 @@ class Results:
           `inception_score`, and of generators that were distilled from pairs the mean absolute error `l1_held_out`, `l1_train`.
         """
         parts = []
-        for path in self._evaluated():
+        for path in self._shown():
             about = self._about(path)
             sweep = _sweep(path, about)
             sweep.insert(0, "position", range(len(sweep)))
             if "budget" in sweep:  # a fixed point followed along timesteps
                 sweep["residual_ratio"] = _residual_ratios(path.with_name("iterates.npz"), len(sweep))
             parts.append(sweep.assign(**_named(about)))
-        table = pd.concat(parts, ignore_index=True)
+        table = self._of_shown(pd.concat(parts, ignore_index=True))
         table["iterations_per_call"] = table["iterations"] / table["nfe"]
         table = table.reindex(columns=list(dict.fromkeys([*table, *SETTINGS])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "position"])
@@ -149,7 +155,7 @@ class Results:
           other noises (of that run itself too), if the stage relative has run.
         """
         rows = []
-        for path in self._evaluated():
+        for path in self._shown():
             about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
             config = {key: value for key, value in _flat(summary["config"]).items() if key != "seed"}
@@ -163,7 +169,7 @@ class Results:
         table = table.dropna(axis="columns", how="all")  # keys that no run sets
         table = table.merge(self._headline(), on=["of", "seed"])
         table = table.merge(self._rises(), on=["of", "seed"], how="left")
-        table = table.merge(self._from_first(), on=["of", "seed"], how="left")
+        table = self._of_shown(table.merge(self._from_first(), on=["of", "seed"], how="left"))
         return _keys_first(table, ["stage", "run", "of", "seed", "family", "label"])
 
     @cached_property
@@ -171,7 +177,7 @@ class Results:
         """A row for each replicate and snapshot along its training, its end included: `of`, `run`, `seed`, `family`, `label`,
         `nimg`, `train_flops` spent until then, as in `runs`, and distances (and L1) at the headline setting."""
         parts = []
-        for path in self._evaluated():
+        for path in self._shown():
             about = self._about(path)
             summary = self.summary(about["of"], about["seed"])
             snapshots = summary["config"].get("optimisation", {}).get("snapshots", ())
@@ -183,7 +189,7 @@ class Results:
             curve["nimg"] += _before(summary)
             flops = (summary.get("train_flops_image") or np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
-        table = pd.concat(parts, ignore_index=True)
+        table = self._of_shown(pd.concat(parts, ignore_index=True))
         table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
         return _keys_first(table, ["of", "run", "seed", "family", "label", "nimg", "train_flops"])
 
@@ -194,6 +200,7 @@ class Results:
         (median), `seconds_min`, `seconds_max`, `images_s`, `memory_mib`, `flops`, `peak_share`. Without rows if the stage cost has
         not run.
         """
+        self._require_shown("cost")
         table = self._read("cost/cost.csv", COSTS, (*RUN, "what", *SECONDS), SECONDS)
         return self._joined(table.rename(columns={"iterations": "most_iterations"}))
 
@@ -206,6 +213,7 @@ class Results:
 
         Without rows if the stage activation has not run.
         """
+        self._require_shown("activation")
         numbers = ("depth", "step", "at", "mean", "rms")
         table = self._joined(
             self._read("activation/activation.csv", ACTIVATION, (*RUN, "layer", *numbers), numbers)
@@ -263,6 +271,7 @@ class Results:
 
         Without rows if the stage relative has not run.
         """
+        self._require_shown("relative")
         table = self._relative
         return table.assign(first_of=table["first"].map(self._of), second_of=table["second"].map(self._of))
 
@@ -271,11 +280,17 @@ class Results:
         """What was found of each claim, a row each: `id`, `part`, `claim`, `verdict`, `effect`, `seeds`, `by_kid` (the verdict that KID
         in place of FD would give), `published`, `where`, `differs` (how the comparison is other than the paper's). Without rows if the
         stage claims has not run."""
-        return self._read("claims.csv", CLAIMS, CLAIMED).fillna("")
+        papers = [name for name in self.shows or () if name.startswith("claims/")]
+        if not papers:
+            self._require_shown("claims")
+            papers = [f"claims/{path.stem}" for path in sorted(self.folder.glob("claims/*.csv"))]
+        tables = [self._read(f"{paper}.csv", CLAIMS, CLAIMED) for paper in papers]
+        return pd.concat(tables or [pd.DataFrame(columns=list(CLAIMS))], ignore_index=True).fillna("")
 
     @cached_property
     def measured(self) -> pd.DataFrame:
         """The same of claims on seconds and memory."""
+        self._require_shown("measured")
         return self._read("measured.csv", CLAIMS, CLAIMED).fillna("")
 
     @cached_property
@@ -376,7 +391,7 @@ class Results:
         trained, of a sampled batch at the setting's iterations. Seconds and memory are measured once, and repeated for every seed."""
         more = [column for column in self.runs if column not in self.settings]
         rows = self.settings.merge(self.runs[["of", "seed", *more]], on=["of", "seed"])
-        if not (self.folder / "cost" / "cost.csv").exists():
+        if not (self._shows("cost") and (self.folder / "cost" / "cost.csv").exists()):
             return rows
         costs = self.costs.rename(columns={"memory_mib": "memory"})
         as_trained = costs[(costs["what"] == "train") & costs["as_trained"].isin([True])]
@@ -447,6 +462,31 @@ class Results:
         found = sorted(self.folder.glob("evaluate/*/*/metrics.json"))
         return [path for path in found if not path.parent.name.startswith(".")]
 
+    def _shown(self) -> list[Path]:
+        """Return what was evaluated of the stages that are shown; of a study without any, all of it, for the columns."""
+        found = self._evaluated()
+        shown = [path for path in found if self._shows(self._of.get(path.parts[-3], "").partition("/")[0])]
+        return shown or found
+
+    def _of_shown(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows of runs of the stages that are shown."""
+        stages = table["of"].str.partition("/")[0]
+        return table[stages.map(self._shows).astype(bool)].reset_index(drop=True)
+
+    def _shows(self, name: str) -> bool:
+        """Return whether results of this name are shown."""
+        return self.shows is None or name in self.shows
+
+    def _require_shown(self, name: str) -> None:
+        """Refuse to read what the notebook does not declare.
+
+        Raises: UserError with the remedy.
+        """
+        if not self._shows(name):
+            raise UserError(
+                f"the notebook reads {name!r}, which its cell `parameters` does not list in `shows`; add it there"
+            )
+
     def _about(self, path: Path) -> dict[str, Any]:
         """Return what metrics.json says of a replicate, which is that of its folder."""
         about, (run, seed) = read_json(path, **EVALUATED), path.parts[-3:-1]
@@ -479,6 +519,8 @@ class Results:
 
     @cached_property
     def _relative(self) -> pd.DataFrame:
+        if not self._shows("relative"):
+            return pd.DataFrame(columns=list(RELATIVE))
         return self._read("relative/relative.csv", RELATIVE, RELATIVE[:4], ("seed", "distance"))
 
     def _read(
@@ -526,12 +568,15 @@ class Results:
         return _keys_first(table, ["of", "seed", "family", "label"])
 
 
-def results(folder: Path | str = "results") -> Results:
-    """Return a study's results folder as tidy tables.
+def results(folder: Path | str = "results", shows: Iterable[str] | None = None) -> Results:
+    """Return a study's results folder as tidy tables, all of it or what a notebook `shows` (`Results`).
 
-    Raises: UserError if it holds no evaluated run.
+    Raises: UserError if it holds no evaluated run, or `shows` names what no stage writes.
     """
-    found = Results(Path(folder))
+    if shows is not None:
+        shows = tuple(shows)
+        refuse_unknown(shows, "shows")
+    found = Results(Path(folder), shows)
     if not found._evaluated():
         raise UserError(f"{folder} holds no evaluated run; run `dvc repro`, or give another results folder")
     return found

@@ -472,7 +472,7 @@ def test_claims_are_judged_by_the_results_that_there_are(tmp_path, monkeypatch, 
     cost = {"runs": ["distill/get", "distill/vit"]}
     results = write_study(tmp_path, runs, comparisons=comparisons, cost=cost)
     run_stage(tmp_path, monkeypatch)
-    assert pd.read_csv(results / "claims.csv")["id"].tolist() == ["GET-1"]
+    assert pd.read_csv(results / "claims/get.csv")["id"].tolist() == ["GET-1"]
     told = "evaluate@vit-3, evaluate@get-s-0, cost"
     assert (results / "claims.md").read_text().endswith(f"\n\nNot run yet: {told}.\n")
     printed = capsys.readouterr().out.splitlines()
@@ -513,7 +513,7 @@ def test_the_stage_writes_a_page_and_a_table(tmp_path, monkeypatch):
     ]
     table(results / "cost/cost.csv", cost)
     run_stage(tmp_path, monkeypatch)
-    claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
+    claims = pd.read_csv(results / "claims/get.csv", keep_default_na=False).set_index("id")
     assert claims.loc["GET-1", "verdict"] == HOLDS and claims.loc["GET-1", "where"] == "table 4, figure 2b"
     assert claims.loc["GET-1", "differs"] == "of two ViTs one" and claims.loc["GET-1", "by_kid"] == NONE
     measured = pd.read_csv(results / "measured.csv", keep_default_na=False)

@@ -24,7 +24,8 @@ def write(folder, runs=RUNS, verdict="holds", environment=None):
     runs = {of: {"summary": {"environment": about}, **run} for of, run in runs.items()}
     results = made.write_study(folder, runs)
     claims = pd.DataFrame([{**CLAIM, "verdict": verdict, "published": "", "where": ""}])
-    claims.to_csv(results / "claims.csv", index=False)
+    (results / "claims").mkdir(exist_ok=True)
+    claims.to_csv(results / "claims/x.csv", index=False)
 
 
 @pytest.fixture

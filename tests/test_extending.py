@@ -196,7 +196,7 @@ def test_toys_in_three_places_are_trained_evaluated_costed_claimed_about_and_sho
     costs = pd.read_csv(results / "cost/cost.csv")
     assert {"mlp", "convolutions"} <= set(costs["family"]) and (costs["seconds"] > 0).all()
     assert {"sample", "call", "train"} == set(costs["what"])
-    claims = pd.read_csv(results / "claims.csv", keep_default_na=False).set_index("id")
+    claims = pd.read_csv(results / "claims/x.csv", keep_default_na=False).set_index("id")
     assert list(claims.index) == ["X-TOY"] and claims.loc["X-TOY", "verdict"] in ("holds", "fails")
     shown = (results / "notebook/toy/toy.ipynb").read_text()
     assert "MLP" in shown and "Convolutions" in shown

@@ -222,6 +222,18 @@ def changed(folder, changes):
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
+def test_what_does_not_read_a_run_does_not_wait_for_it():
+    found = jobs(study.read(SMOKE))
+    get, fpdm = "results/distill/get", "results/evaluate/fpdm"
+    reads = {name: job["deps"] for name, (job, _) in found.items()}
+    assert get in reads["notebook-scaling"] and fpdm not in reads["notebook-scaling"]
+    assert fpdm in reads["notebook-reuse_smoothing"] and get not in reads["notebook-reuse_smoothing"]
+    for name in ("activation", "cost"):
+        listed = {f"results/{of}" for of in study.read(SMOKE).values[name]["runs"]}
+        assert listed == {path for path in reads[name] if not path.startswith("results/code/")}
+    assert "results/claims/get.csv" in reads["notebook-scaling"]
+
+
 def test_a_seed_more_is_a_replicate_more_and_nothing_else(tmp_path):
     found = changed(tmp_path, {"distill.get.seeds": [0, 1, 2]})
     assert found == {"distill@get-2", "evaluate@get-2"}

@@ -312,6 +312,27 @@ def test_what_is_asked_for_and_not_there_is_said(study, tmp_path):
         equilab.results(study).compare("get against vits")
 
 
+def test_a_notebook_reads_what_it_shows_and_nothing_else(study):
+    whole, part = equilab.results(study), equilab.results(study, ["teacher", "distill"])
+    for name in ("runs", "settings", "snapshots"):
+        of = getattr(part, name)["of"].unique()
+        assert sorted(of) == ["distill/get", "distill/vit", "teacher"], name
+        assert {*of} < {*getattr(whole, name)["of"]}
+    none = equilab.results(study, ["gan"])
+    assert (
+        none.runs.empty and none.settings.empty and {*part.settings} - {"residual_ratio"} <= {*whole.settings}
+    )
+    for name in ("costs", "activation", "relative", "claims", "measured"):
+        with pytest.raises(UserError, match=r"does not list in `shows`; add it there"):
+            getattr(part, name)
+    for path in study.glob("evaluate/*/*/sweep.csv"):
+        if path.parts[-3] not in ("teacher", "get", "vit"):
+            path.write_text("damaged")
+    assert len(equilab.results(study, ["teacher", "distill"]).settings) == len(part.settings)
+    with pytest.raises(UserError, match=r"shows: 'distil' are no results of a stage; did you mean 'distill'"):
+        equilab.results(study, ["distil"])
+
+
 def test_published_numbers_say_where_they_stand():
     found = equilab.published_numbers("get_runs")
     assert (found["updates"] * found["batch"] == found["nimg"]).all()

@@ -26,9 +26,9 @@ def job():
 
 def judged(folder, claims=(), measured=()):
     """Write what a study has found: a claim's id, its part and the verdict."""
-    (folder / "results").mkdir(parents=True)
+    (folder / "results/claims").mkdir(parents=True)
     (folder / "params.yaml").write_text("{}")
-    for name, found in (("claims", claims), ("measured", measured)):
+    for name, found in (("claims/get", claims), ("measured", measured)):
         rows = [dict.fromkeys(COLUMNS, "") | dict(zip(("id", "part", "verdict"), each)) for each in found]
         rows = [
             row | {"effect": f"of {folder.name}", "low": "1.5", "high": "2.5", "seeds": "3"} for row in rows
@@ -99,7 +99,7 @@ def test_a_study_that_is_not_there_is_refused_before_anything_runs(studies):
 def test_a_study_that_has_not_judged_its_claims_is_named(studies):
     Path(studies["second"], "results/measured.csv").unlink()
     with pytest.raises(
-        UserError, match="second/results/claims.csv or measured.csv .* run `dvc repro claims` in .*second"
+        UserError, match="second/results/claims or measured.csv .* run `dvc repro claims` in .*second"
     ):
         stage.scoreboard(studies)
 
@@ -124,8 +124,8 @@ def test_it_is_made_anew_when_the_claims_of_any_study_change_and_after_those_of_
     sections = study.read(ROOT / "params.yaml")
     needed = dvc.graph(sections)["stages"]["scoreboard"]["deps"]
     for folder in sections.values["scoreboard"]["studies"].values():
-        for name in ("claims", "measured"):
-            assert Path(folder, "results", f"{name}.csv").as_posix() in needed
+        for name in ("claims", "measured.csv"):
+            assert Path(folder, "results", name).as_posix() in needed
     assert len(needed) == len(set(needed))
     assert not any("scoreboard" in names for names in dvc.waves(sections)), "runs do not wait for it"
 
@@ -140,7 +140,7 @@ def test_the_committed_scoreboard_is_what_the_committed_claims_of_all_studies_sa
     listed = config.studies
     pd.testing.assert_frame_equal(committed(), stage.scoreboard(listed, config.earlier), check_dtype=False)
     assert Path("results/scoreboard.md").read_text() == stage.markdown(committed(), config)
-    judged = {path.parent.parent.resolve() for path in Path().glob("**/results/claims.csv")}
+    judged = {path.parent.parent.resolve() for path in Path().glob("**/results/claims.md")}
     smoke = Path("studies/smoke").resolve()  # whose numbers mean nothing
     assert judged - {smoke} == {Path(folder).resolve() for folder in listed.values()}
     for name, folder in listed.items():

@@ -78,7 +78,7 @@ def study(tmp_path_factory):
 
 def test_one_command_ends_with_figures_tables_notebooks_claims_and_a_book(study):
     params = yaml.safe_load((study / "params.yaml").read_text())
-    for name in ("report/index.html", "claims.md", "claims.csv", "measured.md", "cost/cost.csv"):
+    for name in ("report/index.html", "claims.md", "claims/get.csv", "measured.md", "cost/cost.csv"):
         assert (study / "results" / name).stat().st_size > 0, name
     for seed in ("0", "1"):
         assert (study / "results/evaluate/get" / seed / "metrics.json").exists()

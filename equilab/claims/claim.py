@@ -86,6 +86,11 @@ class Claim(Params):
         return f"{self.id}, {self.part}" if self.part else self.id
 
     @property
+    def paper(self) -> str:
+        """The name of its paper's table of results: get of GET-1."""
+        return self.id.partition("-")[0].lower()
+
+    @property
     def measured(self) -> bool:
         """Whether it rests on seconds or memory."""
         return any(word in column for word in MEASURED for column in (self.cost, self.measure) if column)

@@ -10,9 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
+from equilab.core.stages import GENERATORS
 
-# sections whose entries are trained runs
-RUNS = ("distill", "diffusion", "gan", "consistency", "progressive")
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
 
 
@@ -117,8 +116,9 @@ def check_comparisons(sections: Mapping[str, Any], where: str = "") -> dict[str,
 
 
 def _check(sections: Mapping[str, Any], table: str, point: Point, path: str) -> None:
-    trained = [f"{stage}/{run}" for stage in RUNS for run in sections.get(stage) or {}]
-    trained += ["teacher"] if sections.get("teacher") is not None else []
+    trained = ["teacher"] if sections.get("teacher") is not None else []
+    for stage in GENERATORS[1:]:
+        trained += [f"{stage}/{run}" for run in sections.get(stage) or {}]
     if point.run not in trained:
         raise UserError(f"{path}: the study trains no {point.run!r}{nearest(point.run, trained)}")
     if table == "settings":

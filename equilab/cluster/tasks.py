@@ -21,7 +21,7 @@ class Task(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name, as DVC has it: distill@get-m-0."""
+        """Its name, as DVC has it: distill@get-m-0, notebook-scaling."""
         return self.job.name(self.stage)
 
     @property
@@ -59,6 +59,8 @@ def _needs(sections: Sections, stage: str, job: Replicate) -> tuple[str, ...]:
     names: list[str] = []
     for read in STAGES[stage].reads:
         names += _writers(sections, stage, job, read)
+    for read in sections.named(stage, job.run):
+        names += [each.name(read.stage) for each in sections.jobs(read.stage) if each.run == read.run]
     return tuple(dict.fromkeys(names))
 
 

@@ -110,10 +110,10 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The stage, and where it has runs the run, and where these have seeds the seed: distill@get-m-0."""
+        """The stage, and where it has runs the run, and where these have seeds the seed: distill@get-m-0, notebook-scaling."""
         if self.run is None:
             return self.stage
-        return f"{self.stage}@{self.run}" if self.seed is None else f"{self.stage}@{self.run}-{self.seed}"
+        return f"{self.stage}-{self.run}" if self.seed is None else f"{self.stage}@{self.run}-{self.seed}"
 
     @property
     def out(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -54,8 +54,9 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
 
 def run(config: Config, job: Job) -> None:
-    """Write `results/claims.csv` and `claims.md`, and `measured.csv` and `measured.md` for what rests on seconds or memory; say how
-    many claims are judged how, and what has not run yet. For `dvc metrics`, write the scores of every run into `results/metrics`.
+    """Write `results/claims.md`, with a table for each paper in `results/claims`, and `measured.csv` and `measured.md` for what rests on
+    seconds or memory; say how many claims are judged how, and what has not run yet. For `dvc metrics`, write the scores of every run
+    into `results/metrics`.
 
     Raises: UserError if a claim is mistyped, or the results lack what it is about.
     """
@@ -69,9 +70,18 @@ def run(config: Config, job: Job) -> None:
     absent = ", ".join(not_run(found, job))
     end = f"Not run yet: {absent}." if absent else ""
     head, name = HEAD.format(confidence=config.confidence, seeds=SEEDS), job.study.name
-    files = _files("claims", f"Claims: {name}", head, counted, end)
-    files |= _files("measured", f"Claims on seconds and memory: {name}", f"{head} {SECONDS}", measured, end)
-    write_together(files)
+    pages = {
+        Path("results/claims.md"): page(f"Claims: {name}", head, counted, end),
+        Path("results/measured.md"): page(
+            f"Claims on seconds and memory: {name}", f"{head} {SECONDS}", measured, end
+        ),
+    }
+    tables = {Path("results/measured.csv"): measured}
+    for paper in {claim.paper: None for claim in claims}:
+        tables[Path(f"results/claims/{paper}.csv")] = [one for one in counted if one.claim.paper == paper]
+    texts = {path: table(judged).to_csv(index=False, lineterminator="\n") for path, judged in tables.items()}
+    write_together({**pages, **texts})
+    remove_others(job.out, "*.csv", tables)  # of papers that there were before
     _tell("claims", counted)
     _tell("measured", measured)
     if unclaimed := found.comparisons.keys() - {claim.comparison for claim in claims}:
@@ -84,13 +94,18 @@ def run(config: Config, job: Job) -> None:
 def write_metrics(found: Results, folder: Path) -> None:
     """Write the scores of every run at its headline setting, means over its seeds, as a file each: `distill/get-m.json`."""
     names = [name for name in (found.distance, found.distance.replace("train", "test")) if name in found.runs]
-    written = set()
+    written = []
     for of, rows in found.runs.groupby("of", sort=False):
         scores = {name: float(f"{mean(rows[name]):.6g}") for name in names if rows[name].notna().all()}
         write_json(folder / f"{of}.json", {**scores, "seeds": len(rows)})
-        written.add(folder / f"{of}.json")
-    for path in folder.rglob("*.json"):  # of runs that there were before
-        if path not in written:
+        written.append(folder / f"{of}.json")
+    remove_others(folder, "*.json", written)  # of runs that there were before
+
+
+def remove_others(folder: Path, pattern: str, kept: Collection[Path]) -> None:
+    """Remove the files of a folder, at any depth, whose names fit a pattern, but for those that are kept."""
+    for path in folder.rglob(pattern):
+        if path not in kept:
             path.unlink()
 
 
@@ -162,12 +177,10 @@ def differences(judged: list[Judged]) -> str:
     return "\n".join(["## Where this study compares otherwise than the paper", "", *lines]) if lines else ""
 
 
-def _files(name: str, title: str, head: str, judged: list[Judged], end: str) -> dict[Path, str]:
-    """Return a table and a page of claims, by their paths."""
-    found, path = table(judged), Path("results", f"{name}.md")
-    parts = [f"# {title}", head, markdown(found), differences(judged), hypotheses(judged), end]
-    page = "\n\n".join(part for part in parts if part) + "\n"
-    return {path.with_suffix(".csv"): found.to_csv(index=False, lineterminator="\n"), path: page}
+def page(title: str, head: str, judged: list[Judged], end: str) -> str:
+    """Return a page of claims in Markdown."""
+    parts = [f"# {title}", head, markdown(table(judged)), differences(judged), hypotheses(judged), end]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _tell(name: str, judged: list[Judged]) -> None:

@@ -1,9 +1,7 @@
-"""Stage `notebook@NAME`: a notebook of the repository, executed on the study's results and made byte-stable."""
+"""Stage `notebook`: a notebook of the repository, executed on the study's results and made byte-stable."""
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from equilab.core.config import Params, Scalar, UserError, nearest
 from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
+from equilab.core.notebooks import parameters, read_notebook
 from equilab.core.process import is_first
 
 if TYPE_CHECKING:
@@ -106,7 +105,8 @@ def _checked(config: Config, job: Job) -> Path:
     if not source.exists():
         known = [path.stem for path in source.parent.glob("*.ipynb")]
         raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
-    known = parameters(json.loads(source.read_text(encoding="utf-8")))
+    known = parameters(read_notebook(source))
+    known.pop("shows", None)  # the notebook's own
     for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")
@@ -115,22 +115,6 @@ def _checked(config: Config, job: Job) -> Path:
                 f"notebook.{job.run}.parameters.{name}: expected a value like {known[name]!r}, got {value!r}"
             )
     return source
-
-
-def parameters(notebook: dict) -> dict[str, float | str]:
-    """Return the names that a notebook's `parameters` cell assigns, with their values there.
-
-    Raises: UserError unless exactly one code cell has the tag.
-    """
-    tagged = [
-        c
-        for c in notebook["cells"]
-        if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
-    ]
-    if len(tagged) != 1:
-        raise UserError(f"a notebook needs one code cell with the tag `parameters`, found {len(tagged)}")
-    assigned = [node for node in ast.parse("".join(tagged[0]["source"])).body if isinstance(node, ast.Assign)]
-    return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
 
 
 def normalised(notebook: NotebookNode) -> NotebookNode:

@@ -97,21 +97,21 @@ def scoreboard(studies: Mapping[str, str], earlier: Collection[str] = ()) -> pd.
 
 def _judged(name: str, folder: Path, known: pd.MultiIndex, earlier: bool) -> pd.DataFrame:
     """Return what a study has found of the claims that it tests."""
-    remedy = f"run `dvc repro claims` in {folder}"
+    remedy, results = f"run `dvc repro claims` in {folder}", folder / "results"
     try:
-        paths = [folder / "results" / file for file in ("claims.csv", "measured.csv")]
+        paths = [*sorted(results.glob("claims/*.csv")), results / "measured.csv"]
         found = pd.concat([pd.read_csv(path, keep_default_na=False, dtype=str) for path in paths])
         found = found[[*KEYS, *FOUND]]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"{paths[0]} or {paths[1].name} is missing, damaged or of another version; {remedy}"
+            f"{results / 'claims'} or measured.csv is missing, damaged or of another version; {remedy}"
         ) from None
     keys = pd.MultiIndex.from_frame(found[KEYS])
     unknown = keys.difference(known)
     if earlier:
         found = found[keys.isin(known)]
     elif len(unknown):
-        raise UserError(f"{paths[0].parent} judges {', '.join(unknown[0])}, which is no claim now; {remedy}")
+        raise UserError(f"{results} judges {', '.join(unknown[0])}, which is no claim now; {remedy}")
     return found.assign(study=name)[[*KEYS, "study", *FOUND]]
 
 
