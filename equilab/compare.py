@@ -23,7 +23,7 @@ from equilab.tables import Results, results
 CONFIDENCE = 0.999  # that replicates of one run are told to be alike
 UNKNOWN = 0.1  # how far scores may lie apart, relatively, in a study of which no run has several seeds
 # what is made of seconds and memory, which no two machines or days have in common
-MEASURED = ("cost", "measured", "notebook/sampling_speed", "report")
+MEASURED = ("cost", "measured", "notebook/sampling_speed", "notebook/reuse_smoothing", "report")
 SAME, CLOSE, APART, ABSENT = "same", "within tolerance", "differs", "is not there"
 
 

@@ -187,7 +187,7 @@ class Results:
                 kept = [name for name in end if name == "nimg" or name.startswith(("fd_", "fid_", "l1_"))]
                 curve = pd.concat([curve, end[kept]])
             curve["nimg"] += _before(summary)
-            flops = (summary.get("train_flops_image") or np.nan) * curve["nimg"]
+            flops = float(summary.get("train_flops_image") or np.nan) * curve["nimg"]
             parts.append(curve.assign(train_flops=flops, **_named(about)))
         table = self._of_shown(pd.concat(parts, ignore_index=True))
         table = table.reindex(columns=list(dict.fromkeys([*table, "l1_held_out"])))
@@ -470,7 +470,7 @@ class Results:
 
     def _of_shown(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of runs of the stages that are shown."""
-        stages = table["of"].str.partition("/")[0]
+        stages = table["of"].str.split("/").str[0]
         return table[stages.map(self._shows).astype(bool)].reset_index(drop=True)
 
     def _shows(self, name: str) -> bool:

@@ -82,9 +82,8 @@ def call(folder, *command):
 
 @pytest.fixture
 def address():
-    """The address of a store like S3 on this machine, with a bucket; skipped where the server or DVC's part for it is missing."""
-    pytest.importorskip("dvc_s3")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    """The address of a store like S3 on this machine, with a bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
