@@ -699,7 +699,7 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(name, fault, digits,
     (tmp_path / name).write_bytes(changed[fault])
     if fault == "missing":
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=f"{name} .*run the stage that writes it (first|again)"):
+    with pytest.raises(UserError, match=f"{name} .*run the stage that writes it, or fetch it (first|again)"):
         data.load(tmp_path, "train")
 
 

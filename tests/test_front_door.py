@@ -225,7 +225,7 @@ def test_weights_that_are_not_there_yet_are_named(tmp_path):
         (b"PK\x03\x04 by torch", "equilab.published.load"),
         (b"\x80\x04 a pickle", "python -m equilab import FAMILY"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (None, "is damaged .*; fetch it again"),
+        (None, "is damaged .*, or fetch it again"),
     ],
 )
 def test_what_is_no_file_of_ours_is_told_with_what_fetches_or_reads_it(results, tmp_path, content, sentence):

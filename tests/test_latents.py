@@ -157,8 +157,9 @@ def test_the_vae_that_decodes_is_the_one_that_encoded(trained_study, capsys, vae
     sections = like.read(Path("params.yaml"))
     sections["latents"]["vae"] = "other"
     keep(sections)
-    assert "was made by another VAE than other holds; run `python -m equilab latents` again" in refused(
-        capsys, "evaluate", "dit"
+    assert (
+        "results/latents/meta.json was made by another VAE than other holds; run `python -m equilab latents` again"
+        in refused(capsys, "evaluate", "dit")
     )
     assert not Path("results/evaluate").exists()
 
@@ -241,7 +242,7 @@ def test_a_damaged_vae_or_shard_other_data_and_clamped_latents_are_refused(study
     assert "clamp holds images in -1..1, which latents are not; set it to false" in refused(capsys, "check")
     meta = Path("results/data/meta.json")
     meta.write_text(meta.read_text() + " ")
-    assert "holds latents of other images than results/data" in refused(capsys, "diffusion", "dit")
+    assert "was made of other images than results/data" in refused(capsys, "diffusion", "dit")
     sections["latents"]["vae"] = "broken"
     keep(sections)
     Path("broken").mkdir()

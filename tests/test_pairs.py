@@ -74,11 +74,11 @@ def test_the_set_is_memory_mapped(study):
     [
         (
             lambda folder: (folder / "meta.json").unlink(),
-            "meta.json is not there; run the stage that writes it first",
+            "meta.json is not there; run the stage that writes it, or fetch it first",
         ),
         (
             lambda folder: (folder / "meta.json").write_text("{"),
-            "meta.json is damaged .*; run the stage that writes it again",
+            "meta.json is damaged .*; run the stage that writes it, or fetch it again",
         ),
         (lambda folder: (folder / "images-0000000060.npy").unlink(), "images-0000000060.npy is not there"),
         (
@@ -127,8 +127,8 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     ("key", "value", "told"),
     [
         ("pairs.sampler.sigma_max", 70.0, "pairs.sampler is "),
-        ("pairs.count", 260, "pairs.count is 260, but results/pairs was made with 200"),
-        ("study.seed", 7, "study.seed is 7, but results/pairs was made with 0"),
+        ("pairs.count", 260, "results/pairs/meta.json was made with 200, but pairs.count is 260"),
+        ("study.seed", 7, "results/pairs/meta.json was made with 0, but study.seed is 7"),
     ],
 )
 def test_pairs_made_otherwise_than_params_say_now_are_refused(
@@ -150,7 +150,7 @@ def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp
     save_tensors(weights, {name: tensor + 1 for name, tensor in tensors.items()}, about)
     assert __main__.main(["distill", "vit"]) == 2
     assert (
-        "results/pairs was made by another teacher than results/teacher/weights.safetensors"
+        "results/pairs/meta.json was made by another teacher than results/teacher/weights.safetensors"
         in capsys.readouterr().err
     )
     weights.unlink()

@@ -163,5 +163,5 @@ def test_what_beside_the_weights_is_damaged_is_told(results, tmp_path):  # noqa:
     with pytest.raises(UserError, match=r"config\.json: setting\.iterations"):
         equilab.load(tmp_path / "given")
     path.write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged .*; fetch it again"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*, or fetch it again"):
         equilab.load(tmp_path / "given")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equilab.core.config import UserError, unreadable, writer
+from equilab.core.config import unreadable, unusable
 from equilab.core.files import sha256_of
 
 if TYPE_CHECKING:
@@ -29,10 +29,8 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: Any, sha256: str | Non
         raise unreadable(path, error) from None
     size = path.stat().st_size
     if array.shape != shape or array.dtype != dtype or size != array.offset + array.nbytes:
-        raise UserError(
-            f"{path} holds {array.dtype} {array.shape} in {size} bytes, expected is {np.dtype(dtype)} {shape}; run "
-            f"{writer(path)} again"
-        )
+        found, expected = f"{array.dtype} {array.shape} in {size} bytes", f"{np.dtype(dtype)} {shape}"
+        raise unusable(path, f"holds {found}, expected is {expected}")
     if sha256 is not None and sha256_of(path) != sha256:
         raise unreadable(path, "its checksum is not the one that was written with it")
     return array

@@ -146,13 +146,13 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def read_json(path: Path, *keys: str, **types: Any) -> dict[str, Any]:
-    """Return a JSON file of results that has `keys`, and those of `types` with a value of their type, as pydantic knows types;
-    one that may be None may be missing.
+def read_json(path: Path, **types: Any) -> dict[str, Any]:
+    """Return a JSON file of results that has these keys, each with a value of its type, as pydantic knows types; one that may
+    be None may be missing.
 
     Raises: UserError if it is missing, damaged, or lacks one.
     """
-    expected = _content(*keys, **types)
+    expected = _content(**types)
     try:
         content = path.read_bytes()
         value = json.loads(content)
@@ -168,39 +168,43 @@ def read_json(path: Path, *keys: str, **types: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _content(*keys: str, **types: Any) -> type[BaseModel]:
+def _content(**types: Any) -> type[BaseModel]:
     """Return the model of a JSON file of which these keys are read."""
     settings = ConfigDict(extra="allow", strict=True)
-    fields = dict.fromkeys(keys, (Any, ...))
-    for name, kind in types.items():
-        fields[name] = (kind, None if type(None) in typing.get_args(kind) else ...)
+    fields = {
+        name: (kind, None if type(None) in typing.get_args(kind) else ...) for name, kind in types.items()
+    }
     return create_model("Content", __config__=settings, **fields)
 
 
 def unreadable(path: Path, reason: object = "") -> UserError:
-    """Return what to say of a result that cannot be read: that it is not there, or that it is damaged, and which command
-    writes it."""
+    """Return what to say of a result that cannot be read: that it is not there, or that it is damaged, and the remedy."""
     if not path.exists():
-        return UserError(f"{path} is not there; run {writer(path)} first")
+        return UserError(f"{path} is not there; {_remedy(path)} first")
     details = " ".join(str(reason).split())
-    return UserError(f"{path} is damaged{f' ({details})' if details else ''}; run {writer(path)} again")
+    return unusable(path, f"is damaged ({details})" if details else "is damaged")
 
 
-def writer(path: Path) -> str:
-    """Return the command that writes a result, as its path says it: results/STAGE[/RUN[/SEED]]/...; of unfinished work
-    (.equilab/scratch/JOB/...) the one that clears it, and the one after it."""
+def unusable(path: Path, how: str) -> UserError:
+    """Return what to say of a result that is not as it must be: how it is, and the remedy."""
+    return UserError(f"{path} {how}; {_remedy(path)} again")
+
+
+def _remedy(path: Path) -> str:
+    """Return what brings a result: the command that writes it, as its path says it, results/STAGE[/RUN[/SEED]]/...; of
+    unfinished work (.equilab/scratch/JOB/...) the one that clears it, and the one after it."""
     if path.parts[:2] == (".equilab", "scratch"):
-        return f"`python -m equilab clean {path.parts[2]}`, which removes it, and the same command"
+        return f"run `python -m equilab clean {path.parts[2]}`, which removes it, and the same command"
     folders = [name for name in path.parts[:-1] if name != "snapshots"]
-    if "results" not in folders:
-        return "the stage that writes it"
+    if "results" not in folders:  # a run that was given away, for one
+        return "run the stage that writes it, or fetch it"
     while "results" in folders:
         folders = folders[folders.index("results") + 1 :]
     stage, *run = folders or ["claims"]  # which alone writes beside the folders of stages
     if stage == "imported":
-        return "`python -m equilab import`"
+        return "run `python -m equilab import`"
     seed = ["--seed", run.pop()] if len(run) == 2 else []
-    return f"`{' '.join(['python -m equilab', stage, *run, *seed])}`"
+    return f"run `{' '.join(['python -m equilab', stage, *run, *seed])}`"
 
 
 def parse(kind: type[Kind], value: Any, path: str) -> Kind:

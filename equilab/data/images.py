@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from equilab.core import rng
 from equilab.core.checked import read_array
-from equilab.core.config import Params, UserError, read_json, unreadable, writer
+from equilab.core.config import Params, UserError, read_json, unreadable, unusable
 from equilab.core.files import publishing, require_disk, scratch, sha256_of, write_array, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.process import is_first
@@ -187,9 +187,7 @@ def require_same(path: Path, made: Mapping[str, Any]) -> None:
     data = folder_of("data") / "meta.json"
     kept = made.get("inputs", {}).get("data")
     if kept is not None and data.exists() and kept != sha256_of(data):
-        raise UserError(
-            f"{path} was made of other images than {data.parent} holds now; run {writer(path)} again"
-        )
+        raise unusable(path, f"was made of other images than {data.parent} holds now")
 
 
 def label_counts(job: Job) -> dict[str, list[int]]:

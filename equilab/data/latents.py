@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from equilab.core import rng
 from equilab.core.checked import read_array
-from equilab.core.config import Params, UserError, read_json, sentences, unreadable
+from equilab.core.config import Params, UserError, read_json, sentences, unreadable, unusable
 from equilab.core.files import publishing, scratch, sha256_of, write_json
 from equilab.core.job import Job, Plan, folder_of
 from equilab.core.machine import barrier, device_of, environment, identity, rank
@@ -124,18 +124,17 @@ class Encoded:
 
     def __init__(self, folder: Path):
         content = {"shape": list[int], "count": int, "data": str, "shards": dict[str, str]}
-        meta = read_json(folder / "meta.json", **content)
+        path = folder / "meta.json"
+        meta = read_json(path, **content)
         if meta["data"] != sha256_of(folder_of("data") / "meta.json"):
-            raise UserError(
-                f"{folder} holds latents of other images than results/data; run `python -m equilab latents` again"
-            )
+            raise unusable(path, "was made of other images than results/data")
         self.shape, self.shards, left = tuple(meta["shape"]), [], meta["count"]
         for name, sha256 in meta["shards"].items():
             count = min(SHARD, left)
             self.shards.append(read_array(folder / name, (count, *self.shape), np.float32, sha256))
             left -= count
         if left:
-            raise unreadable(folder / "meta.json", "its shards hold another number of latents than it says")
+            raise unreadable(path, "its shards hold another number of latents than it says")
 
     def read(self, items: np.ndarray) -> Tensor:
         """Return the latents (B, C, H, W) float32 of these training images."""
@@ -201,10 +200,7 @@ def pixels(job: Job, shape: tuple[int, ...], latent: bool, device: torch.device)
         return Pixels(shape, to_uint8)
     vae, path = open_vae(config, job.image, device), folder_of("latents") / "meta.json"
     if read_json(path, vae=str)["vae"] != vae.checksum():
-        raise UserError(
-            f"{path.parent} was made by another VAE than {config.vae} holds; run `python -m equilab latents` again"
-        )
-
+        raise unusable(path, f"was made by another VAE than {config.vae} holds")
     return Pixels(job.image, partial(_decoded, vae, config.batch))
 
 

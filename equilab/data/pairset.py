@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equilab.core import rng
 from equilab.core.checked import read_array
-from equilab.core.config import UserError, plain, read_json, unreadable
+from equilab.core.config import UserError, plain, read_json, unreadable, unusable
 from equilab.core.job import Job, folder_of
 from equilab.data.images import require_same, to_float
 from equilab.models.checkpoint import read_metadata
@@ -60,12 +60,13 @@ class PairSet:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.meta = folder, read_json(folder / "meta.json", **CONTENT)
+        self.folder, self.path = folder, folder / "meta.json"
+        self.meta = read_json(self.path, **CONTENT)
         self.count, self.held_out, self.classes = (self.meta[key] for key in ("count", "held_out", "classes"))
         self.shape, self.seed = tuple(self.meta["shape"]), self.meta["seed"]
         self.label_counts = self.meta.get("label_counts")
         if len(self.meta["shards"]) * self.meta["shard"] != self.count + self.held_out:
-            raise unreadable(folder / "meta.json", "its shards hold another number of pairs than it says")
+            raise unreadable(self.path, "its shards hold another number of pairs than it says")
         self.images = [self._read(name) for name in self.meta["shards"]]
         if noise_checksum(self.seed, self.shape) != self.meta["noise_checksum"]:
             raise UserError(
@@ -86,9 +87,7 @@ class PairSet:
         }
         for key, value in {"study.seed": job.study.seed, **now}.items():
             if value != (before := self.meta.get(key.partition(".")[2])):
-                raise UserError(
-                    f"{key} is {value}, but {self.folder} was made with {before}; run `python -m equilab pairs` again"
-                )
+                raise unusable(self.path, f"was made with {before}, but {key} is {value}")
         wanted = job.read("data").labels
         if (wanted == "frequency") != (self.label_counts is not None):
             raise UserError(
@@ -100,9 +99,7 @@ class PairSet:
         teacher = read_metadata(weights)
         require_same(weights, teacher)
         if teacher["checksum"] != self.meta["teacher"]:
-            raise UserError(
-                f"{self.folder} was made by another teacher than {weights}; run `python -m equilab pairs` again"
-            )
+            raise unusable(self.path, f"was made by another teacher than {weights}")
 
     def _read(self, name: str, sha256: str | None = None) -> np.ndarray:
         shape = self.meta["shard"], *self.shape

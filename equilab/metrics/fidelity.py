@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import UserError, digest
+from equilab.core.config import UserError, digest, unusable
 from equilab.core.machine import precision
 from equilab.core.progress import bar
 from equilab.data.images import load, to_float
@@ -285,9 +285,7 @@ class Scorer:
         inception = read_metadata(weights).get("network") == "inception"
         if config is not None and inception != (config.network is None):
             there = "Inception" if inception else "a classifier"
-            raise UserError(
-                f"{weights} is {there}, but params ask for the other; run `python -m equilab evaluator` again"
-            )
+            raise unusable(weights, f"is {there}, but params ask for the other")
         if inception:
             self.extractor = inception_extractor(device)
         else:

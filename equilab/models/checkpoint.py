@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from equilab.core.config import Spec, UserError, difference, digest, plain, shown, spec, unreadable, writer
+from equilab.core.config import Spec, UserError, difference, digest, plain, shown, spec, unreadable, unusable
 from equilab.core.files import write
 from equilab.models.classifier import CLASSIFIERS
 from equilab.models.family import families, family
@@ -91,17 +91,14 @@ def load_network(path: Path, config: Any = None) -> tuple[nn.Module, dict[str, A
     tensors, metadata = load_tensors(path)
     if config is not None and (differing := difference(metadata.get("config"), plain(config))):
         key, before, now = differing
-        raise UserError(
-            f"{path} was trained with {key} {shown(before)}, params.yaml gives {shown(now)}; run {writer(path)} again"
-        )
+        raise unusable(path, f"was trained with {key} {shown(before)}, params.yaml gives {shown(now)}")
     network = _network(path, metadata) if config is None else config.network
     net = network.build(tuple(metadata["image"]), metadata["classes"])
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit its own config ({str(error).splitlines()[-1].strip()}); run {writer(path)} again"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise unusable(path, f"does not fit its own config ({reason})") from None
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), metadata
 
 
@@ -112,6 +109,6 @@ def _network(path: Path, metadata: Mapping[str, Any]) -> Spec:
         network, name = metadata["config"]["network"], metadata.get("family")
         known = [family(name)] if name is not None else families(metadata["stage"]).values()
     except (KeyError, TypeError):
-        raise UserError(f"{path} does not say what network it is of; run {writer(path)} again") from None
+        raise unusable(path, "does not say what network it is of") from None
     kinds = {each.kind: each.network for each in known} or CLASSIFIERS
     return spec(kinds, network, f"{path}: network")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,18 +85,7 @@ def _read(weights: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{weights} was not written by equilab; read the authors' checkpoints with equilab.published.load, or by "
             f"`python -m equilab import FAMILY {weights}`"
         )
-    return _fetched(load_network, weights)
-
-
-def _fetched(reader: Callable, *arguments: Any) -> Any:
-    """Return what reads a file that may be of no stage; a mistake then names none.
-
-    Raises: UserError as the reader does.
-    """
-    try:
-        return reader(*arguments)
-    except UserError as error:
-        raise UserError(str(error).replace("run the stage that writes it", "fetch it")) from None
+    return load_network(weights)
 
 
 def find_weights(path: Path, seed: int | None = None) -> Path:
@@ -162,7 +150,7 @@ def _given_setting(weights: Path, run: Run) -> Setting | None:
     path = weights.with_name("config.json")
     if run.setting is None or not path.exists():
         return None
-    setting = _fetched(read_json, path, "setting")["setting"]
+    setting = read_json(path, setting=Any)["setting"]
     return None if setting is None else parse(run.setting, setting, f"{path}: setting")
 
 

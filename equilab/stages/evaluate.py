@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from equilab.core.config import Params, UserError, digest, plain, read_json, writer
+from equilab.core.config import Params, UserError, digest, plain, read_json, unusable
 from equilab.core.files import (
     new_array,
     publishing,
@@ -148,9 +148,7 @@ def _check_inputs(config: Config, job: Job, generator: Generator, pairs: PairSet
     weights = folder_of(stage, name or None, job.seed if name else None) / "weights.safetensors"
     require_same(weights, generator.metadata)
     if pairs is not None and generator.metadata["inputs"]["pairs"] != digest(pairs.meta):
-        raise UserError(
-            f"{weights} was trained on other pairs than {pairs.folder} holds now; run {writer(weights)} again"
-        )
+        raise unusable(weights, f"was trained on other pairs than {pairs.folder} holds now")
 
 
 def _floor_samples(job: Job) -> int:
