@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from equilab import published, style
     from equilab.core.config import UserError
-    from equilab.sampling import Generator, Samples
+    from equilab.sampling.generators import Generator
+    from equilab.sampling.samples import Samples
     from equilab.tables import Results
 
 __version__ = "0.1.0"
@@ -48,9 +49,9 @@ __all__ = [
 
 # where the names lead that are no functions of this module; each is imported when it is first asked for
 ELSEWHERE = {
-    "Generator": "equilab.sampling",
+    "Generator": "equilab.sampling.generators",
     "Results": "equilab.tables",
-    "Samples": "equilab.sampling",
+    "Samples": "equilab.sampling.samples",
     "UserError": "equilab.core.config",
     "published": "",
     "style": "",

@@ -37,7 +37,7 @@ from equilab.metrics.measuring import matmul_peak, peak_memory
 from equilab.models import gdd
 from equilab.models.feature_networks import classifier_network
 from equilab.models.precond import EDM
-from equilab.sampling import KINDS
+from equilab.sampling.generators import KINDS
 from equilab.solvers import Solver
 from equilab.training import diffusion, distill, features, gan, loop, onestep, teacher, trainer
 

@@ -17,7 +17,7 @@ from equilab.claims.tests import SEEDS
 from equilab.core.config import UserError, plain
 from equilab.core.files import write, write_json
 from equilab.core.like import read
-from equilab.sampling import Generator
+from equilab.sampling.generators import Generator
 from equilab.sampling.hub import FILES
 from equilab.sampling.opening import find_weights, open_run, study_of
 from equilab.tables import SCORES, Results

@@ -18,7 +18,7 @@ from equilab.core import config as configs
 from equilab.core.config import UserError
 from equilab.core.files import sha256_of, write_arrays, write_table
 from equilab.metrics.fidelity import Scorer
-from equilab.sampling import load
+from equilab.sampling.generators import load
 from equilab.sampling.settings import Solve
 from equilab.study import Replicate, job_of, module_of, open_study
 

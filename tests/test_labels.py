@@ -12,7 +12,7 @@ from equilab import __main__
 from equilab.core import config, like
 from equilab.data import images as data
 from equilab.data.pairset import PairSet
-from equilab.sampling import load
+from equilab.sampling.generators import load
 from equilab.training import gan
 
 COUNTS = [54, 6]

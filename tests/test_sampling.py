@@ -14,7 +14,8 @@ from equilab.core.config import UserError, plain
 from equilab.core.job import Job, Study
 from equilab.core.settings import setting_columns
 from equilab.models.checkpoint import save_tensors
-from equilab.sampling import KINDS, describe, load, seeds_of, solver_statistics
+from equilab.sampling.generators import KINDS, describe, load, seeds_of
+from equilab.sampling.runs import solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 
 HEUN = dict(method="heun", steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0)

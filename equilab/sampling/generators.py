@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equilab.core.config import UserError, nearest, parse, shown
 from equilab.core.job import Job
-from equilab.core.machine import device_of, precision
+from equilab.core.machine import precision
 from equilab.core.progress import bar
 from equilab.data import latents
 from equilab.data.images import to_uint8
@@ -289,14 +289,6 @@ def from_network(
     run = _class(stage, config.family)(of, config, shape, classes, training.cost, counts)
     run.network = net = net.to(device)  # in place of one without numbers, which takes seconds to build
     return Generator(run, net, run.model(net, metadata), dict(metadata), torch.device(device), precision)
-
-
-def load_first(of: str, job: Job) -> Generator:
-    """Return the first seed of a run with its weights, on the study's device.
-
-    Raises: UserError if the weights are missing, damaged, or not of the study's params.
-    """
-    return load(of, seeds_of(of, job)[0], config=describe(of, job).config, device=device_of(job))
 
 
 def _stage_and_name(of: str) -> tuple[str, str]:

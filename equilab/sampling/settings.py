@@ -12,17 +12,6 @@ from equilab.diffusion.settings import Sampler
 from equilab.solvers import Solver
 from equilab.solvers.solver import METHODS
 
-__all__ = [
-    "ChainSampler",
-    "FixedPointAlongChain",
-    "Guidance",
-    "Sampler",
-    "Setting",
-    "Solve",
-    "changed",
-    "options_of",
-]
-
 Method = Literal[METHODS]  # of solvers
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Tolerance = Annotated[float, Field(ge=0, le=1)]  # relative residual at which a sample stops; 0: never

@@ -24,8 +24,8 @@ from equilab.diffusion.discrete import evenly
 from equilab.diffusion.protocols import Denoised, finish
 from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
-from equilab.sampling import Generator, Run, batches, describe, load, seeds_of
-from equilab.sampling.runs import Denoiser, ImplicitOneStep, Student, Teacher
+from equilab.sampling.generators import Generator, batches, describe, load, seeds_of
+from equilab.sampling.runs import Denoiser, ImplicitOneStep, Run, Student, Teacher
 from equilab.sampling.settings import Count, iterated
 from equilab.solvers import Solution, Solver
 from equilab.training.onestep import Levels

@@ -16,8 +16,8 @@ from equilab.core.machine import device_of, environment, precision
 from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
-from equilab.sampling import Generator, Inputs, Run, describe, load_first, seeds_of
-from equilab.sampling.runs import Denoiser, OneStep
+from equilab.sampling.generators import Generator, describe, load, seeds_of
+from equilab.sampling.runs import Denoiser, Inputs, OneStep, Run
 from equilab.sampling.settings import Count, Sampler, Solve, iterated
 from equilab.training import diffusion, distill, loop
 
@@ -68,7 +68,9 @@ def run(config: Config, job: Job) -> None:
     if not is_first():
         return  # of several processes the first one does it
     device = device_of(job)
-    generators = [load_first(of, job) for of in config.runs]
+    generators = [
+        load(of, seeds_of(of, job)[0], config=describe(of, job).config, device=device) for of in config.runs
+    ]
     peak = matmul_peak(device, torch.float32)
     rows = []
     with bar(job.name, len(generators), unit="run") as progress:

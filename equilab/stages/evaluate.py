@@ -32,7 +32,8 @@ from equilab.data.images import require_same
 from equilab.data.latents import Pixels
 from equilab.data.pairset import PairSet
 from equilab.metrics.fidelity import CACHE, Scorer
-from equilab.sampling import Generator, Run, batches, describe, load, solver_statistics
+from equilab.sampling.generators import Generator, batches, describe, load
+from equilab.sampling.runs import Run, solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 from equilab.stages.iterates import iterates
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from equilab.data.latents import Pixels
 from equilab.diffusion.discrete import evenly
-from equilab.sampling import Generator, batches
+from equilab.sampling.generators import Generator, batches
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 from equilab.solvers import Solution
 
