@@ -87,11 +87,9 @@ def read(path: Path) -> dict[str, Any]:
         sections = load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there; run in the folder of a study, or give --params FILE") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
         raise UserError(f"{path} is not valid YAML: {told}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13, !!bool x
-        raise UserError(f"{path} is not valid YAML: a value does not fit its type ({error})") from None
     if not isinstance(sections, dict):
         raise UserError(f"{path} must hold sections (study:, data:, ...), not {type(sections).__name__}")
     return sections
@@ -100,9 +98,25 @@ def read(path: Path) -> dict[str, Any]:
 def load(text: str) -> Any:
     """Return the content of YAML.
 
-    Raises: YAMLError if it is none, or nested deeper, or grown by aliases larger, than any params are; what Python says of a
-    value that does not fit its tag.
+    Raises: YAMLError if it is none, or nested deeper, or grown by aliases larger, than any params are, or a value does not fit
+        its type.
     """
+    try:
+        _require_shallow(text)
+        loader = _Loader(text)
+        try:
+            if (node := loader.get_single_node()) is None:
+                return None
+            _size(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # a month 13, !!bool x
+        raise yaml.YAMLError(f"a value does not fit its type ({error})") from None
+
+
+def _require_shallow(text: str) -> None:
+    """Refuse YAML that is nested too deeply, or has an alias of an anchor that does not stand before it."""
     depth, anchors = 0, set()
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
@@ -112,14 +126,6 @@ def load(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_LEVELS:
             raise yaml.YAMLError(f"it is nested too deeply, line {event.start_mark.line + 1}")
-    loader = _Loader(text)
-    try:
-        if (node := loader.get_single_node()) is None:
-            return None
-        _size(node, {})
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
 
 
 def _require_anchor(alias: yaml.AliasEvent, anchors: set[str | None]) -> None:

@@ -78,5 +78,5 @@ def read_value(name: str, text: str) -> Any:
     """
     try:
         return None if text == "None" else load(text)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+    except yaml.YAMLError:
         raise UserError(f"{name}: {text!r} is no number, word or list; write it as in params") from None
