@@ -38,8 +38,7 @@ def of_script(source: str) -> set[str]:
     """Return the modules of the package that a script imports, those behind the functions of the front door that it names
     (`equilab.load`) included."""
     nodes = list(ast.walk(ast.parse(source)))
-    named = {f"{node.value.id}.{node.attr}" for node in nodes if _is_attribute_of_name(node)}
-    named |= _names(nodes)
+    named = _names(nodes) | {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
     found = _imports(nodes)
     for node in ast.parse(_file(FRONT_DOOR).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and f"{FRONT_DOOR}.{node.name}" in named:
@@ -70,10 +69,6 @@ def _bare(node: Any) -> Any:
     return type(node).__name__, [
         (name, _bare(value)) for name, value in fields.items() if value not in (None, [])
     ]
-
-
-def _is_attribute_of_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
 
 
 def _names(nodes: Iterable[ast.AST]) -> set[str]:

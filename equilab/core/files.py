@@ -296,9 +296,7 @@ def scratch(job: Job, identity: Mapping[str, str] | None = None, keep: bool = Fa
         try:
             _prepare(folder, identity)
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}); change its permissions, or what is in its way"
-            ) from None
+            raise _unwritable(folder, error) from None
     _wait()
     yield folder
     if is_first() and not keep:

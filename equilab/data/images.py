@@ -359,7 +359,7 @@ def _rows(
             refusals.add(images.names[index], refused)
         else:
             seen.frombytes(hashlib.blake2b(image.tobytes(), digest_size=seen.itemsize).digest())
-            if not refusals.counts:
+            if not refusals.found:
                 yield image
         progress.update()
 

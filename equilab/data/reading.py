@@ -68,25 +68,24 @@ class RefusedError(Exception):
 
 
 class Refusals:
-    """Files that are refused, counted by reason, with the first of each."""
+    """Files that are refused, by reason."""
 
     def __init__(self, where: str):
-        self.where, self.counts, self.first = where, Counter(), {}
+        self.where, self.found = where, {}
 
     def add(self, name: str, refused: RefusedError) -> None:
-        """Count one more."""
-        self.counts[refused.reason] += 1
-        self.first.setdefault(refused.reason, f"{name}{refused.detail}")
+        """Add one more."""
+        self.found.setdefault(refused.reason, []).append(f"{name}{refused.detail}")
 
     def check(self, total: int) -> None:
         """Refuse them, if there are any, out of `total` files.
 
         Raises: UserError with a sentence for each reason.
         """
-        sentences = []
-        for reason, count in self.counts.items():
-            files = f"{count:,} of {total:,} files, the first {self.first[reason]},"
-            sentences.append(f"{self.where}: {files} {REFUSALS[reason]}")
+        sentences = [
+            f"{self.where}: {len(files):,} of {total:,} files, the first {files[0]}, {REFUSALS[reason]}"
+            for reason, files in self.found.items()
+        ]
         if sentences:
             raise UserError("\n".join(sentences))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor, nn
 
 from equilab.core import rng
@@ -120,14 +120,17 @@ def extract(
     images: Images, extractor: Extractor
 ) -> Iterator[tuple[Float32[Tensor, "b d"], Float32[Tensor, "b k"]]]:
     """Yield features (B, D) and logits (B, K) on the CPU, of an array in batches of BATCH, else batch by batch."""
-    batches = images
-    if isinstance(images, np.ndarray):
-        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    for batch in batches:
+    for batch in _batches(images) if isinstance(images, np.ndarray) else images:
         pixels = torch.from_numpy(np.array(batch)).to(extractor.device)
         with torch.no_grad(), _float32(extractor.device):
             features, logits = extractor.network(pixels)
         yield features.cpu(), logits.cpu()
+
+
+def _batches(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield BATCH rows at a time."""
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]
 
 
 @contextlib.contextmanager
@@ -266,8 +269,8 @@ def _reference(images: np.ndarray, extractor: Extractor, compared: int) -> dict[
 
 def _sha256(images: np.ndarray) -> str:
     found = hashlib.sha256(repr((images.shape, images.dtype)).encode())
-    for start in range(0, len(images), BATCH):
-        found.update(images[start : start + BATCH].tobytes())
+    for batch in _batches(images):
+        found.update(batch.tobytes())
     return found.hexdigest()
 
 
@@ -346,7 +349,8 @@ class Scorer:
         size = min(n_samples, len(self.train) // 2)
         order = rng.generator(seed, "floor").permutation(len(self.train))
         (half, _), (other, _) = (
-            self._gathered(self._chosen(part)) for part in order[: 2 * size].reshape(2, size)
+            self._gathered(self.train[chosen] for chosen in _batches(part))
+            for part in order[: 2 * size].reshape(2, size)
         )
         sizes = {"n_samples": size, "n_reference": size}
         test = self._scores(self.references["test"], {"train": self.references["train"]})
@@ -354,11 +358,6 @@ class Scorer:
             "test": {**test, "n_samples": self.test_size, "n_reference": len(self.train)},
             "halves": {**self._scores(half, {"train": other}), **sizes},
         }
-
-    def _chosen(self, indices: Int64[np.ndarray, n]) -> Iterator[UInt8[np.ndarray, "b c h w"]]:
-        """Yield training images in batches."""
-        for start in range(0, len(indices), BATCH):
-            yield self.train[indices[start : start + BATCH]]
 
     def _scores(self, found: Reference, references: Mapping[str, Reference]) -> dict[str, float]:
         compared, logits = found.features, found.logits

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from pathlib import Path
 from typing import NamedTuple
+
+from equilab.core.config import near
 
 TABLE = Path(__file__).with_name("files.csv")
 
@@ -31,8 +32,8 @@ def absent(path: Path) -> str:
     """Return the sentence about a file of weights that is not there: where it is published, its size, where to put it."""
     known = {each.file.lower(): each for each in published_files()}
     if (found := known.get(path.name.lower())) is None:
-        near = difflib.get_close_matches(path.name.lower(), known, 1, 0.3)
-        hint = f"; the nearest is {known[near[0]].file!r}" if near else ""
+        meant = near(path.name.lower(), known, 0.3)
+        hint = f"; the nearest is {known[meant].file!r}" if meant else ""
         return f"{path} is not there; docs/checkpoints.md says which files are published, and where{hint}"
     return (
         f"{path} is not there: {found.file}, {found.megabytes:,} MB of weights, is published at {found.place}; place it "
