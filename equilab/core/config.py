@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import typing
@@ -53,7 +54,7 @@ def _scalar(value: Any) -> Any:
 
 Scalar = Annotated[bool | int | float | str | None, PlainValidator(_scalar)]
 
-MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed
+MOST_NODES, MOST_LEVELS = 1_000_000, 100  # of a params file, aliases followed and each `like` written out
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -107,7 +108,8 @@ def load(text: str) -> Any:
         try:
             if (node := loader.get_single_node()) is None:
                 return None
-            _size(node, {})
+            if size_of(node, _parts, {}) >= MOST_NODES:
+                raise yaml.YAMLError("its aliases make it too large")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -136,20 +138,20 @@ def _require_anchor(alias: yaml.AliasEvent, anchors: set[str | None]) -> None:
         raise yaml.YAMLError(f"there is no anchor &{name} before the alias *{name}, line {line}{known}")
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return how many nodes one holds, those behind aliases each time they stand.
+def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
+    """Return the nodes that one holds."""
+    if isinstance(node, yaml.MappingNode):
+        return itertools.chain.from_iterable(node.value)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
 
-    Raises: YAMLError if there are too many, or one holds itself.
-    """
-    if id(node) not in known:
-        known[id(node)] = MOST_NODES  # until it is counted: one that holds itself has no end
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            parts = [each for pair in parts for each in pair]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    if known[id(node)] >= MOST_NODES:
-        raise yaml.YAMLError(f"its aliases make it too large, line {node.start_mark.line + 1}")
-    return known[id(node)]
+
+def size_of(value: Any, parts: Callable[[Any], Iterable[Any]], known: dict[int, int]) -> int:
+    """Return how many values one holds, itself among them, and what is there once and stands in several places each time it
+    stands; at least MOST_NODES of one that holds itself. `known` are the sizes of those that are counted."""
+    if id(value) not in known:
+        known[id(value)] = MOST_NODES  # until it is counted: one that holds itself has no end
+        known[id(value)] = 1 + sum(size_of(part, parts, known) for part in parts(value))
+    return known[id(value)]
 
 
 def read_json(path: Path, **types: Any) -> dict[str, Any]:

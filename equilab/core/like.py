@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from equilab.core import config
-from equilab.core.config import UserError, did_you_mean, failures, shown
+from equilab.core.config import MOST_NODES, UserError, did_you_mean, failures, shown, size_of
 
 LIKE, SHARED = "like", "shared"  # SHARED: the section of groups that no stage reads, and others are like
-MOST_VALUES = 1_000_000  # of params when each `like` is written out
 MOST_LEVELS = 50  # of groups each like the next
 
 
@@ -163,15 +162,11 @@ def _dotted(path: tuple) -> str:
 
 def _refuse_growth(sections: Mapping[str, Any], where: str) -> None:
     """Refuse params that are small as a file, and too large when they are written out."""
-    counts: dict[int, int] = {}
 
-    def count(value: Any) -> int:
-        if not isinstance(value, (dict, list)):
-            return 1
-        if id(value) not in counts:
-            parts = value.values() if isinstance(value, dict) else value
-            counts[id(value)] = 1 + sum(map(count, parts))
-        return counts[id(value)]
+    def parts(value: Any) -> Iterable[Any]:
+        if isinstance(value, dict):
+            return value.values()
+        return value if isinstance(value, list) else ()
 
-    if count(dict(sections)) > MOST_VALUES:
+    if size_of(sections, parts, {}) >= MOST_NODES:
         raise UserError(f"{where}: it is too large when each `{LIKE}` is written out; take some of them away")
