@@ -354,7 +354,8 @@ def _rows(
             if config.resize is not None:
                 image = reduce_by_box(image, config.image[1])
             if image.shape != config.image:
-                raise RefusedError("shape", list(image.shape))
+                other = "shape" if len(image) == config.image[0] else "channels"
+                raise RefusedError(other, list(image.shape))
         except RefusedError as refused:
             refusals.add(images.names[index], refused)
         else:

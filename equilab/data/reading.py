@@ -41,6 +41,7 @@ REFUSALS = {
     "compression": "are compressed as Python cannot undo; pack the zip again with the usual deflate",
     "link": "are symbolic links in a zip; pack it again with the files that they lead to",
     "archive": "are archives within; unpack or remove them",
+    "again": "are folders that are read already, by links that lead to them; remove the links",
     "outside": "have names that lead out of the zip; pack it again with names below one folder",
     "twice": "have the name of another file; give each a name of its own",
     "format": f"are of a format that is not read ({', '.join(FORMATS)} are); convert them to PNG or remove them",
@@ -48,6 +49,7 @@ REFUSALS = {
     "depth": "have more than 8 bits a channel; convert them to 8 bits, which drops the others",
     "transparent": "have transparency; convert them to RGB on a background of your choice",
     "mode": "are neither 8-bit grey nor RGB; convert them to one of these",
+    "channels": "have another number of channels than data.image says; correct the key, or convert them",
     "shape": "are not as data.image says; correct the key, or make all of one size and number of channels",
     "multiple": "cannot be reduced by whole pixels, as data.resize says; give images whose shorter side is a multiple of the side "
     "in data.image, or another data.image",
@@ -140,7 +142,7 @@ def find_files(path: Path, key: str) -> Files:
     """
     require_paths({key: path})
     refusals, found, others = Refusals(f"{key} ({path})"), {}, Counter()
-    listed, read = _folder(path, key) if path.is_dir() else _zip(path, key)
+    listed, read = _folder(path, refusals) if path.is_dir() else _zip(path, key)
     for name, handle in listed:
         parts = name.split("/")
         if any(map(HIDDEN.match, parts)):
@@ -203,16 +205,19 @@ def _name(path: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(path.replace("\\", "/")))
 
 
-def _folder(path: Path, key: str) -> tuple[list[tuple[str, str]], Callable[[str], bytes]]:
-    """Return the names of all files in a folder with their paths, links to folders followed, and how one is read."""
+def _folder(path: Path, refusals: Refusals) -> tuple[list[tuple[str, str]], Callable[[str], bytes]]:
+    """Return the names of all files in a folder with their paths, links to folders followed, and how one is read; links to
+    folders that are read already are refused."""
 
     def stop(error: OSError) -> None:
         raise error
 
     listed, visited = [], set()
-    for folder, _, names in os.walk(path, onerror=stop, followlinks=True):
+    for folder, within, names in os.walk(path, onerror=stop, followlinks=True):
         if (real := os.path.realpath(folder)) in visited:
-            raise UserError(f"{key} ({path}): {folder} leads to a folder that is read already; remove it")
+            refusals.add(folder, RefusedError("again"))
+            within.clear()  # which walk would go on into
+            continue
         visited.add(real)
         below = os.path.relpath(folder, path)
         for name in names:  # that need not be UTF-8
