@@ -13,16 +13,7 @@ from torch.nn import functional as F
 from equilab.core.config import Depth, Size
 from equilab.models import vit
 from equilab.models.family import Family
-from equilab.models.layers import (
-    AdaLNBlock,
-    AdaLNFinal,
-    Linear,
-    Patches,
-    check_label,
-    check_sizes,
-    sine_cosine_table,
-    unpatchify,
-)
+from equilab.models.layers import AdaLNBlock, AdaLNFinal, Linear, Transformer, check_label, unpatchify
 from equilab.models.published_keys import Described, Published, heads_of, need
 from equilab.models.unet import Sinusoid
 
@@ -82,7 +73,7 @@ class Condition(nn.Module):
         return timestep + alone, alone
 
 
-class DiT(nn.Module):
+class DiT(Transformer):
     """A vision transformer whose blocks are modulated by the timestep and the class: the explicit baseline of FPDM.
 
     With `learned_variance` it returns twice the channels: the prediction, then the values that a variance
@@ -105,11 +96,8 @@ class DiT(nn.Module):
         expansion: Size,
         learned_variance: bool,
     ):
-        super().__init__()
-        check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
+        super().__init__(image, classes, width, heads, patch, depth=depth, expansion=expansion)
         self.output = ((1 + learned_variance) * image[0], *image[1:])
-        self.patches = Patches(image[0], width, patch)
-        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
         self.condition = Condition(classes, width)
         self.stack = nn.ModuleList(AdaLNBlock(width, heads, expansion, "tanh") for _ in range(depth))
         self.final = AdaLNFinal(width, patch * patch * self.output[0])
@@ -128,7 +116,7 @@ class DiT(nn.Module):
         Raises: ValueError if a label is missing, or given to an unconditional model.
         """
         condition, _ = self.condition(t, label)  # (B, 1, D)
-        z = self.patches(x) + self.positions  # (B, N, D)
+        z = self.tokens(x)  # (B, N, D)
         activations = {}
         for k, block in enumerate(self.stack):
             before = z

@@ -13,20 +13,12 @@ from torch.nn import functional as F
 from equilab.core.config import Depth, Size
 from equilab.models import dit
 from equilab.models.family import Family
-from equilab.models.layers import (
-    AdaLNBlock,
-    AdaLNFinal,
-    Linear,
-    Patches,
-    check_sizes,
-    sine_cosine_table,
-    unpatchify,
-)
+from equilab.models.layers import AdaLNBlock, AdaLNFinal, Linear, Transformer, unpatchify
 from equilab.models.published_keys import Described, Published, blocks_of, heads_of
 from equilab.solvers import Solution
 
 
-class FPDM(nn.Module):
+class FPDM(Transformer):
     """Explicit pre layers, a fixed-point layer with their output injected, explicit post layers; all are DiT blocks.
 
     The state z (B, N, D) solves z = Block(W2 GELU(W1 [z, injection])) under timestep and class.
@@ -57,12 +49,9 @@ class FPDM(nn.Module):
         learned_variance: bool,
         pre_post_timestep: bool,
     ):
-        super().__init__()
-        check_sizes(image, classes, width, heads, patch, expansion=expansion)
+        super().__init__(image, classes, width, heads, patch, expansion=expansion)
         self.output = ((1 + learned_variance) * image[0], *image[1:])
         self.pre_post_timestep = pre_post_timestep
-        self.patches = Patches(image[0], width, patch)
-        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
         self.condition = dit.Condition(classes, width)
         self.pre = nn.ModuleList(AdaLNBlock(width, heads, expansion, "tanh") for _ in range(pre))
         self.injection = Linear(width, width)
@@ -90,7 +79,7 @@ class FPDM(nn.Module):
         """
         condition, alone = self.condition(t, label)  # (B, 1, D) each
         explicit = condition if self.pre_post_timestep else alone
-        h = self.patches(x) + self.positions  # (B, N, D)
+        h = self.tokens(x)  # (B, N, D)
         for block in self.pre:
             h = block(h, explicit)  # (B, N, D)
         if carry is not None and carry.shape != h.shape:

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 from equilab.core.config import Depth, Size
 from equilab.diffusion.protocols import Generated
 from equilab.models.family import Family
-from equilab.models.layers import (
-    Block,
-    Final,
-    Linear,
-    Patches,
-    check_label,
-    check_sizes,
-    normalised,
-    sine_cosine_table,
-    unpatchify,
-)
+from equilab.models.layers import Block, Final, Linear, Transformer, check_label, normalised, unpatchify
 from equilab.models.published_keys import Described, Published, blocks_of, heads_of, need
 from equilab.models.vit import class_embedding, published_keys, published_sizes
 
@@ -36,7 +26,7 @@ SIZES = {
 }
 
 
-class GET(nn.Module):
+class GET(Transformer):
     """An injection transformer read once, an equilibrium transformer applied until its state no longer changes.
 
     The state z (B, N, D) is the fixed point of `step` under the injections of `inject`; `decode` makes it an image.
@@ -64,13 +54,10 @@ class GET(nn.Module):
         equilibrium_expansion: Size,
         normalise: bool,
     ):
-        super().__init__()
         depths = {"depth": depth, "equilibrium_depth": equilibrium_depth}
         expansions = {"expansion": expansion, "equilibrium_expansion": equilibrium_expansion}
-        check_sizes(image, classes, width, heads, patch, **depths, **expansions)
+        super().__init__(image, classes, width, heads, patch, **depths, **expansions)
         self.image, self.classes, self.normalise = image, classes, normalise
-        self.patches = Patches(image[0], width, patch)
-        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
         self.embedding = class_embedding(classes, 3 * width)
         self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
         self.injection = Linear(width, 3 * width * equilibrium_depth, bias=False)
@@ -90,7 +77,7 @@ class GET(nn.Module):
         """
         check_label(label, self.classes)
         condition = self.embedding(label)[:, None] if self.classes else None  # (B, 1, 3D)
-        h = self.patches(noise) + self.positions  # (B, N, D)
+        h = self.tokens(noise)  # (B, N, D)
         for block in self.stack:
             h = block(h, condition)  # (B, N, D)
         injections = self.injection(h).chunk(len(self.equilibrium), 2)  # (B, N, 3D) each

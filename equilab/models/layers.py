@@ -41,6 +41,37 @@ class Patches(nn.Module):
         return self.proj(image).flatten(2).mT.contiguous()  # (B, N, D)
 
 
+class Transformer(nn.Module):
+    """What every transformer here begins with: the tokens of an image's patches, each with its position.
+
+    `image` is (channels, height, width); `classes` 0 means unconditional. `sizes` are all others that must be 1 or more.
+
+    Raises: ValueError naming the size that does not fit.
+    """
+
+    def __init__(
+        self, image: tuple[int, int, int], classes: int, width: int, heads: int, patch: int, **sizes: int
+    ):
+        super().__init__()
+        for name, size in {"width": width, "heads": heads, "patch": patch, **sizes}.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; give 1 or more")
+        if min(image) < 1 or image[1] % patch or image[2] % patch:
+            raise ValueError(
+                f"image is {image} (channels, height, width); give multiples of the patch, {patch}"
+            )
+        if width % heads or width % 4:
+            raise ValueError(f"width is {width}; give a multiple of 4 and of the heads, {heads}")
+        if classes < 0:
+            raise ValueError(f"classes is {classes}; give their number, 0 for an unconditional model")
+        self.patches = Patches(image[0], width, patch)
+        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
+
+    def tokens(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return the tokens of `image`, their positions added."""
+        return self.patches(image) + self.positions
+
+
 class Attention(nn.Module):
     """Multi-head self-attention whose query, key and value take an additive injection u: (q, k, v) = z W_i + u.
 
@@ -192,24 +223,6 @@ def unpatchify(patches: Float[Tensor, "b n o"], image: tuple[int, int, int]) -> 
     pixels = patches.unflatten(2, (patch, patch, channels))  # (B, N, P, P, C)
     grid = pixels.unflatten(1, (height // patch, width // patch))  # (B, H/P, W/P, P, P, C)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)  # (B, C, H, W)
-
-
-def check_sizes(
-    image: tuple[int, int, int], classes: int, width: int, heads: int, patch: int, **depths: int
-) -> None:
-    """Raise unless a transformer of these sizes can be built.
-
-    Raises: ValueError naming the size that does not fit.
-    """
-    for name, size in {"width": width, "heads": heads, "patch": patch, **depths}.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; give 1 or more")
-    if min(image) < 1 or image[1] % patch or image[2] % patch:
-        raise ValueError(f"image is {image} (channels, height, width); give multiples of the patch, {patch}")
-    if width % heads or width % 4:
-        raise ValueError(f"width is {width}; give a multiple of 4 and of the heads, {heads}")
-    if classes < 0:
-        raise ValueError(f"classes is {classes}; give their number, 0 for an unconditional model")
 
 
 def check_label(label: Tensor | None, classes: int) -> None:

@@ -11,17 +11,7 @@ from torch import Tensor, nn
 from equilab.core.config import Depth, Size
 from equilab.diffusion.protocols import Generated
 from equilab.models.family import Family
-from equilab.models.layers import (
-    AdaLNBlock,
-    AdaLNFinal,
-    Block,
-    Final,
-    Patches,
-    check_label,
-    check_sizes,
-    sine_cosine_table,
-    unpatchify,
-)
+from equilab.models.layers import AdaLNBlock, AdaLNFinal, Block, Final, Transformer, check_label, unpatchify
 from equilab.models.published_keys import Described, Published, blocks_of, heads_of, need
 
 # GET (Geng 2023), table 8, with the other sizes of figure 2; a head has 64 channels (72 in XL), as in DiT
@@ -50,7 +40,7 @@ PUBLISHED = {
 }
 
 
-class ViT(nn.Module):
+class ViT(Transformer):
     """A vision transformer that maps noise (and a class) to an image in one pass: the explicit baseline of GET.
 
     Two ways to condition it on the class (GET, appendix A): "additive" adds an embedding to query, key and
@@ -77,14 +67,11 @@ class ViT(nn.Module):
         expansion: Size,
         conditioning: Literal["additive", "adaln_zero"],
     ):
-        super().__init__()
-        check_sizes(image, classes, width, heads, patch, depth=depth, expansion=expansion)
+        super().__init__(image, classes, width, heads, patch, depth=depth, expansion=expansion)
         if (conditioning, classes) == ("adaln_zero", 0):
             raise ValueError("conditioning is 'adaln_zero', but there are no classes; choose 'additive'")
         self.image, self.classes, self.conditioning = image, classes, conditioning
         outputs = patch * patch * image[0]
-        self.patches = Patches(image[0], width, patch)
-        self.register_buffer("positions", sine_cosine_table(width, image[1] // patch, image[2] // patch))
         if conditioning == "additive":
             self.embedding = class_embedding(classes, 3 * width)
             self.stack = nn.ModuleList(Block(width, heads, expansion) for _ in range(depth))
@@ -103,7 +90,7 @@ class ViT(nn.Module):
         condition = None
         if self.classes:
             condition = self.embedding(label)[:, None]  # (B, 1, 3D); of adaln_zero (B, 1, D)
-        z = self.patches(noise) + self.positions  # (B, N, D)
+        z = self.tokens(noise)  # (B, N, D)
         for block in self.stack:
             z = block(z, condition)  # (B, N, D)
         patches = self.final(z) if self.conditioning == "additive" else self.final(z, condition)
