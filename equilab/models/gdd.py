@@ -6,6 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -211,15 +212,7 @@ FAMILY = Family(
 )
 
 
-CONSISTENCY = Family(
-    name="cd",
-    label="CD",
-    colour="#cc78bc",
-    marker="v",
-    stage="consistency",
-    kind="unet",
-    network=UNet,
-    implicit=False,
-    layered=True,
-    published=None,
+# the same network, of another stage
+CONSISTENCY = replace(
+    FAMILY, name="cd", label="CD", colour="#cc78bc", marker="v", stage="consistency", published=None
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -145,15 +146,7 @@ FAMILY = Family(
 )
 
 
-PROGRESSIVE = Family(
-    name="pd",
-    label="PD",
-    colour="#882255",
-    marker="<",
-    stage="progressive",
-    kind="unet",
-    network=UNet,
-    implicit=False,
-    layered=True,
-    published=None,
+# the same network, of another stage
+PROGRESSIVE = replace(
+    FAMILY, name="pd", label="PD", colour="#882255", marker="<", stage="progressive", published=None
 )
