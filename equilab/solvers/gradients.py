@@ -104,26 +104,11 @@ def _implicit(f: Callable, adjoint: Solver) -> Callable:
             return f(z, rows)
         z = z.detach().requires_grad_()
         fz = f(z, rows)
-
-        def solve(g: Tensor) -> Tensor:
-            return _solve_adjoint(fz, z, g, adjoint)
-
-        return _Adjoint.apply(fz, solve)
+        handed_on = fz.view_as(fz)  # a hook on fz itself would be called again while the adjoint is solved
+        handed_on.register_hook(lambda g: _solve_adjoint(fz, z, g, adjoint))
+        return handed_on
 
     return application
-
-
-class _Adjoint(torch.autograd.Function):
-    """The identity, whose backward pass replaces the incoming gradient by solve(gradient)."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, solve: Callable) -> Tensor:
-        ctx.solve = solve
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.solve(g), None
 
 
 def _solve_adjoint(fz: Tensor, z: Tensor, g: Tensor, adjoint: Solver) -> Tensor:
