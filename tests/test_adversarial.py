@@ -134,13 +134,13 @@ def test_overfitting_is_the_mean_sign_and_moves_the_probability_toward_its_targe
         adversarial.overfitting((torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [-1.0]])))
         == 0.25
     )
-    probability, ramp = 0.0, {"target": 0.6, "nimg": 256, "ramp_nimg": 2560}
+    probability, ramp = 0.0, (adversarial.Adaptive(target=0.6, ramp_nimg=2560), 256)
     for _ in range(5):
-        probability = adversarial.adapt(probability, 0.9, **ramp)
+        probability = adversarial.adapt(probability, 0.9, *ramp)
     torch.testing.assert_close(probability, 0.5)
-    torch.testing.assert_close(adversarial.adapt(probability, 0.3, **ramp), 0.4)
-    assert adversarial.adapt(probability, 0.6, **ramp) == probability
-    assert adversarial.adapt(0.05, 0.0, **ramp) == 0 and adversarial.adapt(0.95, 1.0, **ramp) == 1
+    torch.testing.assert_close(adversarial.adapt(probability, 0.3, *ramp), 0.4)
+    assert adversarial.adapt(probability, 0.6, *ramp) == probability
+    assert adversarial.adapt(0.05, 0.0, *ramp) == 0 and adversarial.adapt(0.95, 1.0, *ramp) == 1
 
 
 def test_draws_are_functions_of_their_index():

@@ -36,7 +36,6 @@ BASE = Optimisation(
     report_nimg=80,
     snapshots=(160, 320),
 )
-EMA = {"batch": 8, "half_life_nimg": 64.0}
 TARGET = torch.linspace(-1, 1, 5)
 
 
@@ -81,14 +80,15 @@ def test_the_learning_rate_warms_up_holds_and_decays():
 
 
 def test_the_average_has_its_half_life_and_its_warm_up():
-    assert ema_decay(0, **EMA, warmup=0.0) ** (64 / 8) == pytest.approx(0.5)
-    assert ema_decay(0, **EMA, warmup=0.05) == 0
-    assert ema_decay(800, **EMA, warmup=0.05) == pytest.approx(0.5 ** (8 / 40))
+    warmed = changed(ema_warmup=0.05)
+    assert ema_decay(BASE, 0) ** (64 / 8) == pytest.approx(0.5)
+    assert ema_decay(warmed, 0) == 0
+    assert ema_decay(warmed, 800) == pytest.approx(0.5 ** (8 / 40))
 
 
 def test_the_average_is_the_closed_form_of_the_weights_of_all_updates(tmp_path):
     run, average = Run(Line(), BASE, 0, tmp_path, CPU), torch.zeros(5)
-    decay = ema_decay(0, **EMA, warmup=0.0)
+    decay = ema_decay(BASE, 0)
     for _ in fit(run, batch_of, loss):
         average = decay * average + (1 - decay) * run.net.weight.detach()
     torch.testing.assert_close(run.ema["weight"], average, rtol=1e-5, atol=1e-7)
@@ -216,7 +216,8 @@ def test_precision_bf16_is_autocast_and_fp32_is_not():
 def test_the_average_decays_as_published(name, batch, half_life):
     tensors, _ = golden("gdd_ncsnpp")
     nimg, decay = (tensors[f"out.ema.{name}.{key}"] for key in ("images_before_step", "decay"))
-    found = [ema_decay(int(seen), batch=batch, half_life_nimg=half_life, warmup=0.05) for seen in nimg]
+    config = BASE.model_copy(update={"batch": batch, "ema_half_life_nimg": half_life, "ema_warmup": 0.05})
+    found = [ema_decay(config, int(seen)) for seen in nimg]
     assert len(found) == 43 and found == pytest.approx(decay.tolist(), rel=1e-12)
 
 

@@ -82,15 +82,14 @@ def overfitting(real: Logits) -> Float[Tensor, ""]:
     return torch.stack([logits.sign().mean() for logits in real]).mean()
 
 
-def adapt(probability: float, overfitting: float, *, target: float, nimg: int, ramp_nimg: int) -> float:
-    """Return the augmentation probability after `nimg` more images: up if `overfitting` is above `target`, else down.
-
-    It takes `ramp_nimg` images to go from 0 to 1.
+def adapt(probability: float, overfitting: float, settings: Adaptive, nimg: int) -> float:
+    """Return the augmentation probability after `nimg` more images: up if `overfitting` is above the target, else down.
 
     Source: ADA (Karras 2020), section 3.1.
     Differs: bounded by 1 too, so that the way down begins at once.
     """
-    return min(max(probability + float(np.sign(overfitting - target)) * nimg / ramp_nimg, 0.0), 1.0)
+    moved = probability + float(np.sign(overfitting - settings.target)) * nimg / settings.ramp_nimg
+    return min(max(moved, 0.0), 1.0)
 
 
 def draws(seed: int, purpose: str, indices: rng.Indices) -> Float[Tensor, "b 10"]:
@@ -180,11 +179,4 @@ class AugmentedDiscriminator(nn.Module):
         if self.adaptive is None:
             return
         known = machine.total(overfitting(real).detach().float()) / machine.world()
-        probability = adapt(
-            self.probability.item(),
-            known.item(),
-            target=self.adaptive.target,
-            nimg=nimg,
-            ramp_nimg=self.adaptive.ramp_nimg,
-        )
-        self.probability.fill_(probability)
+        self.probability.fill_(adapt(self.probability.item(), known.item(), self.adaptive, nimg))

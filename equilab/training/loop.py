@@ -213,12 +213,7 @@ def fit(run: Run, batch_of: BatchOf, loss: Loss, watch: Watch | None = None) -> 
                 values[number, update] = _update(trainable, net, loss, batches, context, config.clip, rate)
             if lazy and run.nimg and run.nimg // config.batch % lazy.interval == 0:
                 _update(run.trainables[-1], nets[-1], lazy.loss, batches, context, config.clip, rate)
-            decay = ema_decay(
-                run.nimg,
-                batch=config.batch,
-                half_life_nimg=config.ema_half_life_nimg,
-                warmup=config.ema_warmup,
-            )
+            decay = ema_decay(config, run.nimg)
             torch._foreach_lerp_(averaged, list(run.named.values()), 1 - decay)
             run.nimg += config.batch
             due = run.nimg % config.report_nimg == 0

@@ -68,12 +68,14 @@ def learning_rate(config: Optimisation, nimg: int) -> float:
     return rate * (0.5 * (1 + math.cos(math.pi * passed)))
 
 
-def ema_decay(nimg: int, *, batch: int, half_life_nimg: float, warmup: float) -> float:
+def ema_decay(config: Optimisation, nimg: int) -> float:
     """Return the decay of the averaged weights after the update that starts with `nimg` images seen.
 
     0.5^(batch / min(half-life, warm-up * nimg)); 0 at the first update if there is a warm-up.
 
     Source: EDM's training; the published GET keeps 0.9999 a step of 128, a half-life of 887,184 images, no warm-up.
     """
-    half_life = min(half_life_nimg, warmup * nimg) if warmup else half_life_nimg
-    return 0.5 ** (batch / half_life) if half_life else 0.0
+    half_life = config.ema_half_life_nimg
+    if config.ema_warmup:
+        half_life = min(half_life, config.ema_warmup * nimg)
+    return 0.5 ** (config.batch / half_life) if half_life else 0.0
