@@ -167,7 +167,8 @@ def adversarial(subject: Subject) -> dict[str, Call]:
     seen = classifier_network(spec.build(subject.image, subject.classes))
     discriminator = gan.build_discriminator(settings, [seen], subject.image, subject.classes)
     adversary = gan.adversary_of(settings, subject.net, original, discriminator)
-    batch = gan.Batch(noise.tanh(), label, noise, label, noise, label)
+    fake = gan.Fake(noise, label)
+    batch = gan.Batch(noise.tanh(), label, fake, fake)
     student = onestep.student(settings, subject.net, original.sigma_data)
     return {
         "sample": subject.inference(lambda: student.generate(noise, label)),

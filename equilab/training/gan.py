@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -107,19 +106,22 @@ class Config(onestep.Config, Model):
         return self
 
 
+class Fake(NamedTuple):
+    """What images are generated from."""
+
+    noise: Tensor  # (B, C, H, W)
+    label: Tensor | None  # (B,)
+    draws: Tensor | None = None  # (B, 10) for their augmentation; None without augmentation
+
+
 class Batch(NamedTuple):
     """What both losses need: real images, what images are generated from, and what else is random."""
 
     real: Tensor  # (B, C, H, W)
     label: Tensor | None  # (B,) of the real images
-    generator_noise: Tensor  # (B, C, H, W), of the images that the generator's loss is of
-    generator_label: Tensor | None  # (B,)
-    discriminator_noise: Tensor  # (B, C, H, W), of those that the discriminator's loss is of
-    discriminator_label: Tensor | None  # (B,)
-    # (B, 10) for the augmentation of each of the three; None without augmentation
-    generator_draws: Tensor | None = None
-    discriminator_draws: Tensor | None = None
-    real_draws: Tensor | None = None
+    of_generator: Fake  # the images that the generator's loss is of
+    of_discriminator: Fake  # those that the discriminator's loss is of
+    draws: Tensor | None = None  # (B, 10) for the augmentation of real images
     r1_weight: float = 0.0  # of R1 in the discriminator's loss
     consistency_noise: Tensor | None = None  # (B, C, H, W); None without consistency loss
     consistency_sigmas: tuple[Tensor, Tensor] | None = None  # (B,) each, a noise level and the one below it
@@ -268,18 +270,20 @@ def _networks_on_meta(
 def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
     """Return the batch at these positions; all that is random in it is a function of (seed, position)."""
     seed, shape, classes = config.seed, data.images.shape[1:], config.classes_of(data.classes)
-    drawn = positions, shape, classes, data.label_counts
+
+    def draws(purpose: str) -> Tensor | None:
+        if config.augment == "none":
+            return None
+        return adversarial.draws(seed, f"{purpose} augmentation", positions)
+
+    def fake(purpose: str) -> Fake:
+        noise = torch.from_numpy(rng.noise(seed, f"{purpose} noise", positions, shape))
+        label = labels(seed, positions, classes, f"{purpose} label", data.label_counts)
+        return Fake(noise, label, draws(purpose))
+
     real, label = trainer.images_at(config, data, seed, "image order", positions)
     # "critic" is the discriminator; renaming a purpose would draw other numbers
-    generator_noise, generator_label = fake_inputs(seed, "generator", *drawn)
-    discriminator_noise, discriminator_label = fake_inputs(seed, "critic", *drawn)
-    batch = Batch(real, label, generator_noise, generator_label, discriminator_noise, discriminator_label)
-    if config.augment != "none":
-        batch = batch._replace(
-            generator_draws=adversarial.draws(seed, "generator augmentation", positions),
-            discriminator_draws=adversarial.draws(seed, "critic augmentation", positions),
-            real_draws=adversarial.draws(seed, "real augmentation", positions),
-        )
+    batch = Batch(real, label, fake("generator"), fake("critic"), draws("real"))
     if config.r1 and config.r1.form == "joint":
         update = positions.start // config.optimisation.batch
         if update % config.r1.interval == 0:
@@ -289,19 +293,6 @@ def batch_of(config: Config, data: Dataset, positions: range) -> Batch:
         sigmas = config.consistency.draw(seed, positions)
         batch = batch._replace(consistency_noise=noise, consistency_sigmas=sigmas)
     return batch
-
-
-def fake_inputs(
-    seed: int,
-    purpose: str,
-    positions: Sequence[int],
-    shape: tuple[int, ...],
-    classes: int,
-    counts: Sequence[int] | None = None,
-) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, b] | None]:
-    """Return the noise and the labels that images are generated from, by position."""
-    noise = torch.from_numpy(rng.noise(seed, f"{purpose} noise", positions, shape))
-    return noise, labels(seed, positions, classes, f"{purpose} label", counts)
 
 
 def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, teacher: EDM) -> loop.Loss:
@@ -314,8 +305,9 @@ def generator_loss_of(config: Config, discriminator: AugmentedDiscriminator, tea
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         student = onestep.student(config, net, teacher.sigma_data)
-        fake = student.generate(batch.generator_noise, batch.generator_label).image
-        value = adversarial.generator_loss(discriminator(fake, batch.generator_label, batch.generator_draws))
+        noise, label, draws = batch.of_generator
+        fake = student.generate(noise, label).image
+        value = adversarial.generator_loss(discriminator(fake, label, draws))
         if config.consistency is None:
             return value
         consistency = config.consistency.loss(
@@ -367,14 +359,12 @@ def discriminator_loss_of(config: Config, net: nn.Module, teacher: EDM) -> loop.
     """
 
     def loss(discriminator: AugmentedDiscriminator, batch: Batch) -> Logged:
+        noise, label, draws = batch.of_discriminator
         with torch.no_grad():
-            student = onestep.student(config, net, teacher.sigma_data)
-            fake = student.generate(batch.discriminator_noise, batch.discriminator_label).image
+            fake = onestep.student(config, net, teacher.sigma_data).generate(noise, label).image
         image = batch.real.requires_grad_(batch.r1_weight > 0)
-        real = discriminator(image, batch.label, batch.real_draws)
-        value = adversarial.discriminator_loss(
-            real, discriminator(fake, batch.discriminator_label, batch.discriminator_draws)
-        )
+        real = discriminator(image, batch.label, batch.draws)
+        value = adversarial.discriminator_loss(real, discriminator(fake, label, draws))
         discriminator.adapt(real, len(image) * machine.world())
         if not batch.r1_weight:
             return Logged(value, value)
@@ -414,19 +404,8 @@ def _update_flops(config: Config, image: tuple[int, ...], classes: int, features
     discriminator = _discriminator_on_meta(config, features, image, classes)
     x, label = inputs_on_meta(image, config.conditional, size)
     draws, sigma = torch.empty(size, adversarial.DRAWS, device="meta"), torch.empty(size, device="meta")
-    batch = Batch(
-        real=x,
-        label=label,
-        generator_noise=x,
-        generator_label=label,
-        discriminator_noise=x,
-        discriminator_label=label,
-        generator_draws=draws,
-        discriminator_draws=draws,
-        real_draws=draws,
-        consistency_noise=x,
-        consistency_sigmas=(sigma, sigma),
-    )
+    fake = Fake(x, label, draws)
+    batch = Batch(x, label, fake, fake, draws, consistency_noise=x, consistency_sigmas=(sigma, sigma))
     teacher = EDM(net, sigma_data=1.0)
     generator_loss = generator_loss_of(config, discriminator, teacher)
     discriminator_loss = discriminator_loss_of(config, net, teacher)
