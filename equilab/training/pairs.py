@@ -104,9 +104,7 @@ def run(config: Config, job: Job) -> None:
 
 def _meta(config: Config, job: Job, checksums: dict[str, str], about: dict) -> dict[str, Any]:
     """Return what meta.json says of the shards, by their checksums; `about` is what is known of the teacher."""
-    described = {}
-    for name, checksum in checksums.items():
-        described[name] = {"images": config.shard, "sha256": checksum}
+    described = {name: {"images": config.shard, "sha256": found} for name, found in checksums.items()}
     meta = {
         "count": config.count,
         "held_out": config.held_out,

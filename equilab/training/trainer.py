@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,14 +145,11 @@ def _say_processes(job: Job, run: Run) -> None:
         )
 
 
-@contextlib.contextmanager
-def _watcher(job: Job, run: Run) -> Iterator[Watcher | None]:
-    """Give what the training reports to, in the first process, if the study says that there is any."""
+def _watcher(job: Job, run: Run) -> contextlib.AbstractContextManager[Watcher | None]:
+    """Return what the training reports to, in the first process, if the study says that there is any."""
     if job.watcher is None or rank() != 0:
-        yield None
-        return
-    with contextlib.closing(job.watcher(job, run.nimg)) as watcher:
-        yield watcher
+        return contextlib.nullcontext()
+    return contextlib.closing(job.watcher(job, run.nimg))
 
 
 def _require_disk(
