@@ -56,9 +56,8 @@ def plan(config: Any, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the file is not there, or the network's sizes do not fit.
     """
-    shape, classes = _data(config, job)
-    if classes == 0 and config.conditional:
-        raise UserError(f"{_place(job)}.conditional is true, but the data have no labels; set it to false")
+    config.require_classes(job, job.classes)
+    shape, _ = _data(config, job)
     network = config.on_meta(shape, job.classes)
     if not Path(config.published.path).exists():
         raise UserError(f"{_place(job)}.published.path: {absent(Path(config.published.path))}")

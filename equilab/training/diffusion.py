@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, UserError
+from equilab.core.config import Params
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, Seed, folder_of
 from equilab.data import latents
@@ -137,7 +137,7 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the data have no classes to condition on, or the network's sizes do not fit.
     """
-    _require_classes(config, job, job.classes)
+    config.require_classes(job, job.classes)
     shape = latents.shape_of(job.read, job.image)
     config.on_meta(shape, job.classes)  # refuses sizes that do not fit
     return lambda: trainer.plan(config.optimisation, cost(config, shape, job.classes))
@@ -149,7 +149,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the data are missing or damaged, or have no classes to condition on.
     """
     data = load(folder_of("data"), "train", verify=True)
-    _require_classes(config, job, data.classes)
+    config.require_classes(job, data.classes)
     inputs = {"data": sha256_of(folder_of("data") / "meta.json")}
     encoded, shape = None, data.images.shape[1:]
     if job.read("latents") is not None:
@@ -178,13 +178,6 @@ def run(config: Config, job: Job) -> None:
     about = trainer.about(shape, classes, counted, mean.no_grad + mean.grad)
     about["train_flops_image"] = counted.train_flops_image
     trainer.train(job, config, inputs, net, batch_of, loss_of(config), about)
-
-
-def _require_classes(config: Config, job: Job, classes: int) -> None:
-    if config.conditional and not classes:
-        raise UserError(
-            f"diffusion.{job.run}.conditional is true, but the data have no labels; set it to false"
-        )
 
 
 def with_hidden_labels(config: Config, label: np.ndarray, positions: range, classes: int) -> Tensor:

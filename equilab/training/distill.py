@@ -120,10 +120,7 @@ def _require_pairs(config: Config, job: Job, count: int, classes: int) -> None:
         raise UserError(
             f"distill.{job.run}.pairs is {config.pairs}, the set has {count}; raise pairs.count or lower it"
         )
-    if config.conditional and not classes:
-        raise UserError(
-            f"distill.{job.run}.conditional is true, but the pairs have no classes; set it to false"
-        )
+    config.require_classes(job, classes)
 
 
 def loss_of(config: Config) -> loop.Loss:

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import UserError
 from equilab.core.files import sha256_of
 from equilab.core.job import Job, Plan, folder_of
 from equilab.data.images import load
@@ -67,8 +66,7 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the data are missing or damaged, or have no classes to condition on.
     """
     data = load(folder_of("data"), "train", verify=True)
-    if config.conditional and not data.classes:
-        raise UserError("teacher.conditional is true, but the data have no labels; set it to false")
+    config.require_classes(job, data.classes)
     shape, seed = data.images.shape[1:], job.study.seed
     classes = config.classes_of(data.classes)
     net = trainer.build(config.network, seed, "teacher weights", shape, classes)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from equilab.core import rng
-from equilab.core.config import Params, Spec, plain
+from equilab.core.config import Params, Spec, UserError, plain
 from equilab.core.files import SCRATCH, publishing, require_disk, scratch, write_json
 from equilab.core.job import Job, Plan, Watcher
 from equilab.core.machine import barrier, device_of, environment, identity, rank, require_memory
@@ -42,6 +42,15 @@ class Model(Params):
     def classes_of(self, classes: int) -> int:
         """Return how many of the data's classes the network knows: all of them, or 0 if it is not conditional."""
         return classes if self.conditional else 0
+
+    def require_classes(self, job: Job, classes: int) -> None:
+        """Refuse data without classes where the network is conditional.
+
+        Raises: UserError naming the key.
+        """
+        if self.conditional and not classes:
+            place = f"{job.stage}.{job.run}" if job.run else job.stage
+            raise UserError(f"{place}.conditional is true, but the data have no labels; set it to false")
 
     def on_meta(self, image: tuple[int, ...], classes: int) -> nn.Module:
         """Return the network for such data on the meta device.
