@@ -17,7 +17,6 @@ from equilab.core.config import Params, UserError
 from equilab.core.files import publishing, write_table
 from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of
-from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.diffusion import discrete_samplers
 from equilab.diffusion.discrete import evenly
@@ -131,8 +130,6 @@ def run(config: Config, job: Job) -> None:
     Source: GDD (Zheng 2024), section 4.1, for U-Nets; its min-max normalisation, over the noise levels of a layer, is left to
         who reads the table.
     """
-    if not is_first():
-        return  # of several processes the first one does it
     plan(config, job)  # refuses what cannot be
     seen = [
         Seen(load(of, seed, config=describe(of, job, seed).config, device=device_of(job)), seed, Activity())

@@ -13,7 +13,6 @@ from equilab.core.config import Params, plain
 from equilab.core.files import publishing, write_json, write_table
 from equilab.core.job import Distinct, Job, Plan
 from equilab.core.machine import device_of, environment, precision
-from equilab.core.process import is_first
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
 from equilab.sampling.generators import Generator, describe, load, seeds_of
@@ -65,8 +64,6 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if the weights of a run are missing or damaged.
     """
-    if not is_first():
-        return  # of several processes the first one does it
     device = device_of(job)
     generators = [
         load(of, seeds_of(of, job)[0], config=describe(of, job).config, device=device) for of in config.runs

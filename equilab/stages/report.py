@@ -20,7 +20,6 @@ from equilab.claims.tests import SEEDS, named, short
 from equilab.core.config import Params, UserError, read_json, unreadable
 from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
-from equilab.core.process import is_first
 from equilab.models.family import family
 from equilab.stages.scoreboard import EFFECTS
 from equilab.tables import SCORES, Results, results
@@ -99,8 +98,6 @@ def run(config: Config, job: Job) -> None:
     """
     import matplotlib
 
-    if not is_first():
-        return  # of several processes the first one does it
     matplotlib.use("agg")
     from equilab import style  # brings pyplot along, which takes seconds
 
