@@ -8,18 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
-from equilab.claims.tests import SEEDS
+from equilab.claims.tests import SEEDS, mean
 from equilab.core.config import UserError, plain
 from equilab.core.files import write, write_json
 from equilab.core.like import read
 from equilab.sampling.generators import Generator
 from equilab.sampling.hub import FILES
 from equilab.sampling.opening import find_weights, open_run, study_of
+from equilab.stages.report import interval
 from equilab.tables import SCORES, Results
 
 CONFIDENCE = 0.95  # of an interval over seeds
@@ -173,10 +172,8 @@ def _over_seeds(values: pd.Series) -> str:
     """Return the geometric mean over seeds and its interval by Student's t on logarithms; without enough seeds, their range."""
     if len(values) < SEEDS or (values <= 0).any():
         return f"{values.min():.4g} to {values.max():.4g}"
-    logs = np.log(values)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std() / len(logs) ** 0.5
-    low, mean, high = np.exp([logs.mean() - reach, logs.mean(), logs.mean() + reach])
-    return f"{mean:.4g} ({low:.4g} to {high:.4g})"
+    low, high = interval(values, CONFIDENCE)
+    return f"{mean(values):.4g} ({low:.4g} to {high:.4g})"
 
 
 def _limits(model: Generator, rows: pd.DataFrame) -> str:

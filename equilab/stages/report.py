@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field
 from scipy import stats
 
-from equilab.claims.tests import SEEDS, named, short
+from equilab.claims.tests import SEEDS, mean, named, short
 from equilab.core.config import Params, UserError, read_json, unreadable
 from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
@@ -170,7 +170,7 @@ def _runs(study: Results) -> str:
         link = f'<a href="{_page_of(of)}.html">{html.escape(of)}</a>'
         about = {"run": link, "model": seeds["label"].iloc[0], "seeds": len(seeds)}
         counted = {"parameters": seeds["parameters"].iloc[0], "images seen": seeds["nimg"].iloc[0]}
-        rows.append(about | counted | {named(column): _spread(seeds[column], 0.0)[0] for column in distances})
+        rows.append(about | counted | {named(column): mean(seeds[column]) for column in distances})
     return _table(pd.DataFrame(rows))
 
 
@@ -208,23 +208,23 @@ def _scores(study: Results, rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for column in rows:
         if column.startswith(SCORES) and rows[column].notna().all():
-            mean, interval = _spread(rows[column], confidence)
-            seeds = {f"seed {seed}": value for seed, value in zip(rows["seed"], rows[column])}
-            table.append(
-                {"score": named(column), "mean": mean, f"{confidence:.0%} interval": interval, **seeds}
-            )
+            low, high = interval(rows[column], confidence)
+            bounds = "" if np.isnan(low) else f"{low:.3g} to {high:.3g}"
+            about = {"score": named(column), "mean": mean(rows[column]), f"{confidence:.0%} interval": bounds}
+            table.append(about | {f"seed {seed}": value for seed, value in zip(rows["seed"], rows[column])})
     return pd.DataFrame(table)
 
 
-def _spread(values: pd.Series, confidence: float) -> tuple[float, str]:
-    """Return the mean over seeds, geometric where all are positive, and its t-interval, which takes three seeds."""
-    positive = bool((values > 0).all())
+def interval(values: pd.Series, confidence: float) -> tuple[float, float]:
+    """Return between which bounds the mean over seeds lies, geometric where all are positive, by Student's t; nan with fewer than
+    three seeds."""
+    if len(values) < SEEDS:
+        return np.nan, np.nan
+    positive = (values > 0).all()
     taken = np.log(values) if positive else values
-    reach = taken.sem() * stats.t.ppf((1 + confidence) / 2, len(taken) - 1) if len(taken) >= SEEDS else np.nan
-    mean, low, high = (
-        np.exp(v) if positive else v for v in (taken.mean(), taken.mean() - reach, taken.mean() + reach)
-    )
-    return mean, "" if np.isnan(reach) else f"{low:.3g} to {high:.3g}"
+    reach = taken.sem() * stats.t.ppf((1 + confidence) / 2, len(taken) - 1)
+    low, high = taken.mean() - reach, taken.mean() + reach
+    return (np.exp(low), np.exp(high)) if positive else (low, high)
 
 
 def _cost(rows: pd.DataFrame) -> pd.DataFrame:
