@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import graphlib
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from equilab.cluster import done
@@ -40,6 +41,12 @@ class Machine:
     cores: int
     gpus: list[str]
     places: int  # for jobs
+
+    def free(self, share: Share) -> Share | None:
+        """Return such a share of what is free now; None if that is too little."""
+        if not self.places or share.cores > self.cores or len(share.gpus) > len(self.gpus):
+            return None
+        return share._replace(gpus=self.gpus[: len(share.gpus)])
 
     def take(self, share: Share) -> None:
         """Let a job have its share."""
@@ -92,16 +99,6 @@ class Running(NamedTuple):
     made_from: str
 
 
-@dataclass
-class Work:
-    """What waits, what runs, and what came of the rest."""
-
-    waiting: dict[str, Task]
-    running: dict[str, Running] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # a sentence each
-    skipped: list[str] = field(default_factory=list)  # they need what failed
-
-
 def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list[str]:
     """Run jobs, each as soon as those that it needs are done; return a sentence for each that failed.
 
@@ -110,66 +107,53 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
     """
     machine = this_machine(sections, at_once)
     shares = {name: share_of(sections, task, machine) for name, task in tasks.items()}
-    work = Work(dict(tasks))
-    with bar(sections.study.name, len(tasks), unit="job") as progress, _ended(work):
-        while work.waiting or work.running:
-            for name in [name for name in list(work.waiting) if _is_ready(work, name)]:
-                share = _free(machine, shares[name])
+    order = graphlib.TopologicalSorter({name: tasks.keys() & {*task.needs} for name, task in tasks.items()})
+    order.prepare()
+    running: dict[str, Running] = {}
+    failed: dict[str, str] = {}  # a sentence each
+    left, ready = list(tasks), [*order.get_ready()]
+    with bar(sections.study.name, len(tasks), unit="job") as progress, _ended(running):
+        while ready or running:
+            for name in list(ready):
+                share = machine.free(shares[name])
                 if share is None:
                     continue  # without looking whether it is done, which reads files
+                ready.remove(name)
+                left.remove(name)
                 if done.is_done(sections, tasks[name]):
-                    del work.waiting[name]
+                    order.done(name)
                     progress.update()
                 else:
-                    _begin(sections, work, work.waiting.pop(name), share)
+                    running[name] = _begun(sections, tasks[name], share)
                     machine.take(share)
                     on = f" on GPU {', '.join(share.gpus)}" if share.gpus else ""
                     progress.write(f"{name} begins{on}")
-            for name in [name for name, each in work.running.items() if each.process.poll() is not None]:
-                machine.give_back(work.running[name].share)
-                progress.write(_end(work, tasks[name]))
+            for name in [name for name, each in running.items() if each.process.poll() is not None]:
+                ended = running.pop(name)
+                machine.give_back(ended.share)
+                if status := ended.process.returncode:
+                    failed[name] = failure(tasks[name], status)  # what needs it never gets ready
+                else:
+                    done.record(tasks[name], ended.made_from)
+                    order.done(name)
+                progress.write(failed.get(name, f"{name} is done"))
                 progress.update()
+            ready += order.get_ready()
             time.sleep(0.05)
-    skipped = [f"{', '.join(work.skipped)}: not run, since what they need failed"] if work.skipped else []
-    return [*work.failed.values(), *skipped]
+    skipped = [f"{', '.join(left)}: not run, since what they need failed"] if left else []
+    return [*failed.values(), *skipped]
 
 
-def _is_ready(work: Work, name: str) -> bool:
-    """Return whether all that a job needs is there; one that needs what failed is skipped."""
-    needs = set(work.waiting[name].needs)
-    if needs & {*work.failed, *work.skipped}:
-        del work.waiting[name]
-        work.skipped.append(name)
-        return False
-    return not needs & {*work.waiting, *work.running}
-
-
-def _free(machine: Machine, share: Share) -> Share | None:
-    """Return such a share of what is free now; None if that is too little."""
-    if not machine.places or share.cores > machine.cores or len(share.gpus) > len(machine.gpus):
-        return None
-    return share._replace(gpus=machine.gpus[: len(share.gpus)])
-
-
-def _begin(sections: Sections, work: Work, task: Task, share: Share) -> None:
+def _begun(sections: Sections, task: Task, share: Share) -> Running:
+    """Start a job."""
     torchrun = ["--standalone", "--nproc-per-node", str(share.processes)] if share.processes > 1 else []
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
     before = done.made_from(sections, task)
-    work.running[task.name] = Running(start(task, torchrun, environment), share, before)
-
-
-def _end(work: Work, task: Task) -> str:
-    """Note how a job ended; return it in words."""
-    ended = work.running.pop(task.name)
-    if status := ended.process.returncode:
-        work.failed[task.name] = failure(task, status)
-        return work.failed[task.name]
-    done.record(task, ended.made_from)
-    return f"{task.name} is done"
+    return Running(start(task, torchrun, environment), share, before)
 
 
 @contextlib.contextmanager
-def _ended(work: Work) -> Iterator[None]:
+def _ended(running: dict[str, Running]) -> Iterator[None]:
     """End the jobs that still run when this process ends, or is told to."""
 
     def stop(number: int, frame: object) -> None:
@@ -180,9 +164,9 @@ def _ended(work: Work) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        for each in work.running.values():
+        for each in running.values():
             each.process.terminate()
-        for each in work.running.values():
+        for each in running.values():
             try:
                 each.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
