@@ -45,17 +45,12 @@ def mistakes(sections: Sections) -> list[str]:
     networks can tell and, if all params can be read, what they say together."""
     if found := failures([partial(_refuse_nothing, sections)]):
         return found
-    read = failures([*_readings(sections), *_of_every_run(sections, _read)])
+    readings = [partial(refuse_other_code, sections)]
+    readings += [partial(_refuse_unknown, sections, name) for name in sections.values]
+    read = failures([*readings, *_of_every_run(sections, _read)])
     planned = failures(_of_every_run(sections, _plan))
-    together = [] if read else failures(_agreements(sections))
+    together = [] if read else failures(partial(check, sections) for check in AGREEMENTS)
     return list(dict.fromkeys([*read, *planned, *together]))
-
-
-def _readings(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of what params say besides that of every run."""
-    yield partial(refuse_other_code, sections)
-    for name in sections.values:
-        yield partial(_refuse_unknown, sections, name)
 
 
 def _of_every_run(sections: Sections, check: Callable[..., None]) -> Iterator[Callable[[], Any]]:
@@ -109,15 +104,6 @@ def _refuse_other_graph(sections: Sections) -> None:
         raise UserError(f"{path.name} is not what {sections.where} gives; run `python -m equilab graph`")
 
 
-def _agreements(sections: Sections) -> Iterator[Callable[[], Any]]:
-    """Yield the checks of the graph, of resources, and of what is compared and claimed."""
-    yield partial(dvc.waves, sections)
-    yield partial(resources.check, sections)
-    yield partial(_refuse_other_graph, sections)
-    yield partial(_refuse_evaluated_twice, sections)
-    yield partial(_check_claimed, sections)
-
-
 def _refuse_evaluated_twice(sections: Sections) -> None:
     entries: dict[tuple[str, str | None], str] = {}
     for run in sections.runs("evaluate"):
@@ -134,3 +120,7 @@ def _check_claimed(sections: Sections) -> None:
 
     declared = check_comparisons(sections.values, f"{sections.where}: ")
     refuse_mistyped(read_claims(), declared)
+
+
+# of the graph, of resources, and of what is compared and claimed
+AGREEMENTS = (dvc.waves, resources.check, _refuse_other_graph, _refuse_evaluated_twice, _check_claimed)
