@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import io
 import subprocess
 import tarfile
@@ -132,13 +133,10 @@ class Comparison:
 
     def files(self) -> tuple[int, int]:
         """Return how many committed files are here with the same bytes, and how many there are, without what is measured."""
-        names = [
-            path.relative_to(self.there.folder) for path in self.there.folder.rglob("*") if path.is_file()
-        ]
-        names = [name for name in names if not name.as_posix().startswith(MEASURED)]
-        same = [
-            name for name in names if _content(self.here.folder / name) == _content(self.there.folder / name)
-        ]
+        there, here = self.there.folder, self.here.folder
+        paths = [path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()]
+        names = [path for path in paths if not path.startswith(MEASURED)]
+        same, _, _ = filecmp.cmpfiles(there, here, names, shallow=False)
         return len(same), len(names)
 
     def _tolerance(self) -> str:
@@ -188,11 +186,9 @@ class Comparison:
 
     def _why(self, of: str) -> str:
         """Return what is recorded of a run's first replicates that may make them differ; "" if nothing is."""
-        pair = [_summary(each, of) for each in (self.there, self.here)]
-        for each, place in zip(pair, (f"not at {self.revision}", "not run here")):
-            if each is None:
-                return place
-        there, here = pair
+        there, here = _summary(self.there, of), _summary(self.here, of)
+        if there is None or here is None:
+            return "not run here" if there else f"not at {self.revision}"
         if found := difference(there["config"], here["config"]):
             key, before, now = found
             return f"params: {key} {shown(before)}, here {shown(now)}"
@@ -206,12 +202,12 @@ class Comparison:
 
 def machines(found: Results) -> str:
     """Return the machine classes on which the runs of a study were trained, in words."""
-    classes: dict[str, None] = {}
+    classes = set()
     for of, seed in found.settings[["of", "seed"]].drop_duplicates().itertuples(index=False):
         about = found.summary(of, seed).get("environment", {})
         versions = f"torch {about.get('torch', 'not known')}, numpy {about.get('numpy', 'not known')}"
         counts = ", ".join(f"{key} {about.get(key, 'not known')}" for key in ("threads", "processes"))
-        classes[f"{about.get('device', 'not known')}, {versions}, {counts}"] = None
+        classes.add(f"{about.get('device', 'not known')}, {versions}, {counts}")
     return "; ".join(sorted(classes))
 
 
@@ -219,7 +215,3 @@ def _summary(found: Results, of: str) -> Mapping[str, Any] | None:
     """Return what the first replicate of a run says of its training, None if there is none."""
     seeds = found.settings.loc[found.settings["of"] == of, "seed"]
     return None if seeds.empty else found.summary(of, int(seeds.min()))
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None

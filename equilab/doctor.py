@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import locale
@@ -57,26 +58,22 @@ def python() -> str:
 
 def versions() -> str:
     """Return how many installed packages are of the pinned versions."""
-    differing = []
-    pinned = re.findall(
-        r"^([\w.-]+)==([^\s;\\]+)([^\\\n]*)", (ROOT / "requirements.lock").read_text("utf-8"), re.M
-    )
-    wanted: dict[str, list[str]] = {}
-    for name, version, _ in pinned:
-        wanted.setdefault(name, []).append(version)
-    found = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in _installed()}
-    for name, pins in wanted.items():
-        version = found.get(name.lower().replace("_", "-").replace(".", "-"))
-        if version is not None and version.partition("+")[0] not in [pin.partition("+")[0] for pin in pins]:
-            differing.append(f"{name} {version} (pinned: {', '.join(pins)})")
+    pins: dict[str, list[str]] = {}
+    for name, pin in re.findall(
+        r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text("utf-8"), re.M
+    ):
+        pins.setdefault(name, []).append(pin)
+    installed, differing = 0, []
+    for name, pinned in pins.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            installed += 1
+            if version.partition("+")[0] not in [pin.partition("+")[0] for pin in pinned]:
+                differing.append(f"{name} {version} (pinned: {', '.join(pinned)})")
     if differing:
         few = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
         raise Trouble(f"{few}; install what is pinned: rm -r .venv && make study", wrong=False)
-    return f"those of requirements.lock, among {len(found)} installed packages"
-
-
-def _installed() -> list[importlib.metadata.Distribution]:
-    return [each for each in importlib.metadata.distributions() if each.metadata["Name"]]
+    return f"{installed} packages, all of them as in requirements.lock"
 
 
 def code() -> str:
@@ -134,12 +131,9 @@ def _driver() -> str | None:
 def threads() -> str:
     """Return how many CPU threads there are, and what the environment says of their number."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    said = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
-    words = (
-        f" ({', '.join(f'{name}={value}' for name, value in said.items())}, which study.threads overrides)"
-        if said
-        else ""
-    )
+    names = filter(os.environ.get, ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    said = [f"{name}={os.environ[name]}" for name in names]
+    words = f" ({', '.join(said)}, which study.threads overrides)" if said else ""
     if (load := os.getloadavg()[0]) > there:
         raise Trouble(
             f"{there}, and {load:.1f} of other work; expect it to take longer, or wait", wrong=False
