@@ -222,13 +222,14 @@ def stage(given: argparse.Namespace) -> int:
     from equilab.graph import STAGES
     from equilab.launching import processes
     from equilab.study import job_of, jobs_of, open_study
-    from equilab.trying import tries
 
     sections = open_study(given.params)
     out = given.out and Path(os.path.relpath(given.out, given.params.absolute().parent))
     os.chdir(given.params.absolute().parent)
     asked = jobs_of(sections, given.stage, given.run, given.seed)
     if given.set or out:
+        from equilab.trying import tries  # torch, which not every stage needs
+
         jobs = tries(sections, given.stage, asked, given.set, out)
     else:
         require_recorded(sections, given.stage, asked)

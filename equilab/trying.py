@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from equilab.core import config, files
+from equilab.core import files
 from equilab.core.config import UserError, digest, nearest, read_json, shown
 from equilab.core.job import Job
 from equilab.core.process import is_first
 from equilab.graph import STAGES
+from equilab.sampling.command import read_value
 from equilab.study import Replicate, Sections, job_of
 
 RECORD = "try.json"  # in the folder of a try: of which run it is, and what it sets
@@ -67,18 +66,14 @@ def tries(
 
 
 def setting_of(text: str) -> tuple[str, Any]:
-    """Return the key and the value of `KEY=VALUE`, the value as YAML has it.
+    """Return the key and the value of `KEY=VALUE`, the value as params have it.
 
     Raises: UserError if it is none.
     """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"--set {text}: give a key of the run and its value, such as optimisation.lr=1e-3")
-    try:
-        return key, config.load(value)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--set {key}: {value!r} is no value of YAML ({reason})") from None
+    return key, read_value(f"--set {key}", value)
 
 
 def with_values(sections: Sections, stage: str, run: str | None, values: Mapping[str, Any]) -> Sections:

@@ -70,7 +70,7 @@ def test_a_try_is_handed_on_to_the_processes_that_share_it(study, monkeypatch, c
         ("network.heads=3", "heads"),
         ("pairs.count=3", "pairs is 200"),
         ("optimisation.lr", "give a key of the run and its value"),
-        ("optimisation.betas=[0.9", "no value of YAML"),
+        ("optimisation.betas=[0.9", "is no number, word or list; write it as in params"),
         ("seeds=[5]", "--seed"),
     ],
 )
