@@ -37,6 +37,8 @@ from equilab.sampling.runs import Run, solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
 from equilab.stages.iterates import iterates
 
+SAMPLES = "samples.npy"  # images of the headline
+OTHERS = "others.npy"  # those of other settings and of snapshots, one after another
 LISTS = ("sampler", "solver", "chain")  # keys that list settings
 Row = dict[str, Any]
 
@@ -121,7 +123,9 @@ def run(config: Config, job: Job) -> None:
         evaluation = _Evaluation(config, job.study.seed, scorer, pixels, pairs, count, fresh, progress)
         rows = [evaluation.setting(generator, setting) for setting in config.settings]
         curve = [evaluation.snapshot(weights_at(snapshot=nimg)) for nimg in snapshots]
+        barrier()  # all processes have read the images
         if rank() == 0:
+            (fresh / OTHERS).unlink(missing_ok=True)
             kept = iterates(config.settings, config.batch, job.study.seed, generator, pixels)
             write_arrays(fresh / "iterates.npz", kept)
             write_table(fresh / "sweep.csv", rows)
@@ -134,7 +138,7 @@ def run(config: Config, job: Job) -> None:
                 "parameters": generator.metadata["parameters"],
                 "nimg": generator.metadata["nimg"],
                 "settings": len(rows),
-                "samples_sha256": sha256_of(fresh / "samples.npy"),
+                "samples_sha256": sha256_of(fresh / SAMPLES),
                 "environment": environment(job, processes=1),
             }
             write_json(fresh / "metrics.json", {**about, **rows[0]})
@@ -196,37 +200,30 @@ class _Evaluation:
     def setting(self, generator: Generator, setting: Any) -> Row:
         """Return the row of a setting: what it is, what it costs, its scores. The images of the first one are kept."""
         headline = setting is self.config.settings[0]
-        path = self.place / ("samples.npy" if headline else "sweep.npy")
-        images, solved = self._images(generator, setting, path)
+        images, solved = self._images(generator, setting, SAMPLES if headline else OTHERS)
         columns = {} if setting is None else setting_columns(plain(setting))
-        row = {
+        return {
             **columns,
             **generator.cost(setting, solved.get("iterations")),
             **self.scorer.scores(images),
             **solved,
             **self._pair_errors(generator, setting),
         }
-        barrier()  # all processes have read the images
-        if rank() == 0 and not headline:
-            path.unlink()
-        return row
 
     def snapshot(self, generator: Generator) -> Row:
         """Return the row of a snapshot of the training: its distances at the headline setting."""
-        setting, path = self.config.settings[0], self.place / "curve.npy"
-        images, _ = self._images(generator, setting, path)
-        distances = self.scorer.distances(images)
-        errors = self._pair_errors(generator, setting)
-        barrier()
-        if rank() == 0:
-            path.unlink()
+        setting = self.config.settings[0]
+        images, _ = self._images(generator, setting, OTHERS)
+        distances, errors = self.scorer.distances(images), self._pair_errors(generator, setting)
         return {"nimg": generator.metadata["nimg"], **distances, **errors}
 
-    def _images(self, generator: Generator, setting: Any, path: Path) -> tuple[np.ndarray, Row]:
-        """Return the evaluation's images (N, C, H, W) uint8, mapped from `path`, and what the solver did.
+    def _images(self, generator: Generator, setting: Any, file: str) -> tuple[np.ndarray, Row]:
+        """Return the evaluation's images (N, C, H, W) uint8, mapped from a file, and what the solver did.
 
         Each process makes its share of the batches: any number of them writes the same bytes.
         """
+        path = self.place / file
+        barrier()  # all processes have read what was in it
         if rank() == 0:
             new_array(path, np.uint8, (self.count, *self.pixels.shape))
         barrier()
