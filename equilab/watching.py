@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,20 +27,6 @@ from equilab.sampling.pictures import grid
 
 FOLDER = Path(".equilab/watch")  # a folder a job, in the study's folder
 COUNT = 16  # images in a grid, of the same noises at every snapshot
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """What shows numbers and pictures of a training."""
-
-    def number(self, name: str, value: int | float, nimg: int) -> None:
-        """Show a number at so many images seen."""
-
-    def picture(self, name: str, picture: UInt8[np.ndarray, "h w ..."], nimg: int) -> None:
-        """Show a picture at so many images seen."""
-
-    def close(self) -> None:
-        """Show nothing more."""
 
 
 class TensorBoard:
@@ -122,6 +108,7 @@ class Wandb:
         self.run.finish()
 
 
+# each shows numbers and pictures at so many images seen
 WRITERS = {"tensorboard": TensorBoard, "dvclive": DVCLive, "wandb": Wandb}
 
 
@@ -134,7 +121,7 @@ class Watched:
         folder = FOLDER / job.name
         if not nimg:
             shutil.rmtree(folder, ignore_errors=True)  # of a training before
-        self.writer: Writer = WRITERS[str(job.study.watch)](job, folder, nimg)
+        self.writer = WRITERS[str(job.study.watch)](job, folder, nimg)
 
     def report(self, row: Mapping[str, int | float]) -> None:
         """Show a row of the log, images a second since the last one, and memory in GiB."""
