@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count, pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -138,15 +139,14 @@ def run(config: Config, job: Job) -> None:
     ]
     unets = [each for each in seen if isinstance(each.generator.run, Teacher | Student)]
     others = [each for each in seen if each not in unets]
-    work = config.samples * (len(others) + bool(unets))
-    with bar("activation", work) as progress, torch.inference_mode():
+    looks = [partial(_along_noise_levels, config, job, unets)] if unets else []
+    for each in others:
+        along = _along_chain if isinstance(each.generator.run, Denoiser) else _along_iterations
+        looks.append(partial(along, config, job, each.generator, each.activity))
+    with bar("activation", config.samples * len(looks)) as progress, torch.inference_mode():
         for indices in batches(config.samples, config.batch):
-            if unets:
-                _along_noise_levels(config, job, unets, indices)
-                progress.update(len(indices))
-            for each in others:
-                along = _along_chain if isinstance(each.generator.run, Denoiser) else _along_iterations
-                along(config, job, each.generator, each.activity, indices)
+            for look in looks:
+                look(indices)
                 progress.update(len(indices))
     rows = []
     for each in seen:
@@ -173,12 +173,7 @@ class _Recorded(nn.Module):
         return out
 
 
-def _along_noise_levels(
-    config: Config,
-    job: Job,
-    unets: list[Seen],
-    indices: np.ndarray,
-) -> None:
+def _along_noise_levels(config: Config, job: Job, unets: list[Seen], indices: np.ndarray) -> None:
     """Sample along all noise levels by the teacher, the first of the U-Nets, and show what it sees to all."""
     teacher, steps = unets[0].generator, count(1)
     inputs = teacher.inputs(job.study.seed, indices, None)
