@@ -55,12 +55,9 @@ def resources_of(sections: Sections, stage: str) -> Resources:
         raise UserError(
             f"{where}.{stage}: {stage} works in one process; set nodes to 1, and processes or gpus to 1 or less"
         )
-    return found if STAGES[stage].distributed else _alone(found)
-
-
-def _alone(resources: Resources) -> Resources:
-    """Return the same for a stage that works in one process: one node, and at most one GPU of it."""
-    return resources.model_copy(update={"nodes": 1, "processes": 1, "gpus": min(1, resources.gpus)})
+    if STAGES[stage].distributed:
+        return found
+    return found.model_copy(update={"nodes": 1, "processes": 1, "gpus": min(1, found.gpus)})  # in one process
 
 
 def check(sections: Sections) -> None:

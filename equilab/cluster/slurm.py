@@ -80,9 +80,10 @@ def submit(sections: Sections, tasks: dict[str, Task]) -> tuple[dict[str, str], 
     for group in alike(left):
         numbers = {**queued, **submitted}
         needs = [numbers[name] for name in group[0].needs if name in numbers]
+        resources = resources_of(sections, group[0].stage)
         executor = executor_for(sections, group, needs, submitit().SlurmExecutor)
         try:
-            jobs = executor.submit_array([command_of(sections, task) for task in group])
+            jobs = executor.submit_array([Command(sections.folder, task.name, resources) for task in group])
         except (OSError, RuntimeError, submitit().core.utils.FailedJobError) as error:
             said = " ".join(str(error).split()) or repr(error)
             raise UserError(
@@ -112,11 +113,6 @@ def alike(tasks: dict[str, Task]) -> list[list[Task]]:
     for task in tasks.values():
         groups.setdefault((task.stage, task.needs), []).append(task)
     return list(groups.values())
-
-
-def command_of(sections: Sections, task: Task) -> Command:
-    """Return what a job on SLURM does."""
-    return Command(sections.folder, task.name, resources_of(sections, task.stage))
 
 
 def executor_for(sections: Sections, group: list[Task], needs: list[str], kind: type) -> Any:

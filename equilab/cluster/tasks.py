@@ -56,9 +56,7 @@ def tasks_of(sections: Sections) -> dict[str, Task]:
 
 
 def _needs(sections: Sections, stage: str, job: Replicate) -> tuple[str, ...]:
-    names: list[str] = []
-    for read in STAGES[stage].reads:
-        names += _writers(sections, stage, job, read)
+    names = [name for read in STAGES[stage].reads for name in _writers(sections, stage, job, read)]
     for read in sections.named(stage, job.run):
         names += [each.name(read.stage) for each in sections.jobs(read.stage) if each.run == read.run]
     return tuple(dict.fromkeys(names))
