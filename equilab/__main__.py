@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,28 +24,24 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit status; what a user can mend is said in sentences on stderr, with status 2; what nobody
     foresaw in one, with status 1, that names the log of its traceback."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return _answered(arguments)
+        from equilab.core.edge import answered
+        from equilab.core.process import prepare_process
+
+        prepare_process()
+        return answered(partial(_run_command, words), words)
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return 130
 
 
-def _answered(arguments: list[str] | None) -> int:
-    from equilab.core.edge import answered
-    from equilab.core.process import prepare_process
-
-    prepare_process()
-    arguments = sys.argv[1:] if arguments is None else arguments
-
-    def command() -> int:
-        if arguments and arguments[0] in OWN:
-            module, _ = OWN[arguments[0]]
-            return importlib.import_module(module).command(arguments[1:])
-        given = _arguments(arguments)
-        return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
-
-    return answered(command, arguments)
+def _run_command(words: list[str]) -> int:
+    if words and words[0] in OWN:
+        module, _ = OWN[words[0]]
+        return importlib.import_module(module).command(words[1:])
+    given = _arguments(words)
+    return COMMANDS[given.stage](given) if given.stage in COMMANDS else stage(given)
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
