@@ -250,7 +250,8 @@ def test_a_measure_that_the_runs_lack_is_an_error_and_an_unmeasured_cost_is_not_
     [
         ({"test": "best"}, r"claims\[0\].test: 'best' is not one of"),
         ({"tset": "better"}, r"claims\[0\].tset: unknown key; did you mean 'test'"),
-        ({"test": "cheaper"}, "cost belongs to the test cheaper"),
+        ({"test": "cheaper"}, "the test cheaper needs a cost"),
+        ({"cost": "parameters"}, "the test better has no cost"),
         ({"margin": 0.1}, "better has no margin"),
         ({"test": "no worse", "times": 2.0}, "no worse has no times"),
         ({"measure": None}, "without a measure"),

@@ -70,8 +70,10 @@ class Claim(Params):
 
     @model_validator(mode="after")
     def _fits(self) -> Claim:
-        if (self.cost is not None) != (self.test == "cheaper"):
-            raise ValueError("cost belongs to the test cheaper, and to no other")
+        if self.test == "cheaper" and self.cost is None:
+            raise ValueError("the test cheaper needs a cost: name a column, such as parameters")
+        if self.test != "cheaper" and self.cost is not None:
+            raise ValueError(f"the test {self.test} has no cost")
         if self.measure is None and self.test != "cheaper":
             raise ValueError("only the test cheaper can do without a measure")
         if self.margin and self.test in ("better", "ordered"):

@@ -9,9 +9,10 @@ from typing import Annotated
 import pandas as pd
 from pydantic import Field, model_validator
 
-from equilab.claims.claim import DEPENDS, read_papers
+from equilab.claims.claim import DEPENDS, MISTYPED, read_claims, read_papers
 from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS
-from equilab.core.config import Params, UserError, nearest
+from equilab.core import like
+from equilab.core.config import Params, UserError, near, nearest
 from equilab.core.files import write_together
 from equilab.core.job import Distinct, Job, Plan
 from equilab.core.process import is_first
@@ -73,6 +74,29 @@ def run(config: Config, job: Job) -> None:
     found = scoreboard(config.studies, config.earlier)
     text, path = found.to_csv(index=False, lineterminator="\n"), Path("results/scoreboard.md")
     write_together({path.with_suffix(".csv"): text, path: markdown(found, config)})
+    for sentence in overlooked(found, config.studies):
+        print(f"scoreboard: {sentence}")
+
+
+def overlooked(found: pd.DataFrame, studies: Mapping[str, str]) -> list[str]:
+    """Return sentences about claims that a study could judge and has not, and about those whose comparison may be mistyped: none
+    declares it, and one declares almost the same."""
+    sections = {name: like.read(Path(folder, "params.yaml")) for name, folder in studies.items()}
+    declared = {name: set(each.get("comparisons") or {}) for name, each in sections.items()}
+    judged = set(zip(found["id"], found["part"], found["study"]))
+    sentences = []
+    for claim in read_claims():
+        by = [name for name, comparisons in declared.items() if claim.comparison in comparisons]
+        meant = near(claim.comparison, set().union(*declared.values()), MISTYPED)
+        if not by and meant:
+            sentences.append(f"no study declares the comparison of {claim.name}; did you mean {meant!r}?")
+        for name in by:
+            if (claim.id, claim.part, name) not in judged:
+                remedy = f"run `python -m equilab claims` in {studies[name]}, or what it says has not run"
+                sentences.append(
+                    f"{name} compares what {claim.name} is about, and has not judged it; {remedy}"
+                )
+    return sentences
 
 
 def scoreboard(studies: Mapping[str, str], earlier: Collection[str] = ()) -> pd.DataFrame:

@@ -84,8 +84,8 @@ def plan(config: Config, job: Job) -> Callable[[], Plan]:
 
     Raises: UserError if the study's pairs cannot train it, or the network's sizes do not fit.
     """
-    _require_pairs(config, job, job.read("pairs").count, job.classes)
     config.on_meta(job.image, job.classes)  # refuses sizes that do not fit
+    _require_pairs(config, job, job.read("pairs").count, job.classes)
     return lambda: trainer.plan(config.optimisation, cost(config, job.image, job.classes))
 
 
