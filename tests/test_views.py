@@ -10,7 +10,7 @@ from pathlib import Path
 
 import made
 import pytest
-from smoke import ROOT, SMOKE
+from smoke import ROOT, SMOKE, write_study
 
 from equilab import dvc, study
 from equilab.stages.claims import write_metrics
@@ -48,7 +48,7 @@ def test_charts_are_over_images_seen_with_the_runs_of_a_stage_overlaid():
 
 
 def test_settings_of_dvc_that_a_user_made_stay(tmp_path):
-    shutil.copy(SMOKE, tmp_path)
+    write_study(tmp_path)
     dvc.write(tmp_path)
     settings = tmp_path / ".dvc/config"
     settings.write_text(f"{settings.read_text()}['remote \"store\"']\n    url = /store\n")
