@@ -104,6 +104,20 @@ def test_a_study_that_has_not_judged_its_claims_is_named(studies):
         stage.scoreboard(studies)
 
 
+def test_a_claim_that_a_study_could_judge_and_has_not_is_told(studies):
+    declared = {
+        "comparisons": dict.fromkeys(["get against vit, parameters", "get against vit, equal parameters"])
+    }
+    Path(studies["second"], "params.yaml").write_text(yaml.safe_dump(declared))
+    told = stage.overlooked(stage.scoreboard(studies), studies)
+    assert any(each.startswith("second compares what X-1, equal parameters is about") for each in told)
+    assert not any("GET-1 is" in each for each in told), "it has judged that"
+    declared = {"comparisons": {"get against vit, parametres": {}}}
+    Path(studies["second"], "params.yaml").write_text(yaml.safe_dump(declared))
+    told = stage.overlooked(stage.scoreboard(studies), studies)
+    assert any("comparison of GET-1; did you mean 'get against vit, parametres'" in each for each in told)
+
+
 def test_a_claim_that_there_is_no_more_is_named(studies, tmp_path):
     studies["third"] = judged(tmp_path / "third", [("GET-0", "old", HOLDS)])
     with pytest.raises(UserError, match="third/results judges GET-0, old, .* run `dvc repro claims`"):

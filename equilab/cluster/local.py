@@ -21,8 +21,7 @@ from equilab.core.progress import bar
 from equilab.graph import STAGES
 from equilab.study import Sections
 
-# nothing runs beside stages that measure seconds; nor beside notebooks, whose kernels may wait for ever on a busy machine
-ALONE = ("cost", "notebook")
+ALONE = ("cost",)  # nothing runs beside a stage that measures seconds
 PATIENCE = 30  # seconds that a job has to end in when it is told to
 
 
@@ -114,7 +113,8 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
     left, ready = list(tasks), [*order.get_ready()]
     with bar(sections.study.name, len(tasks), unit="job") as progress, _ended(running):
         while ready or running:
-            for name in list(ready):
+            # what needs most cores goes first, while they are free
+            for name in sorted(ready, key=lambda name: shares[name].cores, reverse=True):
                 share = machine.free(shares[name])
                 if share is None:
                     continue  # without looking whether it is done, which reads files
