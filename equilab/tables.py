@@ -22,7 +22,7 @@ from equilab.core.absent import absent_runs, without
 from equilab.core.checked import read_arrays, read_table
 from equilab.core.config import UserError, nearest, parse, read_json, unreadable
 from equilab.core.like import read
-from equilab.core.stages import refuse_unknown
+from equilab.core.stages import GENERATORS, refuse_unknown
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
 from equilab.models.family import family
@@ -577,7 +577,7 @@ def results(folder: Path | str = "results", shows: Iterable[str] | None = None) 
         shows = tuple(shows)
         refuse_unknown(shows, "shows")
     found = Results(Path(folder), shows)
-    if not found._evaluated():
+    if (shows is None or {*shows} & {*GENERATORS}) and not found._evaluated():
         raise UserError(f"{folder} holds no evaluated run; run `dvc repro`, or give another results folder")
     return found
 

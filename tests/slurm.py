@@ -11,7 +11,10 @@ import time
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
 HOST = socket.gethostname().split(".")[0]
-NODES = (HOST, f"{HOST}-second")  # the first by their order has a name that leads somewhere
+NODES = (
+    HOST,
+    f"{HOST}-2",
+)  # the first by their order has a name that leads somewhere; short, since sockets lie below them
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -21,7 +24,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log

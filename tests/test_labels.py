@@ -55,8 +55,8 @@ def test_pairs_players_and_samples_draw_labels_as_frequently_as_training_images_
     name = next(iter(entry))
     keys = {("seed" if key == "seeds" else key): value for key, value in entry[name].items()} | {"seed": 0}
     batch = gan.batch_of(config.parse(gan.Config, keys, "gan"), loaded, range(1000))
-    assert 0.06 < batch.generator_label.double().mean() < 0.14
-    assert 0.06 < batch.discriminator_label.double().mean() < 0.14
+    assert 0.06 < batch.of_generator.label.double().mean() < 0.14
+    assert 0.06 < batch.of_discriminator.label.double().mean() < 0.14
     sections = like.read(Path("params.yaml"))
     sections["data"]["labels"] = "uniform"
     smoke.write_study(study, {"data": sections["data"]})

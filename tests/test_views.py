@@ -10,6 +10,7 @@ from pathlib import Path
 
 import made
 import pytest
+from moto.server import ThreadedMotoServer
 from smoke import ROOT, SMOKE, write_study
 
 from equilab import dvc, study
