@@ -182,10 +182,12 @@ def _mebibytes(folder: Path) -> str:
 
 def _job_that_writes(folder: Path) -> str:
     """Return the name of the job that may be at work in a folder: of scratch, or beside results (results/STAGE/RUN/.SEED.new)."""
+    from equilab.core.job import name_of
+
     if folder.parts[0] != "results":
         return folder.name
     stage, *run = [*folder.parts[1:-1], folder.stem.removeprefix(".")]
-    return f"{stage}@{'-'.join(run)}" if run else stage
+    return name_of(stage, *run)
 
 
 def plan(given: argparse.Namespace) -> int:

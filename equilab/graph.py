@@ -29,8 +29,8 @@ class Stage:
     `jobs`: one; one for each entry; one for each seed of an entry; or one for each seed of the run that an entry is `of`.
     `family`: the family whose code it runs, or where its section names that: `network`, the run it is `of`, its `runs`.
     `source`: the key of an entry that names a run whose results it reads, `${item.KEY}` in `reads` as a folder.
-    `names`: whose results it reads besides: the `runs` that its section lists, "trained" or "evaluated" ones, or what its notebook
-    "shows".
+    `names`: which results it reads besides, since they are named: those of the "trained" or "evaluated" runs that its section lists as
+    `runs`, or those "shown" by its notebook.
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     `of_studies`: what it reads of each study whose folder its section lists as `studies`.
     """

@@ -15,7 +15,7 @@ from pydantic import Field
 from equilab.core import code, config, like
 from equilab.core.absent import absent_runs, without
 from equilab.core.config import Params, UserError, nearest
-from equilab.core.job import Distinct, Job, Seed, Study, Watcher, checked_name, folder_of
+from equilab.core.job import Distinct, Job, Seed, Study, Watcher, checked_name, folder_of, name_of
 from equilab.core.notebooks import code_of, parameters, read_notebook
 from equilab.core.stages import GENERATORS, SHOWN, refuse_unknown
 from equilab.graph import STAGES
@@ -40,9 +40,7 @@ class Replicate(NamedTuple):
 
     def name(self, stage: str) -> str:
         """Return its name among the jobs of all stages, as DVC has it: distill@get-m-0, or without a seed notebook-scaling."""
-        if self.run is None:
-            return stage
-        return f"{stage}-{self.run}" if self.seed is None else f"{stage}@{self.item}"
+        return name_of(stage, self.run, self.seed)
 
     def arguments(self, stage: str) -> list[str]:
         """Return the arguments of `python -m equilab` that run it."""
@@ -59,7 +57,7 @@ class Named(NamedTuple):
     run: str | None = None
 
 
-def named(stage: str, run: str | None) -> Named:
+def results_of(stage: str, run: str | None) -> Named:
     """Return the results of a run, of all its seeds, or of a stage without runs."""
     return Named(folder_of(stage, run).as_posix(), stage, run)
 
@@ -168,9 +166,9 @@ class Sections:
         """
         match STAGES[stage].names:
             case "trained":
-                return [named(*self.trained(name, path)) for name, path in self._listed(stage)]
+                return [results_of(*self.trained(name, path)) for name, path in self._listed(stage)]
             case "evaluated":
-                return [named("evaluate", name) for name, _ in self._listed(stage)]
+                return [results_of("evaluate", name) for name, _ in self._listed(stage)]
             case "shown":
                 return self._shown(str(run))
             case _:
@@ -189,10 +187,10 @@ class Sections:
         found = []
         for stage in filter(self.has, [name for name in shown if name in STAGES]):
             runs = [None] if STAGES[stage].jobs == "one" else self.runs(stage)
-            found += [named(stage, run) for run in runs]
+            found += [results_of(stage, run) for run in runs]
         for run in self.runs("evaluate") if self.has("evaluate") else []:
             if self.source("evaluate", run)[0] in shown:
-                found.append(named("evaluate", run))
+                found.append(results_of("evaluate", run))
         if self.has("claims"):
             tables = [name for name in shown if name not in STAGES]
             found += [Named(f"results/{name}.csv", "claims") for name in tables]
@@ -205,6 +203,8 @@ class Sections:
         """
         path = notebook_file(self, notebook)
         shown = parameters(read_notebook(path)).get("shows", [*SHOWN])
+        if not isinstance(shown, (list, tuple)):
+            raise UserError(f"{path}: shows: expected a list of names, got {shown!r}")
         refuse_unknown(shown, f"{path}: shows")
         return shown
 

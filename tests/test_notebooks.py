@@ -231,6 +231,33 @@ def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything
     assert not Path("results").exists()
 
 
+def shows(folder, names):
+    """Write a notebook that shows these results."""
+    book(folder, "pass")
+    path = folder / "notebooks/one.ipynb"
+    written = nbformat.read(path, 4)
+    written.cells[0].source += f"\nshows = {names!r}"
+    nbformat.write(written, path)
+
+
+def test_results_that_a_notebook_shows_and_no_stage_writes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"study": {"name": "a", "root": ".", "seed": 0, "threads": 1, "run_threads": 1, "device": "cpu"}}
+    sections = studies.Sections(values, "params.yaml", tmp_path)
+    for names, told in (
+        (["distil"], "'distil' .*mean 'distill'"),
+        ("distill", "expected a list .*'distill'"),
+    ):
+        shows(tmp_path, names)
+        with pytest.raises(UserError, match=f"one.ipynb: shows: {told}"):
+            sections.shown("one")
+    shows(tmp_path, ["claims/gte"])
+    with pytest.raises(UserError, match="no claims 'claims/gte'; did you mean 'claims/get'"):
+        notebook.plan(notebook.Config(parameters={}), job("notebook", "one", "."))
+    shows(tmp_path, ["claims/get"])
+    notebook.plan(notebook.Config(parameters={}), job("notebook", "one", "."))
+
+
 def test_what_changes_from_run_to_run_is_taken_out():
     output = nbformat.v4.new_output
     cell = nbformat.v4.new_code_cell(

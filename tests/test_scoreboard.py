@@ -1,6 +1,7 @@
 """The scoreboard: every claim once, the verdict of each study beside it, and what they say together; README agrees with it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -101,6 +102,12 @@ def test_a_study_that_has_not_judged_its_claims_is_named(studies):
     with pytest.raises(
         UserError, match="second/results/claims or measured.csv .* run `dvc repro claims` in .*second"
     ):
+        stage.scoreboard(studies)
+
+
+def test_a_study_without_its_tables_of_claims_is_named(studies):
+    shutil.rmtree(Path(studies["second"], "results/claims"))
+    with pytest.raises(UserError, match="second/results/claims or measured.csv is missing"):
         stage.scoreboard(studies)
 
 

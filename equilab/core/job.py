@@ -111,9 +111,7 @@ class Job:
     @property
     def name(self) -> str:
         """The stage, and where it has runs the run, and where these have seeds the seed: distill@get-m-0, notebook-scaling."""
-        if self.run is None:
-            return self.stage
-        return f"{self.stage}-{self.run}" if self.seed is None else f"{self.stage}@{self.run}-{self.seed}"
+        return name_of(self.stage, self.run, self.seed)
 
     @property
     def out(self) -> Path:
@@ -131,6 +129,13 @@ class Plan(NamedTuple):
     images: int = 0  # seen in training, or made
     teacher_calls: int = 0  # evaluations of the teacher for them
     memory: int = 0  # bytes that training holds whatever its batch
+
+
+def name_of(stage: str, run: str | None = None, seed: int | str | None = None) -> str:
+    """Return the name of a job, as DVC has it: teacher, notebook-scaling, distill@get-m-0."""
+    if run is None:
+        return stage
+    return f"{stage}-{run}" if seed is None else f"{stage}@{run}-{seed}"
 
 
 def folder_of(stage: str, run: str | None = None, seed: int | None = None) -> Path:

@@ -18,11 +18,12 @@ def read_notebook(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        for cell in found["cells"]:
-            cell["cell_type"], cell["source"], cell["metadata"]  # what is read of it below
-        return found
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        complete = all({"cell_type", "source", "metadata"} <= cell.keys() for cell in found["cells"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is missing or no notebook ({error!r}); restore it") from None
+    if not complete:
+        raise UserError(f"{path} is no notebook (a cell lacks its type, source or metadata); restore it")
+    return found
 
 
 def code_of(notebook: Mapping[str, Any]) -> str:

@@ -6,14 +6,8 @@ from collections.abc import Iterable
 
 from equilab.core.config import UserError, nearest
 
-GENERATORS = (
-    "teacher",
-    "distill",
-    "diffusion",
-    "gan",
-    "consistency",
-    "progressive",
-)  # their runs make images
+# stages whose runs make images
+GENERATORS = ("teacher", "distill", "diffusion", "gan", "consistency", "progressive")
 MEASUREMENTS = ("relative", "activation", "cost")
 # claims, all of them or one paper's ("claims/get"), and those on seconds and memory
 SHOWN = (*GENERATORS, *MEASUREMENTS, "claims", "measured")

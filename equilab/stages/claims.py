@@ -17,7 +17,6 @@ from equilab.claims.tests import FAILS, HOLDS, INCONCLUSIVE, NONE, SEEDS, Outcom
 from equilab.core.config import Params
 from equilab.core.files import write_json, write_together
 from equilab.core.job import Job, Plan, folder_of
-from equilab.core.process import is_first
 from equilab.tables import NotRunError, Results, results
 
 HEAD = """\
@@ -60,8 +59,6 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a claim is mistyped, or the results lack what it is about.
     """
-    if not is_first():
-        return  # of several processes the first one does it
     found, claims = results("results"), read_claims()
     refuse_mistyped(claims, found.comparisons)
     judged = judged_claims(found, config.confidence, claims)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from equilab.claims.claim import read_claims
 from equilab.core.config import Params, Scalar, UserError, nearest
 from equilab.core.files import publishing, write
 from equilab.core.job import Job, Plan
 from equilab.core.notebooks import parameters, read_notebook
-from equilab.core.process import is_first
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -50,8 +50,6 @@ def run(config: Config, job: Job) -> None:
     from nbformat import writes
     from papermill.exceptions import PapermillExecutionError
 
-    if not is_first():
-        return  # of several processes the first one does it
     source = _checked(config, job)
     # nbclient would tell a widget what its cell has shown, past asyncio and on the socket that awaits the kernel's reply, which then
     # goes unnoticed now and then, so that the notebook hangs; nothing here needs it
@@ -106,7 +104,11 @@ def _checked(config: Config, job: Job) -> Path:
         known = [path.stem for path in source.parent.glob("*.ipynb")]
         raise UserError(f"notebook.{job.run}: {source} is not there{nearest(job.run, known)}")
     known = parameters(read_notebook(source))
-    known.pop("shows", None)  # the notebook's own
+    shows = known.pop("shows", ())  # the notebook's own
+    papers = sorted({f"claims/{claim.paper}" for claim in read_claims()})
+    for name in shows:
+        if name.startswith("claims/") and name not in papers:
+            raise UserError(f"{source}: shows: there are no claims {name!r}{nearest(name, papers)}")
     for name, value in config.parameters.items():
         if name not in known:
             raise UserError(f"notebook.{job.run}.parameters.{name}: unknown parameter{nearest(name, known)}")

@@ -14,7 +14,6 @@ from equilab.core.config import Params, UserError, read_json
 from equilab.core.files import publishing, write_table
 from equilab.core.job import Distinct, Job, Plan, folder_of
 from equilab.core.machine import device_of
-from equilab.core.process import is_first
 from equilab.metrics.fidelity import CACHE, Scorer, frechet
 from equilab.training import classify
 
@@ -65,8 +64,6 @@ def run(config: Config, job: Job) -> None:
     Raises: UserError if the samples of a run are missing.
     Source: GDD (Zheng 2024), section 2.2, rel-FID.
     """
-    if not is_first():
-        return  # of several processes the first one does it
     plan(config, job)  # refuses what cannot be
     scorer = Scorer(folder_of("evaluator"), folder_of("data"), CACHE, device_of(job), job.read("evaluator"))
     rows = []

@@ -15,7 +15,6 @@ from equilab.core import like
 from equilab.core.config import Params, UserError, near, nearest
 from equilab.core.files import write_together
 from equilab.core.job import Distinct, Job, Plan
-from equilab.core.process import is_first
 
 KEYS = ["id", "part"]
 ABOUT = ["paper", *KEYS, "claim", "where", "published"]
@@ -69,8 +68,6 @@ def run(config: Config, job: Job) -> None:
 
     Raises: UserError if a study has not judged its claims, or judged one that there is not.
     """
-    if not is_first():
-        return  # of several processes the first one does it
     found = scoreboard(config.studies, config.earlier)
     text, path = found.to_csv(index=False, lineterminator="\n"), Path("results/scoreboard.md")
     write_together({path.with_suffix(".csv"): text, path: markdown(found, config)})
@@ -123,7 +120,7 @@ def _judged(name: str, folder: Path, known: pd.MultiIndex, earlier: bool) -> pd.
     """Return what a study has found of the claims that it tests."""
     remedy, results = f"run `dvc repro claims` in {folder}", folder / "results"
     try:
-        paths = [*sorted(results.glob("claims/*.csv")), results / "measured.csv"]
+        paths = [*sorted((results / "claims").iterdir()), results / "measured.csv"]
         found = pd.concat([pd.read_csv(path, keep_default_na=False, dtype=str) for path in paths])
         found = found[[*KEYS, *FOUND]]
     except (OSError, ValueError, KeyError):
