@@ -98,21 +98,22 @@ def here(monkeypatch):
 
     class Process:
         def __init__(self, task):
-            self.task, self.polls, self.returncode = task, 0, None
+            self.task, self.polls, self.status = task, 0, None
             facts["began"].append(task.name)
             facts["running"] += 1
             facts["most"] = max(facts["most"], facts["running"])
 
-        def poll(self):
+        @property
+        def exitcode(self):
             self.polls += 1
-            if self.returncode is None and self.polls > 2:
+            if self.status is None and self.polls > 2:
                 facts["running"] -= 1
-                self.returncode = int(self.task.name in facts["fail"])
-                if not self.returncode:
+                self.status = int(self.task.name in facts["fail"])
+                if not self.status:
                     make(self.task)
-            return self.returncode
+            return self.status
 
-    def start(task, torchrun, environment):
+    def start(task, torchrun, environment, imported):
         facts["environment"][task.name] = environment
         return Process(task)
 

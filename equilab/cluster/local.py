@@ -6,10 +6,10 @@ import contextlib
 import graphlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 from equilab.cluster import done
@@ -93,7 +93,7 @@ def share_of(sections: Sections, task: Task, machine: Machine) -> Share:
 class Running(NamedTuple):
     """A job that runs."""
 
-    process: subprocess.Popen
+    process: BaseProcess
     share: Share
     made_from: str
 
@@ -128,10 +128,10 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
                     machine.take(share)
                     on = f" on GPU {', '.join(share.gpus)}" if share.gpus else ""
                     progress.write(f"{name} begins{on}")
-            for name in [name for name, each in running.items() if each.process.poll() is not None]:
+            for name in [name for name, each in running.items() if each.process.exitcode is not None]:
                 ended = running.pop(name)
                 machine.give_back(ended.share)
-                if status := ended.process.returncode:
+                if status := ended.process.exitcode:
                     failed[name] = failure(tasks[name], status)  # what needs it never gets ready
                 else:
                     done.record(tasks[name], ended.made_from)
@@ -149,7 +149,9 @@ def _begun(sections: Sections, task: Task, share: Share) -> Running:
     torchrun = ["--standalone", "--nproc-per-node", str(share.processes)] if share.processes > 1 else []
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
     before = done.made_from(sections, task)
-    return Running(start(task, torchrun, environment), share, before)
+    # where seconds and memory are measured, and where CUDA is used, nobody else's process is forked
+    imported = not (torchrun or share.gpus or task.stage in ALONE)
+    return Running(start(task, torchrun, environment, imported=imported), share, before)
 
 
 @contextlib.contextmanager
@@ -167,7 +169,5 @@ def _ended(running: dict[str, Running]) -> Iterator[None]:
         for each in running.values():
             each.process.terminate()
         for each in running.values():
-            try:
-                each.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                each.process.kill()
+            each.process.join(PATIENCE)
+            each.process.kill()

@@ -54,7 +54,9 @@ class Command:
         if self.resources.nodes * self.resources.on_a_node > 1:
             torchrun = torchrun_options(self.resources, job.job_id, job.node, job.hostnames[0])
         before = done.made_from(sections, task)
-        status = start(task, torchrun, node=job.node).wait()
+        process = start(task, torchrun, node=job.node)
+        process.join()
+        status = process.exitcode
         if status == -signal.SIGUSR2:
             time.sleep(WARNING)  # submitit has the signal as well, and ends this process
         if status:

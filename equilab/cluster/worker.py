@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from equilab.cluster.tasks import Task
 from equilab.core.config import UserError
 
 LOGS = Path(".equilab/logs")  # a file a job, in the study's folder
+CAN_FORK = sys.platform == "linux"  # macOS's own libraries do not stand it
 
 
 def log_of(task: Task, node: int = 0) -> Path:
@@ -24,30 +26,47 @@ def start(
     torchrun: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     node: int = 0,
-) -> subprocess.Popen:
+    imported: bool = False,
+) -> BaseProcess:
     """Start a job in the current folder, which is the study's: by torchrun where options of it are given, or else as one
     process, whatever `study.launch` says.
 
+    `imported`: as a fork of a process, kept for that, which has imported what jobs need, and computed nothing. Imports take
+    seconds, and a study of many small jobs as long for them as for its networks.
+
     Raises: UserError if its log cannot be written.
     """
-    by = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     words = [*task.command, *([] if torchrun else ["--alone"])]
-    command = [sys.executable, *by, "-m", "equilab", *words]
-    path = log_of(task, node)
+    path = log_of(task, node).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as log:
-            log.write(f"$ python -m equilab {' '.join(words)}\n".encode())
-            log.flush()
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **(environment or {})},
-            )
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(f"$ python -m equilab {' '.join(words)}\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); change its permissions") from None
+        raise UserError(
+            f"{log_of(task, node)} cannot be written ({error.strerror}); change its permissions"
+        ) from None
+    context = multiprocessing.get_context("forkserver" if imported and CAN_FORK else "spawn")
+    context.set_forkserver_preload(["equilab.cluster.imported"])
+    process = context.Process(target=_work, args=(words, torchrun, dict(environment or {}), path, Path.cwd()))
+    process.start()
+    return process
+
+
+def _work(
+    words: list[str], torchrun: Sequence[str], environment: dict[str, str], log: Path, folder: Path
+) -> None:
+    """Do a job in this process, which has been started for it, and end as its command does."""
+    from equilab.__main__ import main
+    from equilab.launching import processes
+
+    os.environ |= environment
+    os.chdir(folder)
+    with open(log, "ab") as file:
+        for output in (1, 2):  # what it prints, and its errors
+            os.dup2(file.fileno(), output)
+    launch = " ".join(["torchrun", *torchrun, "-m", "equilab"])
+    sys.exit(processes(launch, words) if torchrun else main(words))
 
 
 def failure(task: Task, status: int, node: int = 0) -> str:
