@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -57,7 +58,6 @@ def _work(
     words: list[str], torchrun: Sequence[str], environment: dict[str, str], log: Path, folder: Path
 ) -> None:
     """Do a job in this process, which has been started for it, and end as its command does."""
-    from equilab.__main__ import main
     from equilab.launching import processes
 
     os.environ |= environment
@@ -65,8 +65,10 @@ def _work(
     with open(log, "ab") as file:
         for output in (1, 2):  # what it prints, and its errors
             os.dup2(file.fileno(), output)
-    launch = " ".join(["torchrun", *torchrun, "-m", "equilab"])
-    sys.exit(processes(launch, words) if torchrun else main(words))
+    if torchrun:
+        sys.exit(processes(" ".join(["torchrun", *torchrun, "-m", "equilab"]), words))
+    sys.argv = ["equilab", *words]
+    runpy.run_module("equilab", run_name="__main__")  # as `python -m equilab` does
 
 
 def failure(task: Task, status: int, node: int = 0) -> str:
