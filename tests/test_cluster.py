@@ -1,6 +1,7 @@
 """A study's graph on this machine and on SLURM: what needs what, what is done, what is interrupted and goes on."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -230,6 +231,27 @@ def test_a_job_has_the_processes_that_it_was_given_whatever_study_launch_says(tm
     submit(folder, "evaluator")
     made = json.loads((folder / "results/evaluator/summary.json").read_text())
     assert made["environment"]["processes"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", (False, True))
+def test_a_job_is_a_process_with_a_log_and_how_it_ended_is_told(sections, imported):
+    task = tasks_of(sections)["data"]
+
+    def ended(by=None):
+        process = worker.start(task, imported=imported)
+        if by:
+            os.kill(process.pid, by)
+        process.join()
+        return process.exitcode
+
+    assert ended() == 0 and Path("results/data/meta.json").exists()
+    assert ended(by=signal.SIGKILL) == -signal.SIGKILL
+    assert "signal 9" in worker.failure(task, -signal.SIGKILL)
+    write_study(Path(), {"data.path": "nowhere"})
+    assert ended() == 2
+    assert "data: source digits reads test" in worker.failure(task, 2)
+    assert worker.log_of(task).read_text().count("$ python -m equilab data --alone") == 3
 
 
 @pytest.mark.slow
