@@ -47,6 +47,7 @@ class Stage:
     of_studies: tuple[str, ...] = ()
     optional: bool = False  # a study may do without
     distributed: bool = False  # several processes share its work; another is done by the first of them
+    measures: bool = False  # seconds and memory: in a process of its own, and nothing runs beside it
 
     @property
     def threads_key(self) -> str:
@@ -144,7 +145,13 @@ STAGES = {
         committed=("activation.csv",),
         optional=True,
     ),
-    "cost": Stage("equilab.stages.cost", family="runs", names="trained", committed=("cost.csv", "cost.json")),
+    "cost": Stage(
+        "equilab.stages.cost",
+        family="runs",
+        names="trained",
+        committed=("cost.csv", "cost.json"),
+        measures=True,
+    ),
     "claims": Stage(
         "equilab.stages.claims",
         reads=TABLES,

@@ -146,6 +146,17 @@ def test_a_job_that_fails_ends_what_needs_it_and_nothing_else(sections, here):
     assert here["began"] == ["distill@get-1", "evaluate@get-1"]
 
 
+def test_a_job_whose_log_cannot_be_written_ends_what_needs_it_and_nothing_else(sections, monkeypatch):
+    monkeypatch.setattr(done, "is_done", lambda _, task: task.stage != "distill" and task.stage != "evaluate")
+    tasks = asked(tasks_of(sections), ["evaluate@get-1", "distill@get-0"])
+    for name in ("distill@get-0", "distill@get-1"):
+        (worker.LOGS / f"{name}.log").mkdir(parents=True)
+    first, second, skipped = local.run(sections, tasks, 2)
+    for sentence, name in zip(sorted((first, second)), ("distill@get-0", "distill@get-1")):
+        assert sentence.startswith(f"{name}: ") and f"{name}.log" in sentence
+    assert "evaluate@get-1" in skipped
+
+
 def test_each_run_has_a_gpu_of_its_own(sections, here, monkeypatch):
     monkeypatch.setattr(local, "this_machine", lambda *_: local.Machine(8, ["3", "5"], 8))
     tasks = asked(tasks_of(sections), ["distill"])

@@ -18,6 +18,7 @@ import equilab
 from equilab import __main__, graph
 from equilab.claims.claim import Claim
 from equilab.claims.comparisons import Comparison
+from equilab.claims.comparisons import Comparison
 from equilab.core.config import parse
 from equilab.tables import Results
 
@@ -126,12 +127,13 @@ def test_the_template_reads_the_images_that_the_docs_make(tmp_path, monkeypatch,
     assert (tmp_path / "results/data/train_labels.npy").exists()
 
 
-def test_the_docs_name_every_key_of_a_claim_and_every_table_of_results():
+def test_the_docs_name_every_key_of_comparisons_and_claims_and_every_table_of_results():
     page = (ROOT / "docs/extending.md").read_text()
     named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
     members = {name: each for name, each in vars(Results).items() if isinstance(each, cached_property)}
     tables = {name for name, each in members.items() if each.func.__annotations__["return"] == "pd.DataFrame"}
-    assert named >= {*Claim.model_fields, *(name for name in tables if not name.startswith("_"))}
+    keys = {*Claim.model_fields, *Comparison.model_fields}
+    assert named >= keys | {name for name in tables if not name.startswith("_")}
 
 
 def test_weights_are_imported_and_loaded_as_the_docs_say(tmp_path, monkeypatch):

@@ -16,12 +16,13 @@ from equilab.cluster import done
 from equilab.cluster.resources import SECTION, resources_of
 from equilab.cluster.tasks import Task
 from equilab.cluster.worker import failure, start
-from equilab.core.config import UserError
+from equilab.core import code
+from equilab.core.config import UserError, digest
+from equilab.core.files import sha256_of
 from equilab.core.progress import bar
 from equilab.graph import STAGES
 from equilab.study import Sections
 
-ALONE = ("cost",)  # nothing runs beside a stage that measures seconds
 PATIENCE = 30  # seconds that a job has to end in when it is told to
 
 
@@ -86,7 +87,7 @@ def share_of(sections: Sections, task: Task, machine: Machine) -> Share:
     if STAGES[task.stage].distributed:
         processes = max(1, gpus)
     threads = getattr(sections.study, STAGES[task.stage].threads_key)
-    cores = machine.cores if task.stage in ALONE else min(processes * threads, machine.cores)
+    cores = machine.cores if STAGES[task.stage].measures else min(processes * threads, machine.cores)
     return Share(processes, cores, machine.gpus[:gpus])
 
 
@@ -111,6 +112,7 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
     running: dict[str, Running] = {}
     failed: dict[str, str] = {}  # a sentence each
     left, ready = list(tasks), [*order.get_ready()]
+    code_before = _code()
     with bar(sections.study.name, len(tasks), unit="job") as progress, _ended(running):
         while ready or running:
             # what needs most cores goes first, while they are free
@@ -123,11 +125,17 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
                 if done.is_done(sections, tasks[name]):
                     order.done(name)
                     progress.update()
-                else:
-                    running[name] = _begun(sections, tasks[name], share)
-                    machine.take(share)
-                    on = f" on GPU {', '.join(share.gpus)}" if share.gpus else ""
-                    progress.write(f"{name} begins{on}")
+                    continue
+                try:
+                    running[name] = _begun(sections, tasks[name], share, imported=_code() == code_before)
+                except UserError as error:
+                    failed[name] = f"{name}: {error}"
+                    progress.write(failed[name])
+                    progress.update()
+                    continue
+                machine.take(share)
+                on = f" on GPU {', '.join(share.gpus)}" if share.gpus else ""
+                progress.write(f"{name} begins{on}")
             for name in [name for name, each in running.items() if each.process.exitcode is not None]:
                 ended = running.pop(name)
                 machine.give_back(ended.share)
@@ -144,14 +152,18 @@ def run(sections: Sections, tasks: dict[str, Task], at_once: int | None) -> list
     return [*failed.values(), *skipped]
 
 
-def _begun(sections: Sections, task: Task, share: Share) -> Running:
-    """Start a job."""
+def _begun(sections: Sections, task: Task, share: Share, imported: bool) -> Running:
+    """Start a job; `imported`: the code is still that of which a process with all imports is kept."""
     torchrun = ["--standalone", "--nproc-per-node", str(share.processes)] if share.processes > 1 else []
-    environment = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)}
     before = done.made_from(sections, task)
-    # where seconds and memory are measured, and where CUDA is used, nobody else's process is forked
-    imported = not (torchrun or share.gpus or task.stage in ALONE)
-    return Running(start(task, torchrun, environment, imported=imported), share, before)
+    can_fork = imported and not (torchrun or share.gpus or STAGES[task.stage].measures)
+    return Running(start(task, torchrun, environment, imported=can_fork), share, before)
+
+
+def _code() -> str:
+    """Return a digest of the files of the package as they are now."""
+    return digest({str(path): sha256_of(path) for path in code.files()})
 
 
 @contextlib.contextmanager

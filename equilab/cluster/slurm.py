@@ -19,13 +19,13 @@ from equilab.cluster.tasks import Task, tasks_of
 from equilab.cluster.worker import LOGS, failure, start
 from equilab.core.config import UserError, read_json
 from equilab.core.files import write_json
+from equilab.graph import STAGES
 from equilab.study import Sections, open_study
 
 FOLDER = LOGS / "slurm"  # scripts, and what SLURM and submitit say
 SUBMITTED = FOLDER / "submitted.json"  # the number that SLURM gave each job
 WARNING = 60  # seconds before its time is over in which a job is told, and requeues itself
 REQUEUES = 10_000
-MEASURING = ("cost",)  # stages that measure seconds have a node of their own
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def executor_for(sections: Sections, group: list[Task], needs: list[str], kind: 
         "qos": resources.qos,
         "constraint": resources.constraint,
         "dependency": ":".join(["afterok", *needs]) if needs else None,
-        "exclusive": stage in MEASURING or None,
+        "exclusive": STAGES[stage].measures or None,
     }
     executor.update_parameters(
         **{key: value for key, value in head.items() if value is not None},

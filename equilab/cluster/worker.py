@@ -5,8 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -45,21 +50,41 @@ def start(
             log.write(f"$ python -m equilab {' '.join(words)}\n")
     except OSError as error:
         raise UserError(
-            f"{log_of(task, node)} cannot be written ({error.strerror}); change its permissions"
+            f"{log_of(task, node)} cannot be written ({error.strerror}); free disk space, change its permissions, or remove "
+            "what is in its way"
         ) from None
-    context = multiprocessing.get_context("forkserver" if imported and CAN_FORK else "spawn")
-    context.set_forkserver_preload(["equilab.cluster.imported"])
+    context = _context_of_forks() if imported and CAN_FORK else multiprocessing.get_context("spawn")
     process = context.Process(target=_work, args=(words, torchrun, dict(environment or {}), path, Path.cwd()))
     process.start()
     return process
+
+
+def _context_of_forks() -> BaseContext:
+    """Return what starts processes as forks of one that has imported what jobs need, which is begun if it does not run yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["equilab.cluster.imported"])
+    resource_tracker.ensure_running()  # which multiprocessing needs; where it begins, signals are let through
+    # Ctrl-C is for the jobs and for this process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _work(
     words: list[str], torchrun: Sequence[str], environment: dict[str, str], log: Path, folder: Path
 ) -> None:
     """Do a job in this process, which has been started for it, and end as its command does."""
+    from tqdm import tqdm
+
     from equilab.launching import processes
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_others, daemon=True).start()
+    # its own is shared among processes, and left behind by one that is killed
+    tqdm.set_lock(threading.RLock())
     os.environ |= environment
     os.chdir(folder)
     with open(log, "ab") as file:
@@ -69,6 +94,14 @@ def _work(
         sys.exit(processes(" ".join(["torchrun", *torchrun, "-m", "equilab"]), words))
     sys.argv = ["equilab", *words]
     runpy.run_module("equilab", run_name="__main__")  # as `python -m equilab` does
+
+
+def _end_with_others() -> None:
+    """End this process when the one that asked for it ends, in whatever way, or the one that it was forked from."""
+    forked_from = os.getppid()
+    while multiprocessing.parent_process().is_alive() and os.getppid() == forked_from:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure(task: Task, status: int, node: int = 0) -> str:
