@@ -33,6 +33,7 @@ class Stage:
     `runs`, or those "shown" by its notebook.
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     `of_studies`: what it reads of each study whose folder its section lists as `studies`.
+    `chained`: a run may be trained from another of its stage, and what that took counts for it as well.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Stage:
     optional: bool = False  # a study may do without
     distributed: bool = False  # several processes share its work; another is done by the first of them
     measures: bool = False  # seconds and memory: in a process of its own, and nothing runs beside it
+    chained: bool = False
 
     @property
     def threads_key(self) -> str:
@@ -117,6 +119,7 @@ STAGES = {
         jobs="seeds",
         family="pd",
         source="teacher",
+        chained=True,
         reads=(DATA, Read("${item.teacher}/weights.safetensors")),
         **TRAINED,
     ),

@@ -317,6 +317,7 @@ def test_what_did_not_happen_in_a_training_of_a_hundred_takes_more(ours, theirs,
 
 
 SECTIONS = {
+    "progressive": {"pd": {"optimisation": {"nimg": 100, "snapshots": [50], "decay": "none"}}},
     "distill": {
         name: {"optimisation": {"nimg": 100, "snapshots": [50], "decay": decay}}
         for name, decay in (("get", "none"), ("vit", "cosine"), ("idle", "none"))
@@ -373,6 +374,10 @@ REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
             r"at.nimg: .* no snapshot of 60",
         ),
         ({"table": "snapshots", "runs": ["distill/get", "distill/vit"]}, r"runs\[0\].at: say which snapshot"),
+        (
+            {"table": "snapshots", "runs": [{"run": "progressive/pd", "at": {"nimg": 50}}, "distill/vit"]},
+            r"runs\[0\]: snapshots of progressive/pd are counted from the first student of its chain",
+        ),
         (
             {"table": "costs", "runs": ["distill/vit", "distill/get"]},
             r"runs\[0\]: cost.runs does not measure distill/vit",

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from equilab.core.config import Params, Scalar, UserError, failures, mapping, nearest, parse
 from equilab.core.settings import setting_columns
 from equilab.core.stages import GENERATORS
+from equilab.graph import STAGES
 
 COSTS = ("what", "gradient", "most_iterations")  # columns of costs that single out a row of a run
 
@@ -183,7 +184,7 @@ def _optimisation(sections: Mapping[str, Any], of: str, path: str) -> Mapping[st
 def _check_snapshot(sections: Mapping[str, Any], point: Point, path: str) -> None:
     if set(point.at) != {"nimg"}:
         raise UserError(f"{path}.at: say which snapshot, by nimg alone")
-    if point.run.startswith("progressive/"):
+    if STAGES[point.run.partition("/")[0]].chained:
         raise UserError(
             f"{path}: snapshots of {point.run} are counted from the first student of its chain; compare its end"
         )
