@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Stage:
     `cached` results are kept by DVC, `committed` ones by git; `params` are further sections that it depends on.
     `of_studies`: what it reads of each study whose folder its section lists as `studies`.
     `chained`: a run may be trained from another of its stage, and what that took counts for it as well.
+    `teacher_calls`: the evaluations of the teacher for a training image of its runs, where neither pairs nor a consistency
+    loss in their config say how many; nan where there is no teacher.
     """
 
     module: str
@@ -50,6 +53,7 @@ class Stage:
     distributed: bool = False  # several processes share its work; another is done by the first of them
     measures: bool = False  # seconds and memory: in a process of its own, and nothing runs beside it
     chained: bool = False
+    teacher_calls: float = math.nan
 
     @property
     def threads_key(self) -> str:
@@ -109,6 +113,7 @@ STAGES = {
         jobs="seeds",
         family="gdd",
         reads=(DATA, TEACHER, result("features/weights.safetensors")),
+        teacher_calls=0.0,  # for the loss of a GAN
         **TRAINED,
     ),
     "consistency": Stage(
@@ -120,6 +125,7 @@ STAGES = {
         family="pd",
         source="teacher",
         chained=True,
+        teacher_calls=2.0,  # its two steps
         reads=(DATA, Read("${item.teacher}/weights.safetensors")),
         **TRAINED,
     ),

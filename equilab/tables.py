@@ -6,6 +6,7 @@ them: `of`, a trained run as params name it ("distill/get-m", or "teacher"), and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from equilab.core.like import read
 from equilab.core.stages import GENERATORS, refuse_unknown
 from equilab.diffusion.losses import CONSISTENCY_CALLS
 from equilab.diffusion.settings import Sampler
+from equilab.graph import STAGES
 from equilab.models.family import family
 from equilab.models.registry import FAMILIES
 
@@ -545,21 +547,18 @@ class Results:
         return by_noises.reindex(columns=list(names)).rename(columns=names).reset_index()
 
     def _teacher_calls(self, summary: dict[str, Any]) -> float:
-        """Return how often the teacher was evaluated for a training: once for all in the sampling of pairs, twice an image in
-        consistency distillation (a step of Heun's method; two steps in its published form) and in progressive distillation (two
-        steps, of the student before where there is one), never for the loss of a GAN."""
+        """Return how often the teacher was evaluated for a training: once for all in the sampling of its pairs, or for each image
+        as often as the form of its consistency loss takes, or else as its stage does; nan where it had no teacher or was trained
+        elsewhere. The teacher in a chain is the student before."""
         config = summary["config"]
-        if "published" in config:  # trained elsewhere
-            return float("nan")
-        if summary["stage"] == "distill":
+        if "published" in config:
+            return math.nan
+        if "pairs" in config:
             sampler = parse(Sampler, self.params["pairs"]["sampler"], "pairs.sampler")
             return float(config["pairs"] * sampler.nfe)
-        if summary["stage"] == "progressive":
-            return 2.0 * _seen(summary)
-        consistency = config if summary["stage"] == "consistency" else config.get("consistency")
-        if consistency:
-            return float(CONSISTENCY_CALLS[consistency.get("form", "text")] * summary["nimg"])
-        return 0.0 if summary["stage"] == "gan" else float("nan")
+        loss = config.get("consistency") or config  # beside the loss of a GAN, or the only one
+        calls = CONSISTENCY_CALLS[loss["form"]] if "form" in loss else STAGES[summary["stage"]].teacher_calls
+        return float(calls * _seen(summary))
 
     def _joined(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return a table with the labels of its families, what a row is of first."""

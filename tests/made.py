@@ -14,6 +14,7 @@ FAMILIES = {
     "consistency/cd": "cd",
     "progressive/pd": "pd",
 }
+CONFIGS = {"distill": {"pairs": 100}, "consistency": {"form": "text"}}  # how often the teacher is evaluated
 SOLVER = {"method": "iterate", "tolerance": 0, "init": "zeros"}
 
 
@@ -80,7 +81,7 @@ def write_run(results, of, seed, fd, run):
     about = {"of": of, "run": name or of, "seed": seed, "family": family}
     snapshots = [row["nimg"] for row in run["curve"]]
     config = {
-        "pairs": 100,
+        **CONFIGS.get(stage, {}),
         "seed": seed,
         "optimisation": {"lr": 0.1, "snapshots": snapshots},
         **run["config"],

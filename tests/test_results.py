@@ -90,6 +90,24 @@ def test_what_figures_and_claims_need_is_a_column(study):
     assert runs.loc[("distill/vit", 0), "rise_train"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("of", "config", "calls"),
+    [
+        ("consistency/cd", {"form": "published"}, 4000),  # two steps of Heun's method an image
+        ("gan/gdd", {"consistency": None}, 0),
+        ("gan/gdd", {"consistency": {"form": "text"}}, 2000),
+        ("progressive/pd-1", {}, 2000),
+        ("diffusion/fpdm", {}, None),  # has no teacher
+        ("distill/get", {"published": "get.pt"}, None),  # trained elsewhere
+    ],
+)
+def test_how_often_the_teacher_is_evaluated_follows_from_how_a_run_is_trained(tmp_path, of, config, calls):
+    runs = {of: {"fd": [1.0], "config": config}, "consistency/cd-text": {"fd": [1.0]}}
+    found = equilab.results(write_study(tmp_path, runs)).runs.set_index("of")["teacher_calls"]
+    assert found["consistency/cd-text"] == 2000
+    assert np.isnan(found[of]) if calls is None else found[of] == calls
+
+
 def test_a_setting_is_a_row_and_the_first_is_the_headline(study):
     settings = equilab.results(study).settings
     get = settings[(settings["of"] == "distill/get") & (settings["seed"] == 1)]
