@@ -113,7 +113,7 @@ def _head(model: Generator, params: dict[str, Any]) -> str:
 
 def _in_latents(model: Generator) -> bool:
     """Return whether an autoencoder makes images of what the model makes."""
-    return model.vae is not None or getattr(model.run, "in_latents", False)
+    return model.vae is not None or model.run.in_latents
 
 
 def _loading(model: Generator) -> str:

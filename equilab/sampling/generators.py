@@ -196,7 +196,7 @@ class Generator:
         """
         if self.vae is not None:
             return latents.decoder(self.vae, self.run.shape, self.device)
-        if isinstance(self.run, Denoiser) and self.run.in_latents:
+        if self.run.in_latents:
             raise UserError(
                 f"{self.run.of} makes latents of shape {self.run.shape}, not images; load it with vae=FOLDER, of the "
                 "AutoencoderKL whose latents they are, as diffusers saves it"

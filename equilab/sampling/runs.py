@@ -74,6 +74,7 @@ class Run(ABC):
     setting: ClassVar[type[Setting] | None] = None  # what it takes as a setting; None: nothing
     listed: ClassVar[str] = ""  # the key of `evaluate` that lists its settings; "" where it takes none
     latent: ClassVar[bool] = False  # works in latents where the study has them
+    teachers_network: ClassVar[bool] = False  # its network is the teacher's, which sees noise levels
     can_diverge: ClassVar[bool] = False  # its solver or its chain says which samples broke
 
     def __init__(
@@ -104,6 +105,16 @@ class Run(ABC):
     def pairs(self) -> int | None:
         """On how many of the study's pairs it was trained; None of what is not trained on pairs."""
         return getattr(self.config, "pairs", None)
+
+    @property
+    def timesteps(self) -> int | None:
+        """The timesteps that its network knows; None of one that is no denoiser of timesteps."""
+        return None
+
+    @property
+    def in_latents(self) -> bool:
+        """Whether what it makes cannot be an image: it has neither one channel nor three."""
+        return self.latent and self.shape[0] not in (1, 3)
 
     @cached_property
     def counted(self) -> Cost:
@@ -186,6 +197,7 @@ class Teacher(Run):
     """A denoiser of noise levels, followed by a Sampler."""
 
     setting, listed = Sampler, "sampler"
+    teachers_network = True
 
     def usual(self):
         """Return Heun's method in 18 steps, in 40 for images larger than 32 x 32.
@@ -264,6 +276,8 @@ class ImplicitOneStep(OneStep):
 class Student(Run):
     """The teacher's network as a generator of few steps."""
 
+    teachers_network = True
+
     def model(self, net, metadata):
         """Return the generator that the network is."""
         return onestep.student(self.config, net, metadata["sigma_data"])
@@ -318,11 +332,11 @@ class Denoiser(Run):
         """
         clamp = not self.in_latents
         if not self.family.implicit:
-            steps = min(250, self.config.diffusion.timesteps)
+            steps = min(250, self.timesteps)
             return ChainSampler(
                 method="ddpm", steps=steps, eta=None, clamp=clamp, guidance=None, fixed_point=None
             )
-        steps = min(28, self.config.diffusion.timesteps)
+        steps = min(28, self.timesteps)
         along = FixedPointAlongChain(
             blocks=steps * (self.network.blocks(0) + 8),
             budget="constant",
@@ -337,9 +351,9 @@ class Denoiser(Run):
         )
 
     @property
-    def in_latents(self) -> bool:
-        """Whether what it makes cannot be an image: it has neither one channel nor three."""
-        return self.shape[0] not in (1, 3)
+    def timesteps(self) -> int:
+        """The timesteps that its network knows."""
+        return self.config.diffusion.timesteps
 
     def check(self, setting: ChainSampler) -> None:
         """Refuse a setting that does not fit the network, or whose blocks are too few.
@@ -349,7 +363,7 @@ class Denoiser(Run):
         if (setting.fixed_point is not None) != self.family.implicit:
             needed = "given" if self.family.implicit else "null"
             raise ValueError(f"fixed_point must be {needed} for a {self.family.label}")
-        evenly(self.config.diffusion.timesteps, setting.steps)
+        evenly(self.timesteps, setting.steps)
         if setting.guidance and not self.config.label_dropout:
             raise ValueError(
                 "guidance needs a run with conditional true and label_dropout above 0; draw without guidance"

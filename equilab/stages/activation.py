@@ -25,7 +25,7 @@ from equilab.diffusion.protocols import Denoised, finish
 from equilab.diffusion.samplers import euler
 from equilab.models.precond import EDM
 from equilab.sampling.generators import Generator, batches, describe, load, seeds_of
-from equilab.sampling.runs import Denoiser, ImplicitOneStep, Run, Student, Teacher
+from equilab.sampling.runs import Run
 from equilab.sampling.settings import Count, iterated
 from equilab.solvers import Solution, Solver
 from equilab.training.onestep import Levels
@@ -100,25 +100,23 @@ def _check(config: Config, run: Run, before: tuple[str, ...]) -> None:
         raise UserError(
             f"activation.runs: the layers of {run.of}, a {run.family.label}, see no noise level; leave it out"
         )
-    if isinstance(run, Student) and "teacher" not in before:
+    if run.teachers_network and "teacher" not in (*before, run.of):
         raise UserError(
             f"activation.runs: list the teacher before {run.of}, which is shown what the teacher sees"
         )
-    if isinstance(run, Denoiser):
-        known = run.config.diffusion.timesteps
-        if config.timesteps > known:
-            raise UserError(f"activation.timesteps is {config.timesteps}, but {run.of} has {known}; lower it")
+    if run.timesteps and config.timesteps > run.timesteps:
+        raise UserError(
+            f"activation.timesteps is {config.timesteps}, but {run.of} has {run.timesteps}; lower it"
+        )
 
 
 def _flops(config: Config, job: Job, run: Run) -> int | float:
     """Return the FLOPs of looking at a run, for an image."""
-    image = run.counted.image
-    if isinstance(run, Denoiser):
-        return image.flops(config.timesteps * config.iterations, calls=config.timesteps)
-    if isinstance(run, ImplicitOneStep):
-        return image.flops(config.iterations)
-    teacher = describe("teacher", job)  # the network of all U-Nets, whoever's their weights are
-    return teacher.counted.image.flops(calls=config.levels.steps)
+    if run.teachers_network:
+        return describe("teacher", job).counted.image.flops(calls=config.levels.steps)
+    if run.timesteps:
+        return run.counted.image.flops(config.timesteps * config.iterations, calls=config.timesteps)
+    return run.counted.image.flops(config.iterations)
 
 
 def run(config: Config, job: Job) -> None:
@@ -137,11 +135,11 @@ def run(config: Config, job: Job) -> None:
         for of in config.runs
         for seed in seeds_of(of, job)
     ]
-    unets = [each for each in seen if isinstance(each.generator.run, Teacher | Student)]
+    unets = [each for each in seen if each.generator.run.teachers_network]
     others = [each for each in seen if each not in unets]
     looks = [partial(_along_noise_levels, config, job, unets)] if unets else []
     for each in others:
-        along = _along_chain if isinstance(each.generator.run, Denoiser) else _along_iterations
+        along = _along_chain if each.generator.run.timesteps else _along_iterations
         looks.append(partial(along, config, job, each.generator, each.activity))
     with bar("activation", config.samples * len(looks)) as progress, torch.inference_mode():
         for indices in batches(config.samples, config.batch):

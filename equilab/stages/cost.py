@@ -16,7 +16,7 @@ from equilab.core.machine import device_of, environment, precision
 from equilab.core.progress import bar
 from equilab.metrics.measuring import matmul_peak, peak_memory, timed
 from equilab.sampling.generators import Generator, describe, load, seeds_of
-from equilab.sampling.runs import Denoiser, Inputs, OneStep, Run
+from equilab.sampling.runs import Inputs, Run
 from equilab.sampling.settings import Count, Sampler, Solve, iterated
 from equilab.training import diffusion, distill, loop
 
@@ -112,7 +112,7 @@ def _measured(config: Config, call: Callable[[], object], device: torch.device) 
 def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
     """Yield what is measured of a run: sampling at each number of iterations (of a denoiser of timesteps, a call), and, of runs
     whose step needs one network, training."""
-    if isinstance(run, Denoiser):
+    if run.timesteps:
         for iterations in config.iterations if run.family.implicit else (None,):
             columns = {"what": "call", **run.counts(1, iterations)}
             yield Measurement(columns, partial(_calling, iterations))
@@ -121,7 +121,7 @@ def _measurements(config: Config, run: Run) -> Iterator[Measurement]:
         return
     for setting in _settings(config, run):
         yield Measurement({"what": "sample", **run.cost(setting)}, partial(_sampling, setting))
-    if isinstance(run, OneStep) and run.optimisation:
+    if run.pairs:
         yield from _generator_training(run)
 
 
@@ -139,7 +139,7 @@ def _sampling(setting: Any, generator: Generator, inputs: Inputs) -> Callable[[]
 
 def _calling(iterations: int | None, generator: Generator, inputs: Inputs) -> Callable[[], object]:
     """Return a call of a denoiser of timesteps, halfway, at so many iterations of its fixed point."""
-    middle = generator.run.config.diffusion.timesteps // 2
+    middle = generator.run.timesteps // 2
     t = torch.full((len(inputs.noise),), middle, device=generator.device)
     applied = None if iterations is None else diffusion.Iterations(0, iterations)
 

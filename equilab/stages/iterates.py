@@ -110,7 +110,7 @@ def _chain(setting: ChainSampler, batch: int, seed: int, generator: Generator, p
     found = {
         "image": np.concatenate(images)[:SHOWN],
         "diverged": np.concatenate(diverged)[:SHOWN],
-        "t": np.array(evenly(generator.run.config.diffusion.timesteps, setting.steps)[::-1]),
+        "t": np.array(evenly(generator.run.timesteps, setting.steps)[::-1]),
     }
     if residuals[0]:
         found["residual"] = _percentiles(residuals)
