@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import made
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import equilab
 from equilab.core import checked, files
 from equilab.core.config import UserError
+from equilab.core.job import Job, Study
 from equilab.data import images, latents
 from equilab.data.pairset import PairSet, noise_checksum
 from equilab.models import checkpoint
@@ -25,7 +27,9 @@ def whole(tmp_path_factory):
     """A study's folder with a file of every kind, as the stages write them."""
     study = tmp_path_factory.mktemp("study")
     runs = {"distill/get": {"fd": [2.0], "curve": [{"nimg": 500, "times": 2.0}]}}
-    results = made.write_study(study, runs)
+    sections = {"notebook": {"scaling": {"parameters": {}}}, "claims": {"confidence": 0.95}}
+    results = made.write_study(study, runs, **sections)
+    files.write(results / "scoreboard.md", "words")
     seconds = dict.fromkeys(("seconds", "seconds_min", "seconds_max", "memory_mib"), 0.5)
     active = {"layer": "state", "depth": 0, "step": 1, "at": 2.0, "mean": 0.5, "rms": 0.5}
     made.table(results / "cost/cost.csv", [{**RUN, "what": "sample", "iterations": 6, **seconds}])
@@ -88,12 +92,41 @@ def of_pairs():
     return pairs.images, pairs.count, pairs.held_out, pairs.classes, pairs.seed
 
 
+def job(stage):
+    study = Study(name="made", root=".", seed=0, threads=1, run_threads=1, device="cpu")
+    config = SimpleNamespace(network=None)  # of the evaluator
+    return Job(study, stage, None, None, SHAPE, 6, "", lambda *_: config, lambda *_: (0,))
+
+
+def of_samples():
+    """Return the images that the stage `relative` compares, of two runs that are the same."""
+    scorer = SimpleNamespace(statistics=lambda images: images.tolist())
+    compared = []
+
+    def frechet(first, second):
+        compared.append((first, second))
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(relative, "Scorer", lambda *_: scorer)
+        patched.setattr(relative, "frechet", frechet)
+        patched.setattr(relative, "folder_of", lambda *_: Path("results/evaluate/get/0"))
+        relative.run(relative.Config(runs=("get", "again")), job("compared"))
+    return compared
+
+
+def of_notebook():
+    """Return the page that the stage `report` makes of a notebook."""
+    report.run(report.Config(title="made"), job("report"))
+    return Path("results/report/notebook-scaling.html").read_text()
+
+
 READERS = {
     "evaluate/get/0/metrics.json": of_tables("settings"),
     "evaluate/get/0/sweep.csv": of_tables("settings"),
     "evaluate/get/0/curve.csv": of_tables("snapshots"),
     "evaluate/get/0/iterates.npz": lambda: equilab.results("results").iterates("distill/get"),
-    "evaluate/get/0/samples.npy": lambda: relative._samples("get", 0, SHAPE),
+    "evaluate/get/0/samples.npy": of_samples,
     "distill/get/0/summary.json": of_tables("runs"),
     "distill/get/0/log.csv": lambda: equilab.results("results").log("distill/get").to_csv(),
     "evaluator/summary.json": of_tables("floor"),
@@ -108,7 +141,7 @@ READERS = {
     "latents/meta.json": lambda: latents.Encoded(Path("results/latents")).shards,
     "latents/latents-0000000000.npy": lambda: latents.Encoded(Path("results/latents")).shards,
     "weights.safetensors": lambda: checkpoint.load_tensors(Path("results/weights.safetensors")),
-    "notebook/scaling/scaling.ipynb": lambda: report._notebook(Path("results/notebook/scaling")),
+    "notebook/scaling/scaling.ipynb": of_notebook,
 }
 
 

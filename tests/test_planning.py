@@ -46,6 +46,11 @@ def lines(capsys, *arguments):
     return {row[0]: dict(zip(rows[0], row)) for row in rows[1:]}, printed
 
 
+def left(capsys):
+    """Return how many of the jobs of `distill` are left."""
+    return int(lines(capsys)[0]["distill"]["left"])
+
+
 def sections():
     return study.read(planning.Path("params.yaml"))
 
@@ -94,29 +99,40 @@ def test_a_study_is_named_by_its_folder_or_by_its_params(folder, capsys, monkeyp
         assert capsys.readouterr().out.strip() == str(folder)
 
 
-def test_what_is_done_as_params_say_is_not_left(folder):
+def test_what_is_done_as_params_say_is_not_left(folder, capsys):
     from equilab.core.config import plain
 
-    first, second = jobs_of("distill")[:2]
+    first, second, *others = jobs_of("distill")
     config = plain(first.read("distill", first.run, first.seed))
     finish(first, config=config)
+    assert left(capsys) == 1 + len(others)
     finish(second, config={**config, "loss": "another"})
-    left = [share for _, _, share in planning._plans(sections(), "distill")]
-    assert left[:2] == [0.0, 1.0]
+    assert left(capsys) == 1 + len(others)
     (first.out / "weights.safetensors").unlink()
-    assert planning._plans(sections(), "distill")[0][2] == 1.0
+    assert left(capsys) == 2 + len(others)
 
 
-def test_of_a_training_that_has_begun_the_rest_is_left(folder):
+def test_of_a_training_that_has_begun_the_rest_is_left(folder, capsys, monkeypatch):
     import torch
 
+    from equilab.core.config import plain
     from equilab.models.checkpoint import save_tensors
 
+    monkeypatch.setattr(planning, "duration", str)  # in seconds
+
+    def done():
+        """Return how many seconds of `distill` are not left."""
+        row = lines(capsys)[0]["distill"]
+        return float(row["time"]) - float(row["time left"])
+
     job = jobs_of("distill")[0]
-    nimg = job.read("distill", job.run, job.seed).optimisation.nimg
+    config = job.read("distill", job.run, job.seed)
+    nimg = config.optimisation.nimg
     state = folder / ".equilab/scratch" / job.name / "state.safetensors"
     save_tensors(state, {"a": torch.zeros(1)}, {"nimg": nimg // 4})
-    assert planning._plans(sections(), "distill")[0][2] == pytest.approx(0.75, abs=0.1)
+    quarter = done()
+    finish(job, config=plain(config))
+    assert quarter == pytest.approx(0.25 * done(), rel=0.1)
 
 
 def test_a_stage_that_cannot_be_planned_is_named_and_the_others_are_told(folder, capsys):

@@ -54,7 +54,7 @@ def test_an_evaluator_that_cannot_score_leaves_the_former_one_and_does_not_train
         patched.setattr(evaluator, "Scorer", failing)
         assert "no scores today" in refused(capsys, "evaluator")
     assert content() == before
-    monkeypatch.setattr(loop, "_update", None)  # which nothing calls now
+    monkeypatch.setattr(loop, "learning_rate", None)  # which every update calls, and nothing now
     called("evaluator")
     after = content()
     assert after.keys() == before.keys() and after["results/evaluator/note of the user"] == b"old"

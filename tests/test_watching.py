@@ -2,17 +2,20 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn
+from filelock import FileLock
 from smoke import called, refused, write_study
 from test_killed import content
 from test_pairs import study  # noqa: F401, a fixture
 
 import equilab
-from equilab import curve, watching
+from equilab import watching
 from equilab.core.config import UserError
 
 
@@ -99,9 +102,9 @@ def test_tensorboard_shows_numbers_and_images(pairs, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is drawn in place of pictures: the rows, one table each time."""
+    """What lines are drawn of: the rows, one table each time."""
     tables = []
-    monkeypatch.setattr(curve, "_drawn", lambda logs: tables.append(logs) or "picture")
+    monkeypatch.setattr(seaborn, "lineplot", lambda logs, **_: tables.append(logs))
     return tables
 
 
@@ -117,9 +120,16 @@ def test_the_curve_of_a_run_is_drawn_again_as_long_as_it_trains(tmp_path, drawn,
     log.parent.mkdir(parents=True)
     rows = pd.DataFrame({"nimg": [320], "loss": [1.0], "lr": [0.1]})
     rows.to_csv(log, index=False)
-    held = [True, True, False]
-    monkeypatch.setattr(curve, "_is_held", lambda lock: held.pop(0))
-    equilab.watch(folder / "results/distill/get", seconds=0)
+    (folder / ".equilab/locks").mkdir()
+    lock = FileLock(folder / ".equilab/locks/distill@get-1")
+
+    def wait(seconds):
+        if len(drawn) == 2:
+            lock.release()  # the training ends
+
+    with lock:
+        monkeypatch.setattr(time, "sleep", wait)
+        equilab.watch(folder / "results/distill/get", seconds=0)
     assert len(drawn) == 3 and drawn[0]["seed"].tolist() == ["1"]
 
 
