@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; befor
 import jaxtyping
 import pytest
 import torch
+import yaml
 
 jaxtyped = jaxtyping.jaxtyped
 
@@ -73,3 +74,37 @@ def close(ours, reference, tolerance: float) -> None:
 def facts() -> dict:
     """Return the counts and tables computed with the published implementations."""
     return json.loads((GOLDEN / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def study_of_pairs(tmp_path_factory):
+    """A study with its teacher and pairs, made in this process."""
+    from smoke import called, write_study
+
+    folder, before = write_study(tmp_path_factory.mktemp("study")), Path.cwd()
+    try:
+        for stage in ("data", "teacher", "pairs"):
+            called(stage, "--params", str(folder / "params.yaml"))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untrained_study(tmp_path_factory):
+    """The results of a study whose runs were not trained."""
+    from entries import write_untrained
+
+    folder = tmp_path_factory.mktemp("study")
+    write_untrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(untrained_study):
+    """The results of a study that evaluates its runs."""
+    from entries import EVALUATE
+
+    params = {"study": {"name": "toy"}, "evaluate": EVALUATE}
+    (untrained_study / "params.yaml").write_text(yaml.safe_dump(params))
+    return untrained_study / "results"

@@ -2,6 +2,9 @@
 
 import torch
 
+from equilab.core.config import parse, plain
+from equilab.models.checkpoint import save_tensors
+from equilab.sampling.generators import KINDS
 from equilab.training import trainer
 
 IMAGE, CLASSES = (1, 8, 8), 10
@@ -105,6 +108,28 @@ ENTRIES = {
     "progressive/pd": PD,
 }
 
+HEUN = dict(method="heun", steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+ITERATE = dict(
+    method="iterate", iterations=5, tolerance=0.0, pick="last", memory=None, mixing=None, init="zeros"
+)
+ALONG = dict(
+    blocks=20, budget="constant", reuse=True, method="iterate", tolerance=0.0, memory=None, mixing=None
+)
+CHAIN = dict(method="ddim", steps=4, eta=0.0, clamp=True, guidance=None, fixed_point=ALONG)
+SETTINGS = {"teacher": {"sampler": [HEUN]}, "distill/get": {"solver": [{**ITERATE, "iterations": 2}]}}
+SETTINGS |= {
+    "diffusion/fpdm": {"chain": [CHAIN]},
+    "diffusion/dit": {"chain": [{**CHAIN, "fixed_point": None}]},
+}
+# the params section `evaluate`
+EVALUATE = {of.replace("/", "-"): {"of": of, **SETTINGS.get(of, {})} for of in ENTRIES}
+
+
+def parsed(of):
+    """Return the config of a run."""
+    stage = of.partition("/")[0]
+    return parse(KINDS[stage].training.Config, ENTRIES[of], of)
+
 
 def drawn(config):
     """Return the network of a run, of which weights that start at zero are drawn too, so that all inputs matter."""
@@ -114,3 +139,17 @@ def drawn(config):
         for weight in net.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=draw)
     return net.eval()
+
+
+def write_untrained(folder):
+    """Write the weights of all runs, which were drawn, as results of a study in a folder."""
+    for of in ENTRIES:
+        stage, _, name = of.partition("/")
+        config = parsed(of)
+        net = drawn(config)
+        about = {"image": IMAGE, "classes": CLASSES, "sigma_data": 0.75, "nimg": 64, "parameters": 1}
+        about |= {"stage": stage, "run": name, "family": config.family.name, "config": plain(config)}
+        place = folder / "results" / stage
+        place = place / name / "0" if name else place
+        save_tensors(place / "weights.safetensors", net.state_dict(), about)
+        save_tensors(place / "snapshots/0000000008.safetensors", net.state_dict(), {**about, "nimg": 8})

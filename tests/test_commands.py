@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from smoke import write_study
-from test_front_door import results  # noqa: F401, a fixture
-from test_sampling import study  # noqa: F401, a fixture
 
 from equilab import __main__, graph
 from equilab.core.config import UserError, plain
@@ -18,7 +16,7 @@ GET = "distill/get"
 
 
 @pytest.fixture
-def sample(results, capsys):  # noqa: F811
+def sample(results, capsys):
     """Return a call of the command on the GET; it gives what was printed."""
 
     def call(*arguments, of=GET):
@@ -28,7 +26,7 @@ def sample(results, capsys):  # noqa: F811
     return call
 
 
-def test_samples_are_a_grid_a_folder_or_what_evaluators_read(sample, results, tmp_path):  # noqa: F811
+def test_samples_are_a_grid_a_folder_or_what_evaluators_read(sample, results, tmp_path):
     for out in ("grid.png", "arrays.npz", "folder"):
         told = sample("--count", 5, "--out", tmp_path / out, "--seed", 2, "--iterations", 4)
         assert "5 images of distill/get, nfe 1, 4 iterations each" in told
@@ -85,7 +83,7 @@ def test_every_stage_and_command_is_named(arguments, capsys):
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(
-    results,  # noqa: F811
+    results,
     arguments,
     sentence,
     tmp_path,

@@ -470,7 +470,23 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert [p.name for p in folder.iterdir()] == ["params.yaml"]
 
 
-@pytest.mark.parametrize("name", ["a;touch PWNED", "$(touch PWNED)", "../../evil", "/evil", "a.b", "a@b", "a b", "-x", "ü", "<b>", "", "a" * 200])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a;touch PWNED",
+        "$(touch PWNED)",
+        "../../evil",
+        "/evil",
+        "a.b",
+        "a@b",
+        "a b",
+        "-x",
+        "ü",
+        "<b>",
+        "",
+        "a" * 200,
+    ],
+)
 def test_a_name_that_is_no_word_is_refused(name, tmp_path, monkeypatch, capsys):
     folder = write_study(tmp_path)
     params = like.read(folder / "params.yaml")

@@ -11,29 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import golden, weights_of
+from entries import ENTRIES, IMAGE
 from PIL import Image
 from smoke import ROOT
-from test_sampling import CHAIN, ENTRIES, HEUN, IMAGE, ITERATE, study  # noqa: F401, a fixture
 
 import equilab
 from equilab.core.config import UserError
 from equilab.sampling.settings import changed
-
-SETTINGS = {"teacher": {"sampler": [HEUN]}, "distill/get": {"solver": [{**ITERATE, "iterations": 2}]}}
-SETTINGS |= {
-    "diffusion/fpdm": {"chain": [CHAIN]},
-    "diffusion/dit": {"chain": [{**CHAIN, "fixed_point": None}]},
-}
-
-
-@pytest.fixture(scope="module")
-def results(study):  # noqa: F811
-    """The results of a study that evaluates its runs."""
-    entries = {of.replace("/", "-"): {"of": of, **SETTINGS.get(of, {})} for of in ENTRIES}
-    (study / "params.yaml").write_text(yaml.safe_dump({"study": {"name": "toy"}, "evaluate": entries}))
-    return study / "results"
 
 
 def model(results, of, **how):

@@ -1,9 +1,7 @@
 """Pairs and the runs made from them: by index, checked, the same bytes from any number of processes."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,28 +19,15 @@ from equilab.models.checkpoint import load_network, load_tensors, save_tensors
 from equilab.models.precond import EDM
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A study with its teacher and pairs, made in this process."""
-    folder, before = tmp_path_factory.mktemp("study"), Path.cwd()
-    write_study(folder)
-    try:
-        for stage in ("data", "teacher", "pairs"):
-            assert __main__.main([stage, "--params", str(folder / "params.yaml")]) == 0
-    finally:
-        os.chdir(before)
-    return folder
-
-
 @pytest.fixture
-def copy(study, tmp_path):
+def copy(study_of_pairs, tmp_path):
     """The results of the pairs, to be damaged."""
-    shutil.copytree(study / "results/pairs", tmp_path / "pairs")
+    shutil.copytree(study_of_pairs / "results/pairs", tmp_path / "pairs")
     return tmp_path / "pairs"
 
 
-def test_a_pair_is_a_function_of_its_index(study):
-    found = PairSet(study / "results/pairs")
+def test_a_pair_is_a_function_of_its_index(study_of_pairs):
+    found = PairSet(study_of_pairs / "results/pairs")
     assert (found.count, found.held_out, found.classes, found.shape) == (200, 40, 10, (1, 8, 8))
     some = found.read(np.array([7, 239, 0]))
     for k, index in enumerate((7, 239, 0)):
@@ -54,9 +39,9 @@ def test_a_pair_is_a_function_of_its_index(study):
         np.testing.assert_array_equal(alone.noise.numpy(), expected)
 
 
-def test_a_pair_is_what_the_teacher_makes_of_its_noise(study):
-    found = PairSet(study / "results/pairs")
-    net, about = load_network(study / "results/teacher/weights.safetensors")
+def test_a_pair_is_what_the_teacher_makes_of_its_noise(study_of_pairs):
+    found = PairSet(study_of_pairs / "results/pairs")
+    net, about = load_network(study_of_pairs / "results/teacher/weights.safetensors")
     sampler = config.parse(Sampler, like.read(SMOKE)["pairs"]["sampler"], "pairs.sampler")
     noise, image, label = found.read(np.arange(30))
     last = finish(sampler.start(EDM(net, sigma_data=about["config"]["sigma_data"]), noise, label))
@@ -65,8 +50,8 @@ def test_a_pair_is_what_the_teacher_makes_of_its_noise(study):
     assert last.nfe == found.meta["nfe_image"] == sampler.nfe == 5 and found.meta["nfe"] == 5 * 240
 
 
-def test_the_set_is_memory_mapped(study):
-    assert all(isinstance(array, np.memmap) for array in PairSet(study / "results/pairs").images)
+def test_the_set_is_memory_mapped(study_of_pairs):
+    assert all(isinstance(array, np.memmap) for array in PairSet(study_of_pairs / "results/pairs").images)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +99,9 @@ def forge(path):
 
 
 def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
-    study, tmp_path, capsys, monkeypatch
+    study_of_pairs, tmp_path, capsys, monkeypatch
 ):
-    shutil.copytree(study / "results", tmp_path / "results")
+    shutil.copytree(study_of_pairs / "results", tmp_path / "results")
     write_study(tmp_path, {"distill.vit.pairs": 201})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
@@ -132,17 +117,19 @@ def test_a_run_refuses_more_pairs_than_there_are_and_classes_that_are_not_there(
     ],
 )
 def test_pairs_made_otherwise_than_params_say_now_are_refused(
-    study, tmp_path, capsys, monkeypatch, key, value, told
+    study_of_pairs, tmp_path, capsys, monkeypatch, key, value, told
 ):
-    shutil.copytree(study / "results", tmp_path / "results")
+    shutil.copytree(study_of_pairs / "results", tmp_path / "results")
     write_study(tmp_path, {key: value})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["distill", "vit"]) == 2
     assert told in (said := capsys.readouterr().err) and "run `python -m equilab pairs` again" in said
 
 
-def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp_path, capsys, monkeypatch):
-    shutil.copytree(study / "results", tmp_path / "results")
+def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(
+    study_of_pairs, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(study_of_pairs / "results", tmp_path / "results")
     write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "results/teacher/weights.safetensors"
@@ -157,8 +144,8 @@ def test_pairs_of_another_teacher_are_refused_and_pairs_alone_are_not(study, tmp
     assert __main__.main(["distill", "vit"]) == 0
 
 
-def test_weights_of_another_configuration_are_refused(study, tmp_path, capsys, monkeypatch):
-    shutil.copytree(study / "results", tmp_path / "results")
+def test_weights_of_another_configuration_are_refused(study_of_pairs, tmp_path, capsys, monkeypatch):
+    shutil.copytree(study_of_pairs / "results", tmp_path / "results")
     write_study(tmp_path, {"teacher.sigma_std": 1.1})
     monkeypatch.chdir(tmp_path)
     assert __main__.main(["pairs"]) == 2

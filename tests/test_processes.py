@@ -13,7 +13,6 @@ import torch
 from slurm import wait
 from smoke import refused, start, write_study
 from test_killed import content
-from test_pairs import study  # noqa: F401, a fixture
 
 from equilab import __main__
 from equilab.core.config import UserError, parse
@@ -64,9 +63,9 @@ def test_short_stages_are_done_by_the_first_process(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def copy(study, tmp_path):  # noqa: F811
+def copy(study_of_pairs, tmp_path):
     """A study of two processes with data and a teacher."""
-    shutil.copytree(study, tmp_path / "study")
+    shutil.copytree(study_of_pairs, tmp_path / "study")
     shutil.rmtree(tmp_path / "study/.equilab")
     return write_study(tmp_path / "study", {"study.launch": TWO})
 
@@ -79,7 +78,7 @@ def ended(process):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_rounding(
-    study,  # noqa: F811
+    study_of_pairs,
     copy,
     monkeypatch,
 ):
@@ -88,10 +87,10 @@ def test_two_processes_write_the_same_pairs_and_train_the_same_generator_to_roun
         process = start(copy, *command)
         _, err = process.communicate()
         assert process.returncode == 0, err
-    assert content(copy / "results/pairs") == content(study / "results/pairs")
-    monkeypatch.chdir(study)
+    assert content(copy / "results/pairs") == content(study_of_pairs / "results/pairs")
+    monkeypatch.chdir(study_of_pairs)
     assert __main__.main(["distill", "vit"]) == 0
-    folders = [folder / "results/distill/vit/0" for folder in (copy, study)]
+    folders = [folder / "results/distill/vit/0" for folder in (copy, study_of_pairs)]
     assert [json.loads((f / "summary.json").read_text())["environment"]["processes"] for f in folders] == [
         2,
         1,

@@ -56,8 +56,12 @@ def test_the_target_keeps_its_digits_where_levels_lie_close_together():
 
 @pytest.mark.parametrize(("weight", "at"), [("truncated_snr", (4.0, 1.0)), ("snr_plus_one", (5.0, 1.25))])
 def test_errors_are_weighted_by_the_noise_level(weight, at):
-    teacher = lambda x, sigma, label: Denoised(torch.full_like(x, 0.3), None, None)  # noqa: E731
-    student = lambda x, sigma, label: Denoised(torch.full_like(x, 0.5), None, None)  # noqa: E731
+    def teacher(x, sigma, label):
+        return Denoised(torch.full_like(x, 0.3), None, None)
+
+    def student(x, sigma, label):
+        return Denoised(torch.full_like(x, 0.5), None, None)
+
     for sigma, expected in zip((0.5, 2.0), at):
         sigmas = tuple(torch.full((3,), sigma * share) for share in (1.0, 0.5, 0.1))
         image, noise = torch.zeros(3, *IMAGE), torch.randn(3, *IMAGE)

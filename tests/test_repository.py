@@ -140,13 +140,26 @@ def test_code_that_means_the_same_is_the_same():
     assert code.meaning('f("doc")') != code.meaning("f()")
 
 
+LISTING = """
+import json
+from pathlib import Path
+
+from equilab import dvc, study
+
+print(json.dumps(dvc.code_files(study.read(Path("params.yaml")))))
+"""
+
+
 def listings(root):
     """Return what smoke's jobs run, by the code of the package in `root`."""
-    script = "from equilab import dvc, study; import sys, json; from pathlib import Path; print(json.dumps(dvc.code_files(study.read(Path(sys.argv[1])))))"  # fmt: skip
     folder = write_study(root / "study", {"study.root": str(root)})
-    command = [sys.executable, "-c", script, "params.yaml"]
     done = subprocess.run(
-        command, cwd=folder, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LISTING],
+        cwd=folder,
+        env={"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return {path.removeprefix(f"{study.CODE}/"): text for path, text in json.loads(done.stdout).items()}
 

@@ -6,26 +6,16 @@ import functools
 import numpy as np
 import pytest
 import torch
-from entries import CLASSES, ENTRIES, FPDM, IMAGE, drawn
+from entries import ALONG, CHAIN, CLASSES, ENTRIES, FPDM, HEUN, IMAGE, ITERATE, parsed
 from torch.utils.flop_counter import FlopCounterMode
 
 from equilab.core import config as configs
-from equilab.core.config import UserError, plain
+from equilab.core.config import UserError
 from equilab.core.job import Job, Study
 from equilab.core.settings import setting_columns
-from equilab.models.checkpoint import save_tensors
 from equilab.sampling.generators import KINDS, describe, load, seeds_of
 from equilab.sampling.runs import solver_statistics
 from equilab.sampling.settings import ChainSampler, Sampler, Solve
-
-HEUN = dict(method="heun", steps=3, sigma_min=0.002, sigma_max=80.0, rho=7.0)
-ITERATE = dict(
-    method="iterate", iterations=5, tolerance=0.0, pick="last", memory=None, mixing=None, init="zeros"
-)
-ALONG = dict(
-    blocks=20, budget="constant", reuse=True, method="iterate", tolerance=0.0, memory=None, mixing=None
-)
-CHAIN = dict(method="ddim", steps=4, eta=0.0, clamp=True, guidance=None, fixed_point=ALONG)
 
 
 def sampler(**changes):
@@ -52,32 +42,10 @@ SETTINGS = {
 }
 
 
-def parsed(of):
-    stage = of.partition("/")[0]
-    return configs.parse(KINDS[stage].training.Config, ENTRIES[of], of)
-
-
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The results of a study whose runs were not trained."""
-    folder = tmp_path_factory.mktemp("study")
-    for of in ENTRIES:
-        stage, _, name = of.partition("/")
-        config = parsed(of)
-        net = drawn(config)
-        about = {"image": IMAGE, "classes": CLASSES, "sigma_data": 0.75, "nimg": 64, "parameters": 1}
-        about |= {"stage": stage, "run": name, "family": config.family.name, "config": plain(config)}
-        place = folder / "results" / stage
-        place = place / name / "0" if name else place
-        save_tensors(place / "weights.safetensors", net.state_dict(), about)
-        save_tensors(place / "snapshots/0000000008.safetensors", net.state_dict(), {**about, "nimg": 8})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def generator(study):
+def generator(untrained_study):
     """Return a run by its name; each is loaded once."""
-    return functools.cache(lambda of: load(of, study=study))
+    return functools.cache(lambda of: load(of, study=untrained_study))
 
 
 def made(generator, setting, indices, **how):
@@ -117,9 +85,9 @@ def test_the_last_iterate_or_step_is_the_image(generator, of):
 
 
 @pytest.mark.parametrize("of", ENTRIES)
-def test_a_lower_precision_is_that_of_the_network_and_images_stay_float32(generator, study, of):
+def test_a_lower_precision_is_that_of_the_network_and_images_stay_float32(generator, untrained_study, of):
     exact = made(generator(of), SETTINGS[of], np.arange(2)).image
-    lowered = made(load(of, study=study, precision="bf16"), SETTINGS[of], np.arange(2)).image
+    lowered = made(load(of, study=untrained_study, precision="bf16"), SETTINGS[of], np.arange(2)).image
     assert lowered.dtype == torch.float32 and not torch.equal(exact, lowered)
     assert not torch.is_autocast_enabled("cpu")
 
@@ -135,20 +103,21 @@ def test_tf32_is_allowed_within_its_context_alone():
         assert [switch.allow_tf32 for switch in switches] == before
 
 
-def test_weights_of_a_snapshot_a_seed_or_another_config(study, generator):
-    assert load("distill/get", study=study, snapshot=8).metadata["nimg"] == 8
+def test_weights_of_a_snapshot_a_seed_or_another_config(untrained_study, generator):
+    assert load("distill/get", study=untrained_study, snapshot=8).metadata["nimg"] == 8
     assert generator("distill/get").metadata["nimg"] == 64
-    assert load("distill/get", study=study, config=parsed("distill/get")).run.config == parsed("distill/get")
-    other = parsed("distill/get").model_copy(update={"pairs": 7})
+    config = parsed("distill/get")
+    assert load("distill/get", study=untrained_study, config=config).run.config == config
+    other = config.model_copy(update={"pairs": 7})
     with pytest.raises(
         UserError,
         match="trained with pairs 40, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
     ):
-        load("distill/get", study=study, config=other)
+        load("distill/get", study=untrained_study, config=other)
     with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors is not there"):
-        load("distill/get", 3, study=study)
+        load("distill/get", 3, study=untrained_study)
     with pytest.raises(UserError, match="'evaluator' is no run that makes images"):
-        load("evaluator", study=study)
+        load("evaluator", study=untrained_study)
 
 
 def job(latents=None):

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from conftest import golden, weights_of
 from made import write_study as write_results
-from test_front_door import results  # noqa: F401, a fixture
-from test_sampling import study  # noqa: F401, a fixture
 
 import equilab
 from equilab import __main__
@@ -45,7 +43,7 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_run_is_given_away_and_drawn_from_as_in_its_study(results, hub, tmp_path):  # noqa: F811
+def test_a_run_is_given_away_and_drawn_from_as_in_its_study(results, hub, tmp_path):
     assert equilab.push(results / GET, "someone/get-digits") == "https://hub/someone/get-digits"
     expected = equilab.load(results / GET).sample(4)
     give(results / GET, tmp_path / "given")
@@ -59,7 +57,7 @@ def test_a_run_is_given_away_and_drawn_from_as_in_its_study(results, hub, tmp_pa
 
 
 @pytest.mark.parametrize("of", ["teacher", "distill/vit", "diffusion/fpdm", "consistency/cd"])
-def test_every_kind_of_run_has_a_card(results, of, tmp_path, capsys):  # noqa: F811
+def test_every_kind_of_run_has_a_card(results, of, tmp_path, capsys):
     assert __main__.main(["card", str(results / of), "--out", str(tmp_path / "given")]) == 0
     text = (tmp_path / "given/README.md").read_text()
     assert text.startswith("---\nlibrary_name: equilab\nlicense: mit\n") and of in text
@@ -68,7 +66,7 @@ def test_every_kind_of_run_has_a_card(results, of, tmp_path, capsys):  # noqa: F
     assert equilab.load(tmp_path / "given").setting == equilab.load(results / of).setting
 
 
-def test_a_card_has_budget_and_scores_with_intervals(results, tmp_path):  # noqa: F811
+def test_a_card_has_budget_and_scores_with_intervals(results, tmp_path):
     found = write_results(
         tmp_path, {GET: {"fd": [2.0, 2.2, 2.4]}, "distill/vit": {"fd": [3.0]}}, data={"source": "digits"}
     )
@@ -107,7 +105,7 @@ def test_the_card_of_a_model_that_makes_latents_says_so(tmp_path, monkeypatch):
     assert "sample PATH --vae FOLDER" in text
 
 
-def test_a_folder_that_was_given_away_has_its_card(results, tmp_path, capsys):  # noqa: F811
+def test_a_folder_that_was_given_away_has_its_card(results, tmp_path, capsys):
     give(results / GET, tmp_path / "given")
     (tmp_path / "given/README.md").write_text("edited\n")
     assert __main__.main(["card", str(tmp_path / "given")]) == 0
@@ -133,7 +131,7 @@ def test_what_the_hub_does_not_have_is_told(hub, path, sentence):
         equilab.load(path)
 
 
-def test_without_a_network_one_sentence(results, monkeypatch):  # noqa: F811
+def test_without_a_network_one_sentence(results, monkeypatch):
     import huggingface_hub
 
     def refuse(*_, **__):
@@ -149,13 +147,13 @@ def test_without_a_network_one_sentence(results, monkeypatch):  # noqa: F811
         equilab.push(results / GET, "get")
 
 
-def test_a_folder_that_is_there_is_not_written_over(results, tmp_path):  # noqa: F811
+def test_a_folder_that_is_there_is_not_written_over(results, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is there already"):
         give(results / GET, tmp_path)
 
 
-def test_what_beside_the_weights_is_damaged_is_told(results, tmp_path):  # noqa: F811
+def test_what_beside_the_weights_is_damaged_is_told(results, tmp_path):
     give(results / GET, tmp_path / "given")
     path = tmp_path / "given/config.json"
     about = json.loads(path.read_text())

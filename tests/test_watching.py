@@ -12,7 +12,6 @@ import seaborn
 from filelock import FileLock
 from smoke import called, refused, write_study
 from test_killed import content
-from test_pairs import study  # noqa: F401, a fixture
 
 import equilab
 from equilab import watching
@@ -20,22 +19,22 @@ from equilab.core.config import UserError
 
 
 @pytest.fixture(scope="module")
-def trained(study):  # noqa: F811
+def trained(study_of_pairs):
     """The same study with a ViT, trained without being watched."""
     before = Path.cwd()
     try:
-        called("distill", "vit", "--params", str(study / "params.yaml"))
+        called("distill", "vit", "--params", str(study_of_pairs / "params.yaml"))
     finally:
         os.chdir(before)
-    return study
+    return study_of_pairs
 
 
 @pytest.fixture
-def pairs(study, tmp_path, monkeypatch):  # noqa: F811
+def pairs(study_of_pairs, tmp_path, monkeypatch):
     """A study of the same pairs in the current folder."""
     for name in ("data", "pairs", "teacher"):
         (tmp_path / "results").mkdir(exist_ok=True)
-        (tmp_path / "results" / name).symlink_to(study / "results" / name)
+        (tmp_path / "results" / name).symlink_to(study_of_pairs / "results" / name)
     monkeypatch.chdir(tmp_path)
 
 
