@@ -130,9 +130,9 @@ def test_samples_have_adaptive_budgets_of_their_own():
 def test_a_listed_budget_is_spent_as_it_stands_and_must_fit():
     budget = Budget([2, 2, 1, 3], 8)
     assert spent(budget, 4, lambda step: halving([0.4]))[:, 0].tolist() == [2, 2, 1, 3]
-    with pytest.raises(ValueError, match="8 iterations for 4 steps, but 5 steps share 8"):
+    with pytest.raises(ValueError, match=r"^budget .* 8 .* 4 .* 5 .* 8\b"):
         budget([], 5)
-    with pytest.raises(ValueError, match="4 steps share 9"):
+    with pytest.raises(ValueError, match=r"^budget .* 8 .* 4 .* 4 .* 9\b"):
         Budget([2, 2, 1, 3], 9)([], 4)
 
 

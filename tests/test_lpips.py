@@ -1,5 +1,7 @@
 """LPIPS against torch-fidelity's, with weights of our own in place of those that it fetches."""
 
+import re
+
 import pytest
 import torch
 from test_discriminator import torch_keys
@@ -61,5 +63,8 @@ def test_a_consistency_loss_by_lpips_has_its_weights_or_says_where_they_belong(w
         raise OSError("no route to host")
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"lpips.*weights-vgg16-lpips.pth.*no route to host.*place this file"):
+    with pytest.raises(
+        UserError,
+        match=rf"lpips.*weights-vgg16-lpips\.pth .*no route to host.* {re.escape(torch.hub.get_dir())}",
+    ):
         loss.distance(torch.device("cpu"))

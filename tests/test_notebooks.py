@@ -194,10 +194,7 @@ def test_a_failing_cell_keeps_what_was_there_and_is_named_in_one_sentence(tmp_pa
     kept = tmp_path / "results/notebook/one/old.csv"
     kept.parent.mkdir(parents=True)
     kept.write_text("kept")
-    with pytest.raises(
-        UserError,
-        match=r"failed in cell 3: ZeroDivisionError: division by zero; it is kept in .*one\.failed\.ipynb",
-    ):
+    with pytest.raises(UserError, match=r"one\.ipynb .*cell 3: ZeroDivisionError.*one\.failed\.ipynb"):
         notebook.run(notebook.Config(parameters={"scale": 2.0}), job("notebook", "one", "."))
     assert [path.name for path in kept.parent.iterdir()] == ["old.csv"]
     failed = nbformat.read(".equilab/notebook/one.failed.ipynb", 4)
@@ -222,11 +219,9 @@ def test_what_a_widget_shows_is_not_sent_back_to_the_kernel(tmp_path, monkeypatc
 def test_a_missing_notebook_and_an_unknown_parameter_are_refused_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     book(tmp_path, "pass")
-    with pytest.raises(UserError, match="did you mean 'one'"):
+    with pytest.raises(UserError, match="notebooks/ones.ipynb .*'one'"):
         notebook.plan(notebook.Config(parameters={}), job("notebook", "ones", "."))
-    with pytest.raises(
-        UserError, match=r"notebook.one.parameters.scael: unknown parameter; did you mean 'scale'"
-    ):
+    with pytest.raises(UserError, match=r"^notebook\.one\.parameters\.scael: .*'scale'"):
         notebook.run(notebook.Config(parameters={"scael": 1.0}), job("notebook", "one", "."))
     assert not Path("results").exists()
 
@@ -245,14 +240,14 @@ def test_results_that_a_notebook_shows_and_no_stage_writes_are_refused(tmp_path,
     values = {"study": {"name": "a", "root": ".", "seed": 0, "threads": 1, "run_threads": 1, "device": "cpu"}}
     sections = studies.Sections(values, "params.yaml", tmp_path)
     for names, told in (
-        (["distil"], "'distil' .*mean 'distill'"),
-        ("distill", "expected a list .*'distill'"),
+        (["distil"], "'distil' .*'distill'"),
+        ("distill", ".* list .*'distill'"),
     ):
         shows(tmp_path, names)
         with pytest.raises(UserError, match=f"one.ipynb: shows: {told}"):
             sections.shown("one")
     shows(tmp_path, ["claims/gte"])
-    with pytest.raises(UserError, match="no claims 'claims/gte'; did you mean 'claims/get'"):
+    with pytest.raises(UserError, match="'claims/gte'.*'claims/get'"):
         notebook.plan(notebook.Config(parameters={}), job("notebook", "one", "."))
     shows(tmp_path, ["claims/get"])
     notebook.plan(notebook.Config(parameters={}), job("notebook", "one", "."))

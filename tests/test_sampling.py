@@ -109,14 +109,11 @@ def test_weights_of_a_snapshot_a_seed_or_another_config(untrained_study, generat
     config = parsed("distill/get")
     assert load("distill/get", study=untrained_study, config=config).run.config == config
     other = config.model_copy(update={"pairs": 7})
-    with pytest.raises(
-        UserError,
-        match="trained with pairs 40, params.yaml gives 7; run `python -m equilab distill get --seed 0`",
-    ):
+    with pytest.raises(UserError, match=r"pairs 40.*\b7\b.*`python -m equilab distill get --seed 0`"):
         load("distill/get", study=untrained_study, config=other)
-    with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors is not there"):
+    with pytest.raises(UserError, match="results/distill/get/3/weights.safetensors"):
         load("distill/get", 3, study=untrained_study)
-    with pytest.raises(UserError, match="'evaluator' is no run that makes images"):
+    with pytest.raises(UserError, match="^'evaluator' .*STAGE/RUN"):
         load("evaluator", study=untrained_study)
 
 
@@ -189,9 +186,7 @@ def test_a_list_of_iterations_must_fit_the_steps_and_the_blocks(generator):
     run = generator("diffusion/fpdm").run
     run.check(chain({"budget": (5, 1, 2, 4)}))
     for budget, blocks in (((5, 1, 2), 20), ((5, 1, 2, 4), 21)):
-        with pytest.raises(
-            ValueError, match=f"budget lists {sum(budget)} iterations for {len(budget)} steps"
-        ):
+        with pytest.raises(ValueError, match=f"^budget .* {sum(budget)} .* {len(budget)} .* {blocks - 8}\\b"):
             run.check(chain({"budget": budget, "blocks": blocks}))
 
 
@@ -239,9 +234,9 @@ def test_what_a_solver_did_is_its_last_residual_and_whether_it_broke(generator):
 @pytest.mark.parametrize(
     ("of", "setting", "key"),
     [
-        ("diffusion/fpdm", chain({"blocks": 11}), "blocks is 11, but 4 steps"),
-        ("diffusion/fpdm", chain(fixed_point=None), "fixed_point must be given"),
-        ("diffusion/dit", chain(), "fixed_point must be null"),
+        ("diffusion/fpdm", chain({"blocks": 11}), "blocks.* 11\\b.* 4 "),
+        ("diffusion/fpdm", chain(fixed_point=None), "fixed_point"),
+        ("diffusion/dit", chain(), "fixed_point.* null"),
         ("diffusion/fpdm", chain({"blocks": 1000}, steps=101), "1..100"),
     ],
 )

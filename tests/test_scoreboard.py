@@ -92,7 +92,7 @@ def test_the_page_has_a_column_for_each_study_that_tests_a_claim_of_the_paper(st
 
 
 def test_a_study_that_is_not_there_is_refused_before_anything_runs(studies):
-    with pytest.raises(UserError, match=r"scoreboard\.studies\.third: nowhere holds no params.yaml"):
+    with pytest.raises(UserError, match=r"^scoreboard\.studies\.third: nowhere .*params\.yaml"):
         stage.plan(stage.Config(studies={**studies, "third": "nowhere"}, earlier=()), job())
     stage.plan(stage.Config(studies=studies, earlier=()), job())
 
@@ -100,14 +100,14 @@ def test_a_study_that_is_not_there_is_refused_before_anything_runs(studies):
 def test_a_study_that_has_not_judged_its_claims_is_named(studies):
     Path(studies["second"], "results/measured.csv").unlink()
     with pytest.raises(
-        UserError, match="second/results/claims or measured.csv .* run `dvc repro claims` in .*second"
+        UserError, match="second/results/claims .*measured.csv .*`dvc repro claims` in .*second"
     ):
         stage.scoreboard(studies)
 
 
 def test_a_study_without_its_tables_of_claims_is_named(studies):
     shutil.rmtree(Path(studies["second"], "results/claims"))
-    with pytest.raises(UserError, match="second/results/claims or measured.csv is missing"):
+    with pytest.raises(UserError, match="second/results/claims .*`dvc repro claims`"):
         stage.scoreboard(studies)
 
 
@@ -117,17 +117,20 @@ def test_a_claim_that_a_study_could_judge_and_has_not_is_told(studies):
     }
     Path(studies["second"], "params.yaml").write_text(yaml.safe_dump(declared))
     told = stage.overlooked(stage.scoreboard(studies), studies)
-    assert any(each.startswith("second compares what X-1, equal parameters is about") for each in told)
-    assert not any("GET-1 is" in each for each in told), "it has judged that"
+    remedy = f"`python -m equilab claims` in {studies['second']}"
+    assert any(
+        each.startswith("second ") and "X-1, equal parameters" in each and remedy in each for each in told
+    )
+    assert not any("GET-1" in each and remedy in each for each in told), "it has judged that"
     declared = {"comparisons": {"get against vit, parametres": {}}}
     Path(studies["second"], "params.yaml").write_text(yaml.safe_dump(declared))
     told = stage.overlooked(stage.scoreboard(studies), studies)
-    assert any("comparison of GET-1; did you mean 'get against vit, parametres'" in each for each in told)
+    assert any("GET-1" in each and "'get against vit, parametres'" in each for each in told)
 
 
 def test_a_claim_that_there_is_no_more_is_named(studies, tmp_path):
     studies["third"] = judged(tmp_path / "third", [("GET-0", "old", HOLDS)])
-    with pytest.raises(UserError, match="third/results judges GET-0, old, .* run `dvc repro claims`"):
+    with pytest.raises(UserError, match="third/results .*GET-0, old, .*`dvc repro claims`"):
         stage.scoreboard(studies)
     found = stage.scoreboard(studies, earlier=["third"])  # what has changed since is left out
     assert "GET-0" not in set(found["id"])
@@ -137,7 +140,7 @@ def test_a_study_that_waits_to_be_run_again_is_marked(studies):
     config = parse(stage.Config, {"studies": studies, "earlier": ["second"]}, "scoreboard")
     page = stage.markdown(stage.scoreboard(studies, config.earlier), config)
     assert "second *" in page and "first *" not in page
-    with pytest.raises(UserError, match="scoreboard: earlier names 'secnd'.*did you mean 'second'"):
+    with pytest.raises(UserError, match="^scoreboard: earlier .*'secnd'.*'second'"):
         parse(stage.Config, {"studies": studies, "earlier": ["secnd"]}, "scoreboard")
 
 

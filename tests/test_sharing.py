@@ -1,6 +1,7 @@
 """A run as a folder that is given away: by hand, or on the hub, of which tests have a fake."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -73,14 +74,14 @@ def test_a_card_has_budget_and_scores_with_intervals(results, tmp_path):
     for run in ("get", "vit"):
         shutil.copy(results / f"distill/{run}/0/weights.safetensors", found / f"distill/{run}/0")
     text = card(found / "distill/get/0/weights.safetensors")
-    assert "of the study made by hand" in text and "source: digits" in text
+    assert "made by hand" in text and "source: digits" in text
     assert "| training images seen | 1,000 |" in text and "| FLOPs of the training | 30,000 |" in text
     low, high = np.exp(
         np.log([2.0, 2.2, 2.4]).mean()
         + np.array([-1, 1]) * 4.3027 * np.log([2.0, 2.2, 2.4]).std(ddof=1) / 3**0.5
     )
     assert f"| fd_train | 2 | 2.19 ({low:.4g} to {high:.4g}) |" in text.replace("2.194", "2.19")
-    assert "Scores are of 1 seed;" in card(found / "distill/vit/0/weights.safetensors")
+    assert "1 seed" not in text and "1 seed" in card(found / "distill/vit/0/weights.safetensors")
 
 
 def test_the_card_of_published_weights_says_whose_they_are(tmp_path, monkeypatch):
@@ -90,8 +91,8 @@ def test_the_card_of_published_weights_says_whose_they_are(tmp_path, monkeypatch
     torch.save(weights_of(golden("get_uncond")[0]), "get.pt")
     path = importing.run("get", tmp_path / "get.pt", "theirs", {"heads": 2})
     text = card(path)
-    assert "license: other" in text and "get.pt" in text and "their licence holds" in text
-    assert "It has not been evaluated" in text
+    assert "license: other" in text and "get.pt" in text
+    assert "| fd_train |" not in text, "it has not been evaluated"
 
 
 def test_the_card_of_a_model_that_makes_latents_says_so(tmp_path, monkeypatch):
@@ -101,7 +102,7 @@ def test_the_card_of_a_model_that_makes_latents_says_so(tmp_path, monkeypatch):
     torch.save(weights_of(golden("fpdm_tiny")[0]), "fpdm.pt")
     config = {"heads": 2, "pre_post_timestep": False}
     text = card(importing.run("fpdm", tmp_path / "fpdm.pt", "theirs", config))
-    assert "It makes latents (" in text and 'equilab.load("PATH", vae="FOLDER")' in text
+    assert 'equilab.load("PATH", vae="FOLDER")' in text
     assert "sample PATH --vae FOLDER" in text
 
 
@@ -120,10 +121,10 @@ def test_a_folder_that_was_given_away_has_its_card(results, tmp_path, capsys):
     [
         (
             "hf://nobody/nothing",
-            "cannot be fetched .404: there is no such repository.; correct the name, connect",
+            "^hf://nobody/nothing .*404: there is no such repository.*`hf auth login`",
         ),
-        ("hf://nobody/nothing@v1", "cannot be fetched"),
-        ("hf://nothing", "'nothing' is no name on the hub; give one as owner/name"),
+        ("hf://nobody/nothing@v1", "^hf://nobody/nothing@v1 .*404.*`hf auth login`"),
+        ("hf://nothing", "'nothing' .*owner/name"),
     ],
 )
 def test_what_the_hub_does_not_have_is_told(hub, path, sentence):
@@ -139,17 +140,17 @@ def test_without_a_network_one_sentence(results, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(UserError, match="no route to host.; correct the name, connect to a network"):
+    with pytest.raises(UserError, match="^hf://someone/get .*no route to host.*`hf auth login`"):
         equilab.load("hf://someone/get")
-    with pytest.raises(UserError, match="cannot be put on the hub as someone/get .no route to host"):
+    with pytest.raises(UserError, match=" someone/get .*no route to host.*`hf auth login`"):
         equilab.push(results / GET, "someone/get")
-    with pytest.raises(UserError, match="'get' is no name"):
+    with pytest.raises(UserError, match="'get' .*owner/name"):
         equilab.push(results / GET, "get")
 
 
 def test_a_folder_that_is_there_is_not_written_over(results, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         give(results / GET, tmp_path)
 
 
@@ -161,5 +162,5 @@ def test_what_beside_the_weights_is_damaged_is_told(results, tmp_path):
     with pytest.raises(UserError, match=r"config\.json: setting\.iterations"):
         equilab.load(tmp_path / "given")
     path.write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged .*, or fetch it again"):
+    with pytest.raises(UserError, match=r"config\.json .*fetch"):
         equilab.load(tmp_path / "given")

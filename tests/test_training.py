@@ -134,9 +134,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_s
 
     batches = list(range(40))
     run = Run(Line(), BASE, 0, tmp_path, CPU)
-    with pytest.raises(
-        UserError, match=r"the loss became nan at step 13 \(104 images\); .* lower optimisation.lr"
-    ):
+    with pytest.raises(UserError, match=r"loss .*nan .* 13 \(104 .*optimisation\.lr"):
         for _ in fit(run, batch_of, broken):
             pass
     tensors, metadata = state.load_tensors(tmp_path / "state.safetensors")
@@ -148,18 +146,19 @@ def test_weights_that_are_no_longer_finite_are_found_where_the_loss_was_still_go
         nimg=80, clip=None, warmup_nimg=0, decay="none", snapshots=(), batch=80, micro_batch=80
     ).model_copy(update={"lr": 1e38})  # more than params may give
     run = Run(Line(), config, 0, tmp_path, CPU)
-    with pytest.raises(UserError, match="weight is no longer finite after 80 images.*nothing is kept"):
+    with pytest.raises(UserError, match=r"^weight .*\b80\b.*optimisation\.lr"):
         for _ in fit(run, batch_of, lambda net, x: loss(net, x) * 1e30):
             pass
+    assert not list(tmp_path.iterdir()), "nothing is kept"
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"micro_batch": 3}, "multiple of micro_batch"),
-        ({"nimg": 321}, "nimg .* multiple of batch"),
-        ({"report_nimg": 100}, "report_nimg .* multiple of batch"),
-        ({"report_nimg": 96}, "nimg .* multiple of report_nimg"),
+        ({"micro_batch": 3}, "batch .*micro_batch"),
+        ({"nimg": 321}, r"nimg \(321\).* batch "),
+        ({"report_nimg": 100}, r"report_nimg \(100\).* batch "),
+        ({"report_nimg": 96}, "nimg .* report_nimg"),
         ({"snapshots": (100,)}, "snapshots: 100"),
         ({"lr": 0.0}, "lr"),
         ({"lr": 1e300}, "lr"),
@@ -186,19 +185,19 @@ def test_damaged_foreign_and_missing_files_are_refused_with_their_name(tmp_path)
     with pytest.raises(UserError, match="weights.safetensors is damaged"):
         state.load_tensors(path)
     path.write_bytes(content[:-7] + b"1234567")
-    with pytest.raises(UserError, match="does not match its checksum"):
+    with pytest.raises(UserError, match="weights.safetensors .*checksum"):
         state.load_tensors(path)
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="was not written by equilab"):
+    with pytest.raises(UserError, match="weights.safetensors .*equilab"):
         state.load_tensors(path)
-    with pytest.raises(UserError, match="is not there; run the stage"):
+    with pytest.raises(UserError, match="none.safetensors"):
         state.load_tensors(tmp_path / "none.safetensors")
 
 
 def test_a_full_disk_is_named(tmp_path):
-    with pytest.raises(UserError, match="GiB needed, .* GiB free"):
+    with pytest.raises(UserError, match=r"1073741824.* GiB .* GiB"):
         files.require_disk({tmp_path / "not" / "yet": 2**60})
 
 
