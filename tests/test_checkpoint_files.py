@@ -126,7 +126,7 @@ def test_a_file_as_its_authors_write_it_gives_the_reference_values_of_the_averag
     path = tmp_path / "published"
     write(path, weights_of(values))
     close(*compared(published.load(family, path, **config).model, values), 2e-5)
-    assert "the weights under ema are read, not those under" in capsys.readouterr().err
+    assert " ema " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -172,13 +172,13 @@ def test_a_training_checkpoint_of_a_named_model_needs_no_config(legacy, tmp_path
         model = published.load(family, path, **({} if family == "get" else {"heads": 4})).model
         assert model.stack[0].attn.heads == 4
     authors.training(path, weights_of(golden("fpdm_tiny")[0]), {"model": "DiT-S/2"}.items(), legacy=legacy)
-    with pytest.raises(UserError, match="fpdm needs pre_post_timestep"):
+    with pytest.raises(UserError, match=r"pre_post_timestep=\.\.\."):
         published.load("fpdm", path)
 
 
 def test_heads_that_do_not_fit_are_said_to_be_those_of_the_file(tmp_path):
     authors.training(tmp_path / "get.pth", weights_of(golden("get_uncond")[0]), {"model": "GET-M/2"})
-    with pytest.raises(UserError, match=r"heads, 6; heads is that of the settings in the file, heads=\.\.\."):
+    with pytest.raises(UserError, match=r" 6; .*heads=\.\.\."):
         published.load("get", tmp_path / "get.pth")
 
 
@@ -194,10 +194,10 @@ def test_the_settings_in_a_file_count_where_none_are_given(tmp_path):
 @pytest.mark.parametrize(
     ("family", "module", "sentence"),
     [
-        ("edm", "GDDPrecond", "the weights are of gdd, not of edm"),
-        ("gdd", "EDMPrecond", "the weights are of edm, not of gdd"),
-        ("edm", "VPPrecond", "the weights are of a VPPrecond, which is not read"),
-        ("get", "EDMPrecond", "the weights are of edm, not of get"),
+        ("edm", "GDDPrecond", r"\bgdd, .*\bedm\b"),
+        ("gdd", "EDMPrecond", r"\bedm, .*\bgdd\b"),
+        ("edm", "VPPrecond", "VPPrecond, "),
+        ("get", "EDMPrecond", r"\bedm, .*\bget\b"),
     ],
 )
 def test_the_network_within_another_model_is_refused(family, module, sentence, tmp_path):
@@ -228,7 +228,7 @@ def test_weights_that_share_what_is_stored_are_refused_where_they_are_larger_tha
     stored = torch.zeros(max(value.numel() for value in weights.values()))
     shared = {key: stored[: value.numel()].view(value.shape) for key, value in weights.items()}
     torch.save(shared, tmp_path / "get.pt")
-    with pytest.raises(UserError, match="the weights are larger than the file"):
+    with pytest.raises(UserError, match="get.pt: .*larger"):
         published.load("get", tmp_path / "get.pt", heads=2)
 
 
@@ -249,22 +249,22 @@ def as_safetensors(tmp_path):
         (b"", "is empty"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-            "is a Git LFS pointer",
+            ".*`git lfs pull`",
         ),
         (b"\n<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title>", "is a web page"),
-        (gzip.compress(saved()), "is compressed by gzip"),
-        (b"\x93NUMPY\x01\x00v\x00", "is in none of the formats that are read"),
-        (b"cos\nsystem\n(S'true'\ntR.", "is in none of the formats that are read"),
-        (pickle.dumps({"ema": {}}, 4)[:-1], "is damaged or was cut short"),
-        (saved()[:-1000], "is damaged or was cut short"),
-        (saved()[:100], "is damaged or was cut short"),
-        (saved(legacy=True)[:-1000], "is damaged or was cut short"),
-        (saved(legacy=True)[:1000], "is damaged or was cut short"),
+        (gzip.compress(saved()), ".*gzip"),
+        (b"\x93NUMPY\x01\x00v\x00", ".* safetensors, "),
+        (b"cos\nsystem\n(S'true'\ntR.", ".* safetensors, "),
+        (pickle.dumps({"ema": {}}, 4)[:-1], ".*cut short"),
+        (saved()[:-1000], ".*cut short"),
+        (saved()[:100], ".*cut short"),
+        (saved(legacy=True)[:-1000], ".*cut short"),
+        (saved(legacy=True)[:1000], ".*cut short"),
         (
             pickle.dumps({"images": [1, 2], "labels": None}, 4),
-            "holds no weights.*its entries are images, labels",
+            ".* ema, .* images, labels$",
         ),
-        (pickle.dumps([1, 2], 4), "holds no weights.*its entries are none"),
+        (pickle.dumps([1, 2], 4), ".* ema, .* none$"),
     ],
 )
 def test_a_file_that_is_something_else_gets_its_own_sentence(content, sentence, tmp_path):
@@ -277,10 +277,10 @@ def test_a_file_that_is_something_else_gets_its_own_sentence(content, sentence, 
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        ({0: torch.zeros(1)}, "holds no weights.*its entries are 0"),
-        ({"x" * 10**6: torch.zeros(1)}, "published key 'xxx.* is no name of a tensor"),
-        ({str(n): torch.zeros(1) for n in range(10_001)}, "there are 10,001 tensors"),
-        ({"a.weight": torch.zeros(1)}, "no published key starts with 'enc.'"),
+        ({0: torch.zeros(1)}, ".* ema, .* 0$"),
+        ({"x" * 10**6: torch.zeros(1)}, "'xxx"),
+        ({str(n): torch.zeros(1) for n in range(10_001)}, "10,001 "),
+        ({"a.weight": torch.zeros(1)}, "'enc.'"),
         (
             {"enc.8x8_conv.weight": torch.zeros(1, 1, 3, 3), "map_layer0.weight": torch.zeros(4, 0)},
             "tells no size",
@@ -301,7 +301,7 @@ def test_tensors_that_are_no_network_are_refused_in_a_sentence(weights, sentence
 
 def test_weights_of_ours_are_said_to_be(tmp_path):
     save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match=r"holds weights of ours: equilab\.load\("):
+    with pytest.raises(UserError, match=r"equilab\.load\("):
         published.load("get", tmp_path / "weights.safetensors", heads=2)
 
 
@@ -309,14 +309,14 @@ def test_weights_of_ours_are_said_to_be(tmp_path):
 def test_safetensors_that_were_cut_short_are_said_to_be(length, tmp_path):
     path = tmp_path / "get.safetensors"
     path.write_bytes(as_safetensors(tmp_path)[:length])
-    with pytest.raises(UserError, match="get.safetensors is damaged or was cut short"):
+    with pytest.raises(UserError, match="get.safetensors .*cut short"):
         published.load("get", path, heads=2)
 
 
 def test_a_folder_and_a_file_that_is_not_there_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=f"^{tmp_path} .*directory"):
         published.load("get", tmp_path, heads=2)
-    with pytest.raises(UserError, match="is not there; docs/checkpoints.md says"):
+    with pytest.raises(UserError, match="nowhere.pt .*docs/checkpoints.md"):
         published.load("get", tmp_path / "nowhere.pt", heads=2)
 
 
@@ -324,7 +324,7 @@ def test_an_archive_that_is_not_by_torch_is_refused(tmp_path):
     path = tmp_path / "get.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("get.pth", saved())
-    with pytest.raises(UserError, match="an archive, but not one by torch"):
+    with pytest.raises(UserError, match="get.zip .*unpack it"):
         published.load("get", path, heads=2)
 
 

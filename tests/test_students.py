@@ -1,6 +1,7 @@
 """Students of the teacher: consistency, steps, two networks in turn, what is frozen, resumption, refusals."""
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 
@@ -299,7 +300,7 @@ def test_a_collapsed_discriminator_stops_the_run_and_keeps_its_last_state(entry,
         return Logged(value, torch.tensor(known["fall"]))
 
     run, loss, _ = run_of(entry, tmp_path, falling, nimg=256, report_nimg=64, snapshots=())
-    sentence = r"collapsed \(its loss is 0\.\d+.*\) at step 4 .*last good state.*; raise r1.gamma"
+    sentence = r"collapsed .*0\.\d+.* 4 .* r1\.gamma"
     with pytest.raises(config.UserError, match=sentence):
         list(fit(run, batch_of(entry), loss, partial(gan.collapsed, entry)))
     resumed, _, _ = run_of(entry, tmp_path, nimg=256, report_nimg=64, snapshots=())
@@ -311,7 +312,7 @@ def test_a_loss_that_is_no_number_names_both_learning_rates(entry, tmp_path):
         return discriminator(batch.real, batch.label, None)[0].mean() * float("nan")
 
     run, loss, _ = run_of(entry, tmp_path, broken, nimg=256, report_nimg=64, snapshots=())
-    sentence = "the loss became nan at step.*lower optimisation.lr or discriminator_lr"
+    sentence = "nan .*optimisation.lr .*discriminator_lr"
     with pytest.raises(config.UserError, match=sentence):
         list(fit(run, batch_of(entry), loss))
 
@@ -346,21 +347,21 @@ def save_untrained(given, stage, image=IMAGE, classes=10):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"network": {"width": 16}}, "gan.gdd.network.width is 16, but the teacher's is 8"),
+        ({"network": {"width": 16}}, "gan.gdd.network.width .*16, .* 8"),
         (
             {"network": {"architecture": "ncsnpp"}},
-            "gan.gdd.network.architecture is ncsnpp, but the teacher's is ddpmpp",
+            "gan.gdd.network.architecture .*ncsnpp, .* ddpmpp",
         ),
-        ({"network": {"dropout": 0.1}}, "gan.gdd.network.dropout is 0.1; students are trained with 0"),
-        ({"conditional": False}, "gan.gdd.conditional is False, but the teacher's is True"),
-        ({"features": ["evaluator"]}, "it would leak into the score"),
-        ({"features": ["vgg17"]}, "'vgg17' is unknown, choose among study, vgg16"),
-        ({"features": ["vgg16"]}, "vgg16 takes 3 channels"),
-        ({"features": []}, "features must name networks"),
-        ({"discriminator": {"side": 4}}, "give a `side` to reach 4x4"),
-        ({"student": {"sigmas": [2.0, 80.0]}}, "give levels that fall"),
+        ({"network": {"dropout": 0.1}}, "gan.gdd.network.dropout .*0.1; .* 0"),
+        ({"conditional": False}, "gan.gdd.conditional .*False, .* True"),
+        ({"features": ["evaluator"]}, "features .*evaluator"),
+        ({"features": ["vgg17"]}, "features: 'vgg17' .* study, vgg16"),
+        ({"features": ["vgg16"]}, "vgg16 .*3 channels"),
+        ({"features": []}, "features .*discriminator"),
+        ({"discriminator": {"side": 4}}, "`side` .*4x4"),
+        ({"student": {"sigmas": [2.0, 80.0]}}, "sigmas .*\\[2.0, 80.0\\]"),
         ({"student": {"freeze": "gdd_x"}}, "gan.gdd.student.freeze"),
-        ({"augment": "ada"}, "adaptive must be given for augment ada"),
+        ({"augment": "ada"}, "adaptive .*augment ada"),
         ({"r1": {"interval": 0}}, "gan.gdd.r1.interval"),
         ({"r1": {"gamma": -1.0}}, "gan.gdd.r1.gamma"),
         ({"r1": {"form": "lazy"}}, "gan.gdd.r1.form"),
@@ -368,20 +369,20 @@ def save_untrained(given, stage, image=IMAGE, classes=10):
         ({"augment": "ada", "adaptive": {"target": 0.6, "ramp_nimg": 0}}, "gan.gdd.adaptive.ramp_nimg"),
         ({"consistency": beside(steps=0)}, "consistency.levels.steps"),
         ({"consistency": beside(steps=10**12)}, "consistency.levels.steps"),
-        ({"consistency": beside(steps=1) | {"form": "published"}}, "levels.steps is 1"),
+        ({"consistency": beside(steps=1) | {"form": "published"}}, "levels.steps .*1"),
         ({"consistency": beside() | {"form": "code"}}, "gan.gdd.consistency.form"),
         (
             {"consistency": beside() | {"metric": "lpips"}},
-            "gan.gdd.consistency.metric is lpips, which takes 3 channels, not 1",
+            "gan.gdd.consistency.metric .*lpips, .* 3 .* 1",
         ),
         (
             {"consistency": beside(sigma_min=0.01)},
-            "give the same to both",
+            r"levels .* 0\.01, .* 0\.002",
         ),
         ({"discriminator_lr": 1e300}, "gan.gdd.discriminator_lr"),
         ({"student": {"sigma_min": 1e-300}}, "gan.gdd.student.sigma_min"),
-        ({"features": ["study", "study"]}, "'study' is named twice"),
-        ({"optimisation": {"compile": True}}, "optimisation.compile must be false with r1"),
+        ({"features": ["study", "study"]}, "features: 'study'"),
+        ({"optimisation": {"compile": True}}, "optimisation.compile .*r1"),
     ],
 )
 def test_a_student_that_cannot_be_is_refused_before_work_starts(
@@ -393,17 +394,17 @@ def test_a_student_that_cannot_be_is_refused_before_work_starts(
         one = given["gan"]["gdd"]
         one[key] = {**(one[key] or {}), **value} if isinstance(value, dict) else value
     keep(given)
-    assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
+    assert re.search(sentence, refused(capsys, "gan", "gdd", "--dry-run"))
 
 
 def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, given):
-    assert "results/teacher/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
-    assert "results/teacher/weights.safetensors is not there" in refused(capsys, "consistency", "cd")
+    assert "results/teacher/weights.safetensors" in refused(capsys, "gan", "gdd")
+    assert "results/teacher/weights.safetensors" in refused(capsys, "consistency", "cd")
     given["gan"]["gdd-i-2"]["optimisation"] |= {"nimg": 64, "report_nimg": 32, "snapshots": []}
     keep(given)
     for stage in ("evaluator", "teacher"):
         save_untrained(given, stage)
-    assert "results/features/weights.safetensors is not there" in refused(capsys, "gan", "gdd")
+    assert "results/features/weights.safetensors" in refused(capsys, "gan", "gdd")
     save_untrained(given, "features")
     capsys.readouterr()
     called("gan", "gdd-i-2")
@@ -419,8 +420,8 @@ def test_the_stages_refuse_a_missing_teacher_and_tell_what_they_freeze(capsys, g
 @pytest.mark.parametrize(("image", "classes"), [((3, 8, 8), 10), ((1, 8, 8), 4)])
 def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
     weights = save_untrained(given, "teacher", image, classes)
-    sentence = f"is a teacher of images {image} in {classes} classes, the data are (1, 8, 8) in 10"
-    assert sentence in refused(capsys, "gan", "gdd")
+    sentence = rf"{re.escape(str(image))} .*{classes} .*\(1, 8, 8\) .*10"
+    assert re.search(sentence, refused(capsys, "gan", "gdd"))
     weights.write_bytes(weights.read_bytes()[:-50])
     assert "is damaged" in refused(capsys, "gan", "gdd")
 
@@ -428,9 +429,12 @@ def test_a_teacher_of_other_images_is_refused(capsys, given, image, classes):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"network": {"kind": "classifier", "width": 16, "features": 8}}, "as the evaluator's"),
-        ({"images": "first_half"}, "give first_half to one and second_half to the other"),
-        ({"images": "all"}, "learn from the same images"),
+        (
+            {"network": {"kind": "classifier", "width": 16, "features": 8}},
+            "features.network.kind .*classifier",
+        ),
+        ({"images": "first_half"}, "features.images .*first_half .*evaluator.images"),
+        ({"images": "all"}, "features.images .*all .*evaluator.images"),
     ],
 )
 def test_a_discriminator_does_not_look_through_what_the_evaluator_knows(
@@ -438,7 +442,7 @@ def test_a_discriminator_does_not_look_through_what_the_evaluator_knows(
 ):
     monkeypatch.chdir(tmp_path)
     keep({**sections, "features": {**sections["features"], **change}})
-    assert sentence in refused(capsys, "gan", "gdd", "--dry-run")
+    assert re.search(sentence, refused(capsys, "gan", "gdd", "--dry-run"))
     alone = {**sections["gan"]["gdd"], "discriminator": STYLEGAN2, "features": []}  # looks through none
     keep({**sections, "features": {**sections["features"], **change}, "gan": {"gdd": alone}})
     called("gan", "gdd", "--dry-run")

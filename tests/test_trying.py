@@ -1,6 +1,7 @@
 """`--set KEY=VALUE --out FOLDER`: tries of a run, beside the study's results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_try_is_trained_with_what_is_set_and_leaves_the_study_as_it_was(study)
 def test_every_stage_that_trains_can_be_tried_and_no_other(study, capsys):
     assert {"evaluator", "teacher", "features", "distill", "diffusion", "gan", "consistency"} <= {*TRAINED}
     assert "progressive" in TRAINED and "pairs" not in TRAINED
-    assert "pairs does not" in refused(capsys, "pairs", "--set", "count=3", "--out", "x")
+    assert "pairs" in refused(capsys, "pairs", "--set", "count=3", "--out", "x")
 
 
 def test_a_try_of_a_run_has_a_folder_for_each_seed_and_says_its_config(study, capsys):
@@ -64,18 +65,19 @@ def test_a_try_is_handed_on_to_the_processes_that_share_it(study, monkeypatch, c
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("optimisation.lrr=1e-3", "distill.get.optimisation.lrr: unknown key; did you mean 'lr'"),
+        ("optimisation.lrr=1e-3", "distill.get.optimisation.lrr: .* 'lr'"),
         ("optimsation.lr=1e-3", "did you mean 'optimisation'"),
-        ("optimisation.lr=fast", "distill.get.optimisation.lr: expected a number"),
+        ("optimisation.lr=fast", "distill.get.optimisation.lr: .* number"),
         ("network.heads=3", "heads"),
-        ("pairs.count=3", "pairs is 200"),
-        ("optimisation.lr", "give a key of the run and its value"),
-        ("optimisation.betas=[0.9", "is no number, word or list; write it as in params"),
+        ("pairs.count=3", "pairs .*200"),
+        ("optimisation.lr", "--set optimisation.lr: "),
+        ("optimisation.betas=[0.9", r"--set optimisation.betas: .*\[0.9"),
         ("seeds=[5]", "--seed"),
     ],
 )
 def test_what_is_set_is_checked_like_params(setting, words, study, capsys):
-    assert words in refused(capsys, "distill", "get", "--set", setting, "--out", "x", "--dry-run")
+    told = refused(capsys, "distill", "get", "--set", setting, "--out", "x", "--dry-run")
+    assert re.search(words, told)
     assert not Path("x").exists()
 
 
@@ -86,8 +88,8 @@ def test_a_try_needs_a_folder_of_its_own(study, capsys):
         assert f"--out {taken}:" in refused(capsys, *arguments, "--out", taken)
     Path("mine").mkdir()
     Path("mine/a.txt").write_text("a")
-    assert "it holds other files" in refused(capsys, *arguments, "--out", "mine")
-    assert "it is a file" in refused(capsys, *arguments, "--out", "mine/a.txt")
+    assert "--out mine: " in refused(capsys, *arguments, "--out", "mine")
+    assert "--out mine/a.txt: " in refused(capsys, *arguments, "--out", "mine/a.txt")
     called(*arguments, "--out", "x")
     first = content("x")
     called(*arguments, "--out", "x")
