@@ -18,7 +18,6 @@ import equilab
 from equilab import __main__, graph
 from equilab.claims.claim import Claim
 from equilab.claims.comparisons import Comparison
-from equilab.claims.comparisons import Comparison
 from equilab.core.config import parse
 from equilab.tables import Results
 
