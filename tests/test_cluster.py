@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,18 @@ def test_a_local_run_that_is_stopped_goes_on_and_is_done_once(uninterrupted, tmp
     assert results(folder) == results(uninterrupted)
     assert "is done" in submit(folder, *GETS)
     assert (folder / ".equilab/logs/pairs.log").read_text().count("$ ") == 1
+
+
+@pytest.mark.slow
+def test_the_jobs_of_a_local_run_that_is_killed_end_and_go_on_in_the_next(uninterrupted, tmp_path):
+    folder = write_study(tmp_path / "study", LONG)
+    process = smoke.start(folder, "submit", *GETS)
+    slurm.wait(lambda: any((folder / ".equilab/scratch").glob("distill@get-*/state.safetensors")))
+    process.kill()
+    process.wait()
+    time.sleep(5)  # a job looks every second whether it is still wanted
+    submit(folder, *GETS)  # which would refuse a job that another process works on
+    assert results(folder) == results(uninterrupted)
 
 
 def needs_slurm(test):
